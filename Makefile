@@ -1,0 +1,43 @@
+# make demo    the tunnel at work: a local service, a server, a client, a page and a file of 50 MB
+# make test    the tests
+# make check   what a change has to pass: format, lint, types, tests
+# make clean   removes all that the others made
+#
+# Each sets up what it needs in $(VENV). Another Python: make clean, then make PYTHON=/path/to/python3 test
+
+PYTHON ?= python3
+VENV ?= .venv
+IN_VENV = $(VENV)/bin/python
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/installed-test
+	@$(IN_VENV) -u tests/demo.py
+
+test: $(VENV)/installed-test
+	$(IN_VENV) -m pytest
+
+check: $(VENV)/installed-dev
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy --strict rtunnel.py
+	$(IN_VENV) -m pytest
+
+clean:
+	rm -rf .venv .venv-ci build dist rtunnel.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf __pycache__ tests/__pycache__
+
+# Empty files that say what is done. A new setup.py installs again; an unfinished environment is made anew.
+
+$(VENV)/installed-test $(VENV)/installed-dev: $(VENV)/installed-%: setup.py $(VENV)/made
+	@echo "Installing rtunnel and what it needs for '$*' in $(VENV) ..."
+	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo "rtunnel needs Python 3.10 or newer, and '$(PYTHON)' is not: say which one with 'make PYTHON=...'." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "'$(PYTHON)' has no venv module: install it first (Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,45 @@
+"""What is installed, and with what. The settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """`__version__` of rtunnel.py: read, not imported, because what it imports may not be installed yet."""
+    found = re.search(r'^__version__ = "([^"]+)"', (HERE / "rtunnel.py").read_text("utf-8"), re.MULTILINE)
+    if found is None:
+        raise SystemExit('setup.py: rtunnel.py has no line `__version__ = "..."`')
+    return found[1]
+
+
+TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
+
+setup(
+    name="rtunnel",
+    version=version(),
+    description="A reverse TCP tunnel: a service behind NAT, reachable at a public server's port",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="the rtunnel authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: System Administrators",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: System :: Networking",
+    ],
+    python_requires=">=3.10",
+    # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
+    install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
+    extras_require={"test": TEST, "dev": DEV},
+    py_modules=["rtunnel"],
+    entry_points={"console_scripts": ["rtunnel = rtunnel:main"]},
+)
