@@ -37,7 +37,7 @@ $(VENV)/installed-test $(VENV)/installed-dev: $(VENV)/installed-%: setup.py $(VE
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	    { echo "rtunnel needs Python 3.10 or newer, and '$(PYTHON)' is not: say which one with 'make PYTHON=...'." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	@$(PYTHON) -c 'import venv, ensurepip; ensurepip.version()' 2>/dev/null || \
 	    { echo "'$(PYTHON)' has no venv module: install it first (Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@

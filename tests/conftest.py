@@ -1,0 +1,100 @@
+"""Fixtures of all tests: the watch for leaks, and the programs under test."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # naive_peer, support
+
+from support import ROOT, Program, eventually  # noqa: E402
+
+sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
+
+Factory = Callable[..., Program]
+
+
+def _descriptors() -> dict[int, str]:
+    """Open descriptors of this process and what each is; empty where the system does not tell."""
+    found: dict[int, str] = {}
+    try:
+        numbers = os.listdir("/proc/self/fd")
+    except OSError:
+        return found
+    for number in numbers:
+        try:
+            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:  # the one that the listing itself used
+            continue
+    return found
+
+
+def _children() -> set[str]:
+    """Processes that this process has started and not yet waited for; empty where the system does not tell."""
+    found: set[str] = set()
+    for thread in Path("/proc/self/task").glob("*/children"):
+        try:
+            found.update(thread.read_text().split())
+        except OSError:  # the thread has ended meanwhile
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """No test leaves a thread, a descriptor or a child process behind; a failure names it."""
+    threads, descriptors, children = set(threading.enumerate()), _descriptors(), _children()
+    yield
+
+    def left() -> list[str]:
+        return [
+            *(f"thread {thread.name}" for thread in set(threading.enumerate()) - threads),
+            *(f"descriptor {n} {what}" for n, what in _descriptors().items() if descriptors.get(n) != what),
+            *(f"process {pid}" for pid in _children() - children),
+        ]
+
+    try:
+        eventually(lambda: not left(), deadline=5.0)
+    except AssertionError:
+        pytest.fail("left behind: " + ", ".join(left()))
+
+
+@pytest.fixture
+def program(no_leaks: None) -> Iterator[Factory]:
+    """Starts `rtunnel.py ARGUMENTS`, any number of times; all are ended after the test, and their logs shown if it failed."""
+    started: list[Program] = []
+
+    def start(*arguments: str, **options: object) -> Program:
+        started.append(Program(*arguments, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        print(f"--- {' '.join(each.arguments)}\n" + "\n".join(each.lines))
+
+
+@pytest.fixture
+def server(program: Factory) -> Factory:
+    """Starts a server on a free loopback port, its client-chosen ports on loopback too, at debug level."""
+
+    def start(*flags: str, **options: object) -> Program:
+        standard = ("--control-listen", "127.0.0.1:0", "--public-bind", "127.0.0.1", "--log-level", "debug")
+        return program("server", *standard, *flags, **options)
+
+    return start
+
+
+@pytest.fixture
+def client(program: Factory) -> Factory:
+    """Starts a client at debug level."""
+
+    def start(*flags: str, **options: object) -> Program:
+        return program("client", "--log-level", "debug", *flags, **options)
+
+    return start
