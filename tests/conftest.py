@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # naive_peer, support
 
-from support import ROOT, Program, eventually  # noqa: E402
+from support import ROOT, Program, eventually
 
 sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
 
@@ -35,7 +35,7 @@ def _descriptors() -> dict[int, str]:
 
 
 def _children() -> set[str]:
-    """Processes that this process has started and not yet waited for; empty where the system does not tell."""
+    """Processes that this one has started and not yet waited for; empty where the system does not tell."""
     found: set[str] = set()
     for thread in Path("/proc/self/task").glob("*/children"):
         try:
@@ -66,7 +66,7 @@ def no_leaks() -> Iterator[None]:
 
 @pytest.fixture
 def program(no_leaks: None) -> Iterator[Factory]:
-    """Starts `rtunnel.py ARGUMENTS`, any number of times; all are ended after the test, and their logs shown if it failed."""
+    """Starts `rtunnel.py ARGUMENTS`; all are ended after the test, and their logs shown where it failed."""
     started: list[Program] = []
 
     def start(*arguments: str, **options: object) -> Program:

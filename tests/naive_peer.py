@@ -1,7 +1,7 @@
 """A peer of the tunnel that is written from PROTOCOL.md alone and imports nothing of the program.
 
-`NaivePeer` says and hears single frames. `OriginalClient` and `OriginalServer` behave as the original's two programs do,
-as simply as can be: one thread, one loop, blocking writes.
+`NaivePeer` says and hears single frames. `OriginalClient` and `OriginalServer` behave as the original's two
+programs do, as simply as can be: one thread, one loop, blocking writes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class NaivePeer:
         return bytes(received)
 
     def read_frame(self) -> tuple[int, int, bytes]:
-        """The next frame: type, stream, payload. EOFError at the connection's end, TimeoutError where none comes."""
+        """Type, stream and payload. EOFError at the connection's end, TimeoutError where none comes."""
         type, stream, length = struct.unpack(">BII", self._exactly(9))
         return type, stream, self._exactly(length)
 
@@ -78,7 +78,9 @@ class NaivePeer:
         received = b""
         while len(received) < len(expected):
             type, got_stream, payload = self.read_frame()
-            assert (type, got_stream) == (DATA, stream), f"{(type, got_stream, payload)} amid DATA of {stream}"
+            assert (type, got_stream) == (DATA, stream), (
+                f"{(type, got_stream, payload)} amid DATA of {stream}"
+            )
             assert 1 <= len(payload) <= 65536, f"a DATA frame of {len(payload)} bytes"
             received += payload
         assert received == expected
@@ -87,7 +89,8 @@ class NaivePeer:
         """The next frame is this stream's CLOSE_CONN: the reason in it."""
         type, got_stream, payload = self.read_frame()
         assert (type, got_stream) == (CLOSE_CONN, stream), f"{(type, got_stream, payload)}"
-        assert len(payload) <= 64 and payload.isascii() and (not payload or payload.decode().isprintable())
+        assert len(payload) <= 64
+        assert all(0x20 <= byte < 0x7F for byte in payload)
         return payload
 
     def expect_silence(self, seconds: float) -> None:
@@ -114,7 +117,7 @@ class NaivePeer:
 
 
 class _Loop:
-    """What both original programs share: frames in, sockets beside, CLOSE_CONN as a full close of both directions."""
+    """What both original programs share: frames, sockets, CLOSE_CONN as a full close of both directions."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -183,7 +186,7 @@ class _Loop:
 
 
 class OriginalClient(_Loop):
-    """The original's client: INIT only for a port other than 0, no answer awaited, CLOSE_CONN answered by CLOSE_CONN."""
+    """The original's client: INIT only for a port other than 0; CLOSE_CONN is answered by CLOSE_CONN."""
 
     def __init__(self, server: Address, remote_port: int, local: Address) -> None:
         super().__init__()

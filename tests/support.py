@@ -1,4 +1,4 @@
-"""What several tests need: a poll, programs under test, small services and visitors. Standard library only."""
+"""What several tests need: a poll, programs under test, small services. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Fields = dict[str, str]
 
 
 def eventually(condition: Callable[[], Any], deadline: float = DEADLINE_S, what: str = "") -> Any:
-    """The value of condition() as soon as it is true. The tests' only poll; fails after `deadline` seconds."""
+    """The value of condition() as soon as it is true. The tests' only poll; fails after `deadline` s."""
     end = time.monotonic() + deadline
     while not (value := condition()):
         if time.monotonic() > end:
@@ -35,7 +35,7 @@ def eventually(condition: Callable[[], Any], deadline: float = DEADLINE_S, what:
     return value
 
 
-# --- programs under test -------------------------------------------------------------------------------------
+# --- programs under test ------------------------------------------------------------------------------------
 
 
 class Record(NamedTuple):
@@ -75,8 +75,10 @@ class Program:
     Locking: `_changed` guards `lines`, `records` and `_taken`.
     """
 
-    def __init__(self, *arguments: str, limits: Mapping[str, float] | None = None, env: Mapping[str, str] | None = None):
-        """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module, to make a test's wait short."""
+    def __init__(
+        self, *arguments: str, limits: Mapping[str, float] | None = None, env: Mapping[str, str] | None = None
+    ):
+        """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits."""
         self.arguments = arguments
         if limits:
             # The constants are the module's own; PROTOCOL.md's values are checked by another test.
@@ -126,7 +128,7 @@ class Program:
             return [r.fields for r in self.records if _matches(r, event, fields)]
 
     def wait_for(self, event: str, timeout: float = DEADLINE_S, **fields: object) -> Fields:
-        """The fields of the first line with this event and these fields that no wait_for has returned before."""
+        """The fields of the first such line that no wait_for has returned before."""
 
         def found() -> int | None:
             for at, record in enumerate(self.records):
@@ -165,7 +167,8 @@ class Program:
     def _listening(self, kind: str) -> Address:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._ended or any(_matches(r, "listening", {"kind": kind}) for r in self.records), DEADLINE_S
+                lambda: self._ended or any(_matches(r, "listening", {"kind": kind}) for r in self.records),
+                DEADLINE_S,
             )
         found = self.events("listening", kind=kind)
         assert found, f"does not listen for {kind}:\n" + "\n".join(self.lines)
@@ -175,7 +178,7 @@ class Program:
         """Where a visitor reaches the next lease that is opened."""
         return reachable(self.wait_for("lease-opened", timeout, **fields)["address"])
 
-    def signal(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def wait(self, timeout: float = DEADLINE_S) -> int:
@@ -187,7 +190,7 @@ class Program:
     def stop(self, number: int = signal.SIGTERM, timeout: float = DEADLINE_S) -> int:
         """Send a signal and wait: the exit status (negative where a signal ended it)."""
         if self.process.poll() is None:
-            self.signal(number)
+            self.send_signal(number)
         return self.wait(timeout)
 
     def kill(self) -> None:
@@ -216,7 +219,9 @@ class Program:
 
 
 def _matches(record: Record, event: str, fields: Mapping[str, object]) -> bool:
-    return record.event == event and all(record.fields.get(name) == str(value) for name, value in fields.items())
+    return record.event == event and all(
+        record.fields.get(name) == str(value) for name, value in fields.items()
+    )
 
 
 def reachable(address: str) -> Address:
@@ -226,7 +231,7 @@ def reachable(address: str) -> Address:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(host, host), int(port)
 
 
-# --- sockets -------------------------------------------------------------------------------------------------
+# --- sockets ------------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -275,13 +280,13 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-# --- services ------------------------------------------------------------------------------------------------
+# --- services -----------------------------------------------------------------------------------------------
 
 
 class Service:
     """A local service: each connection is handled in a thread, and the handler's end closes it.
 
-    `connections` holds all sockets accepted so far, in order. Leaving the `with` block ends all and joins all.
+    `connections` holds all sockets accepted so far, in order. Leaving the `with` block ends and joins all.
     """
 
     def __init__(self, handle: Callable[[socket.socket], None], host: str = "127.0.0.1", port: int = 0):
@@ -315,7 +320,9 @@ class Service:
                 sock.close()
                 return
             self.connections.append(sock)
-            thread = threading.Thread(target=self._serve, args=(sock,), name=f"service {self.port} connection")
+            thread = threading.Thread(
+                target=self._serve, args=(sock,), name=f"service {self.port} connection"
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -400,7 +407,7 @@ def http_service(folder: Path) -> Iterator[Address]:
 
 @contextlib.contextmanager
 def running(function: Callable[..., object], *args: object, name: str = "") -> Iterator[threading.Thread]:
-    """Run a function in a thread beside the block and join it; what it raises is raised at the block's end."""
+    """Run a function in a thread beside the block and join it; what it raises is raised at the end."""
     failure: list[BaseException] = []
 
     def body() -> None:
