@@ -78,9 +78,7 @@ class NaivePeer:
         received = b""
         while len(received) < len(expected):
             type, got_stream, payload = self.read_frame()
-            assert (type, got_stream) == (DATA, stream), (
-                f"{(type, got_stream, payload)} amid DATA of {stream}"
-            )
+            assert (type, got_stream) == (DATA, stream), f"{(type, got_stream, payload)} amid DATA of {stream}"
             assert 1 <= len(payload) <= 65536, f"a DATA frame of {len(payload)} bytes"
             received += payload
         assert received == expected
@@ -126,8 +124,11 @@ class _Loop:
         self._buffer = bytearray()
 
     def _send(self, type: int, stream: int, payload: bytes = b"") -> None:
-        if self._control is not None:
-            self._control.sendall(frame(type, stream, payload))
+        try:
+            if self._control is not None:
+                self._control.sendall(frame(type, stream, payload))
+        except OSError:
+            return  # the control connection has ended: the next read says so
 
     def _add(self, stream: int, sock: socket.socket) -> None:
         self._streams[stream] = sock
@@ -212,8 +213,11 @@ class OriginalClient(_Loop):
 
     def stop(self) -> None:
         """From any thread: end the control connection, and so run()."""
-        if self._control is not None:
-            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            if self._control is not None:
+                self._control.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended already
 
     def _on_frame(self, type: int, stream: int, payload: bytes) -> None:
         if type == NEW_CONN:

@@ -219,9 +219,7 @@ class Program:
 
 
 def _matches(record: Record, event: str, fields: Mapping[str, object]) -> bool:
-    return record.event == event and all(
-        record.fields.get(name) == str(value) for name, value in fields.items()
-    )
+    return record.event == event and all(record.fields.get(name) == str(value) for name, value in fields.items())
 
 
 def reachable(address: str) -> Address:
@@ -320,9 +318,7 @@ class Service:
                 sock.close()
                 return
             self.connections.append(sock)
-            thread = threading.Thread(
-                target=self._serve, args=(sock,), name=f"service {self.port} connection"
-            )
+            thread = threading.Thread(target=self._serve, args=(sock,), name=f"service {self.port} connection")
             self._threads.append(thread)
             thread.start()
 
@@ -406,21 +402,22 @@ def http_service(folder: Path) -> Iterator[Address]:
 
 
 @contextlib.contextmanager
-def running(function: Callable[..., object], *args: object, name: str = "") -> Iterator[threading.Thread]:
-    """Run a function in a thread beside the block and join it; what it raises is raised at the end."""
+def running(function: Callable[[], object], stop: Callable[[], object] = lambda: None) -> Iterator[threading.Thread]:
+    """Run a function in a thread beside the block, then `stop` and join it. What it raises is raised then."""
     failure: list[BaseException] = []
 
     def body() -> None:
         try:
-            function(*args)
+            function()
         except BaseException as error:  # handed to the test, which raises it
             failure.append(error)
 
-    thread = threading.Thread(target=body, name=name or getattr(function, "__name__", "running"))
+    thread = threading.Thread(target=body, name=getattr(function, "__qualname__", "running"))
     thread.start()
     try:
         yield thread
     finally:
+        stop()
         thread.join()
     if failure:
         raise failure[0]
