@@ -66,10 +66,10 @@ class Program:
             while line := self._unread.get(timeout=WAIT_S):
                 if match := re.search(rf" {event} (?:.* )?{key}=(\S+)", line):
                     return match[1]
+                if " ERROR " in line:
+                    raise Failed(f"the {self.role} logged an error: {line.rstrip()}")
         except queue.Empty:
-            raise Failed(
-                f"the {self.role} logged nothing more for {WAIT_S:.0f} s, and not '{event}'"
-            ) from None
+            raise Failed(f"the {self.role} logged nothing more for {WAIT_S:.0f} s, and not '{event}'") from None
         raise Failed(f"the {self.role} ended before it logged '{event}'")
 
     def stop(self) -> None:
@@ -95,8 +95,11 @@ def port_of(address: str) -> int:
 
 
 def is_free(port: int) -> bool:
+    both = socket.has_dualstack_ipv6()
     try:
-        socket.create_server(("", port)).close()
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
     except OSError:
         return False
     return True
