@@ -53,6 +53,7 @@ import contextlib
 import enum
 import errno
 import heapq
+import ipaddress
 import itertools
 import json
 import logging
@@ -68,8 +69,10 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 import configargparse
@@ -265,15 +268,17 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str, *, listen: bool = False) -> Address:
         """`host:port`, `[v6]:port`; with `listen` also `:port`. Raises ConfigError."""
-        host, colon, port = text.rpartition(":")
-        bracketed = host.startswith("[") and host.endswith("]")
-        bare = host[1:-1] if bracketed else host
-        if not colon or (":" in bare) != bracketed or not (bare or (listen and not bracketed)):
-            forms = "host:port or [IPv6]:port" + (" or :port" if listen else "")
-            raise ConfigError(f"{text!r} is no address: write {forms}")
-        if not bare.isascii() or not bare.isprintable() or " " in bare:
-            raise ConfigError(f"{text!r} is no address: the host must be printable ASCII (IDNs in their xn-- form)")
-        return cls(bare, parse_port(port, lowest=0 if listen else 1))
+        host, _, port = text.rpartition(":")
+        try:
+            if bracketed := re.fullmatch(r"\[(.+)\]", host):
+                host = bracketed[1]
+                ipaddress.IPv6Address(host)
+            elif not (re.fullmatch(r"([!-\-/-9;-~]{1,63}\.?)+", host) or (listen and text.startswith(":"))):
+                raise ValueError
+        except ValueError:
+            forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
+            raise ConfigError(f"{text!r} is no address: write {forms}") from None
+        return cls(host, parse_port(port, lowest=0 if listen else 1))
 
 
 def parse_port(text: str, *, lowest: int = 0) -> int:
@@ -312,6 +317,11 @@ def quoted(value: object) -> str:
     return text if PLAIN_VALUE.fullmatch(text) else json.dumps(text)
 
 
+def log_internal_error() -> None:
+    """The exception that is being handled, in one line too: its text may hold what a peer sent."""
+    log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
+
+
 def start_log(level: str) -> None:
     """Log to stderr: UTC time, level, event, pairs."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -338,6 +348,7 @@ class Pool:
     def __init__(self) -> None:
         self._tasks: queue.SimpleQueue[tuple[str, Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)  # a thread has left
         # guarded by _lock
         self._idle = 0  # threads that wait for a task and have none promised
         self._threads: set[threading.Thread] = set()
@@ -357,8 +368,7 @@ class Pool:
         try:
             thread.start()
         except RuntimeError:
-            with self._lock:
-                self._threads.discard(thread)
+            self._leave(thread)
             raise
 
     def _work(self, name: str, task: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -367,35 +377,38 @@ class Pool:
             me.name = name
             try:
                 task(*args)
-            except Exception:  # the safety net of every thread: the other threads go on
-                LOG.exception("internal-error thread=%s", quoted(name))
+            except Exception:  # the safety net of every thread: the others go on
+                log_internal_error()
             task, args = (lambda: None), ()  # an idle thread keeps nothing alive
             with self._lock:
-                if self._closing:
-                    self._threads.discard(me)
-                    return
-                self._idle += 1
+                closing = self._closing
+                self._idle += not closing
+            if closing:
+                return self._leave(me)
             try:
                 name, task, args = self._tasks.get(timeout=POOL_IDLE_S)
             except queue.Empty:
                 with self._lock:
-                    if self._idle:  # one of the idle must go; if none is left, a task has been promised to this one
-                        self._idle -= 1
-                        self._threads.discard(me)
-                        return
+                    surplus = self._idle > 0  # else a task has been promised to this one of the idle
+                    self._idle -= surplus
+                if surplus:
+                    return self._leave(me)
                 name, task, args = self._tasks.get()
 
-    def close(self, deadline: Deadline) -> int:
-        """Let the idle go, wait for the others; returns how many threads are left at the deadline."""
+    def _leave(self, thread: threading.Thread) -> None:
+        with self._lock:
+            self._threads.discard(thread)
+            self._left.notify_all()
+
+    def close(self, deadline: Deadline) -> None:
+        """Let the idle go and wait for the others, until the deadline."""
         with self._lock:
             self._closing = True  # under the lock: a worker that is about to idle must see it
             for _ in range(self._idle):
                 self._tasks.put(("pool", lambda: None, ()))
             self._idle = 0
-            threads = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for thread in threads:
-            thread.join(deadline.remaining())
-        return sum(thread.is_alive() for thread in threads)
+            while self._threads and self._left.wait(deadline.remaining()):
+                pass
 
 
 # ---- sockets ----------------------------------------------------------------------------------------------------
@@ -451,6 +464,12 @@ def dial(address: Address, seconds: float) -> socket.socket:
     raise error or OSError(f"{address.host} has no address")
 
 
+def reset_at_close(sock: socket.socket) -> None:
+    """Make `close` send RST: the other end must not take what it got for the whole."""
+    linger = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)  # struct linger has u_short on Windows
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 def reason_of(error: BaseException) -> str:
     """One short phrase for a log line."""
     if isinstance(error, TimeoutError):
@@ -462,8 +481,8 @@ class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike; each connection runs in a thread of the pool.
 
     Threads: its acceptor, in `serve_forever`; `ask_to_stop`, `stop` from any other.
-    The life of a connection: `get_request` accepts; `process_request` gives it to the pool; there `finish_request`
-    calls `handle(sock, address)`, whose return closes the socket; `handle_error` logs what escaped.
+    The life of a connection: `get_request` accepts; `process_request` gives it to the pool, where `handle(sock,
+    peer)` serves it; then `shutdown_request` closes the socket. `handle_error` logs what escaped.
     """
 
     allow_reuse_address = os.name == "posix"  # on Windows that option would let another program share the port
@@ -472,25 +491,22 @@ class Listener(socketserver.ThreadingTCPServer):
     def __init__(self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None]) -> None:
         """Bind and start to accept. Raises OSError."""
         self._pool = pool
-        self._handle = handle
         self._asked = threading.Event()
-        self.address_family, target = self._resolve(address)
-        super().__init__(target, socketserver.BaseRequestHandler)
-        host, port = self.socket.getsockname()[:2]
-        self.address = Address(host if address.host else "", port)
+        if not address.host and socket.has_dualstack_ipv6():
+            address = Address("::", address.port)
+        family, _, _, _, target = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        self.address_family = family
+        self._handle = handle
+        super().__init__(target, socketserver.BaseRequestHandler)  # type: ignore[arg-type]  # the hook is overridden
+        self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
         try:
             self._acceptor.start()
-        except RuntimeError:
-            self.server_close()
-            raise
-
-    @staticmethod
-    def _resolve(address: Address) -> tuple[socket.AddressFamily, Any]:
-        if not address.host and socket.has_dualstack_ipv6():
-            return socket.AF_INET6, ("::", address.port)
-        found = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)
-        return found[0][0], found[0][4]
+        except RuntimeError as error:
+            self.socket.close()
+            raise OSError(str(error)) from error
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -512,7 +528,7 @@ class Listener(socketserver.ThreadingTCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_RESOURCES:
-                log_event(logging.ERROR, "accept-failed", address=self.address, reason=reason_of(error))
+                log_event(ERROR, "accept-failed", address=self.address, reason=reason_of(error))
                 self._asked.wait(ACCEPT_PAUSE_S)
             raise  # socketserver goes on with the next
 
@@ -521,7 +537,7 @@ class Listener(socketserver.ThreadingTCPServer):
         try:
             self._pool.run(f"connection {address}", self.process_request_thread, request, address)
         except (PoolClosed, RuntimeError) as error:
-            log_event(logging.ERROR, "connection-dropped", peer=address, reason=reason_of(error))
+            log_event(ERROR, "connection-dropped", peer=address, reason=reason_of(error))
             self.shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -531,7 +547,7 @@ class Listener(socketserver.ThreadingTCPServer):
         request.close()  # only: socketserver would send FIN first and turn each reset into a clean end
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        LOG.exception("internal-error peer=%s", quoted(client_address))  # the handler's safety net
+        log_internal_error()  # the handler's safety net
 
     def ask_to_stop(self) -> None:
         """No more connections; returns at once."""
@@ -796,7 +812,8 @@ class Stream:
         self._aborted: str | None = None  # the first cause
         self._closed = False
         if sock is not None:
-            self._attach(sock)
+            with self._lock:
+                self._attach_locked(sock)
 
     # -- called by the session reader
 
@@ -814,7 +831,7 @@ class Stream:
                 return
             self._queue += part
             self._queued += len(part)
-            drain = self._needs_drainer_locked()
+            drain = self._settle_locked()
         if drain:
             self._start_drainer()
 
@@ -827,7 +844,7 @@ class Stream:
             answer, self._close_sent = not self._close_sent, True
             if reason:
                 self._abort_locked("peer: " + reason[:MAX_REASON_BYTES].decode("ascii", "replace"))
-            elif not self._received and self._session.refusal_is_silent:
+            elif answer and not self._received and self._session.refusal_is_silent:
                 self._abort_locked("peer: refused")
             else:
                 self._end_inbound_locked()
@@ -862,7 +879,7 @@ class Stream:
         self._queue = bytearray()
         if self._sock is not None:
             with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(LINGER_FORMAT, 1, 0))
+                reset_at_close(self._sock)
                 self._sock.shutdown(socket.SHUT_RD)  # wakes the pump; SHUT_WR would send FIN, a clean end
         self._changed.notify_all()
 
@@ -870,7 +887,7 @@ class Stream:
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
         """The pump's life: dial (client), socket to DATA frames, the last CLOSE_CONN, close."""
-        log_event(logging.DEBUG, "stream-opened", stream=self.number, peer=self._peer)
+        log_event(DEBUG, "stream-opened", stream=self.number, peer=self._peer)
         try:
             self._session.writer.push()  # its NEW_CONN, if it is new
             if connect is None or self._dial(connect):
@@ -878,6 +895,9 @@ class Stream:
             self._send_close()
         except SessionEnded as ended:
             self.abort(str(ended))
+        except BaseException:
+            self.abort("internal error")
+            raise
         finally:
             self._close()
 
@@ -888,29 +908,24 @@ class Stream:
             self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
             return False
         with self._lock:
-            aborted = self._aborted is not None
-            if not aborted:
-                self._attach(sock)
-                drain = self._needs_drainer_locked()
-                if self._inbound is Inbound.ENDING and not drain:
-                    self._end_inbound_locked()
-        if aborted:
-            sock.close()
-            return False
+            drain = self._attach_locked(sock)
         if drain:
             self._start_drainer()
         return True
 
-    def _attach(self, sock: socket.socket) -> None:
+    def _attach_locked(self, sock: socket.socket) -> bool:
         sock.setblocking(DONT_WAIT is not None)
         self._sock = sock
+        if self._aborted is not None:  # while it was dialled
+            reset_at_close(sock)
+        return self._settle_locked()
 
     def _pump(self) -> None:
         """Socket to DATA frames, until its end, an abort, or the end of the session (raises SessionEnded)."""
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(HEADER_BYTES + FIRST_BUFFER_BYTES))
-        while True:
+        while self._aborted is None:
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES:])
             except OSError as error:
@@ -960,7 +975,7 @@ class Stream:
             sock.close()
         self._session.forget(self)
         log_event(
-            logging.DEBUG,
+            DEBUG,
             "stream-closed",
             stream=self.number,
             peer=self._peer,
@@ -992,12 +1007,19 @@ class Stream:
                 self._abort_locked("stalled")
         return self._aborted is None
 
-    def _needs_drainer_locked(self) -> bool:
-        """True for whoever must start the drainer, which then counts as at work."""
+    def _settle_locked(self) -> bool:
+        """What the socket is owed: FIN, or a drainer, which counts as at work from now on; True: start it."""
         assert self._lock.locked()
-        needed = bool(self._queued) and not self._draining and self._sock is not None
-        self._draining = self._draining or needed
-        return needed
+        if self._sock is None or self._draining or self._aborted is not None:
+            return False
+        if self._queued:
+            self._draining = True
+        elif self._inbound is Inbound.ENDING:
+            self._inbound = Inbound.ENDED
+            self._ended_at = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        return self._draining
 
     def _start_drainer(self) -> None:
         try:
@@ -1012,9 +1034,11 @@ class Stream:
         try:
             while chunk := self._take_queue():
                 self._drain_chunk(memoryview(chunk))
-        except OSError:
-            self.abort("reset")
+        except BaseException as error:
+            self.abort("reset" if isinstance(error, OSError) else "internal error")
             self._take_queue()
+            if not isinstance(error, OSError):
+                raise
 
     def _take_queue(self) -> bytearray | None:
         """All that is queued; None, and the drainer no longer at work, where that is nothing or not wanted."""
@@ -1024,8 +1048,7 @@ class Stream:
                 return chunk
             # In the step that finds the queue empty: the reader starts another drainer for what comes now.
             self._draining = False
-            if self._inbound is Inbound.ENDING:
-                self._end_inbound_locked()
+            self._settle_locked()
             self._changed.notify_all()
             return None
 
@@ -1045,17 +1068,9 @@ class Stream:
     def _end_inbound_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
         assert self._lock.locked()
-        if self._aborted is not None or self._inbound is Inbound.ENDED:
-            return
-        self._inbound = Inbound.ENDING
-        if not self._queued and not self._draining and self._sock is not None:
-            self._inbound = Inbound.ENDED
-            self._ended_at = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
-
-
-LINGER_FORMAT = "HH" if os.name == "nt" else "ii"  # struct linger: u_short on Windows
+        if self._inbound is Inbound.OPEN:
+            self._inbound = Inbound.ENDING
+            self._settle_locked()
 
 
 # ---- session ----------------------------------------------------------------------------------------------------
@@ -1240,6 +1255,7 @@ class ServerSession(Session):
         super().__init__(transport, pool)
         self._server = server
         self._received = False  # any byte; the reader's
+        self.asked = False  # INIT has come; the reader's
         self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
         self.lease: Listener | None = None  # the reader's
         if server.has_global_port:
@@ -1250,8 +1266,9 @@ class ServerSession(Session):
         if frame.type != FrameType.INIT:
             super().on_frame(frame)
             return
-        if self.is_client and not self._server.is_silent(self):
+        if self.asked:
             raise ProtocolError("a second INIT")
+        self.asked = True
         self._server.open_lease(self, Init.parse(frame.payload))
         self.is_client = True
 
@@ -1267,7 +1284,7 @@ class ServerSession(Session):
     def _join_silent(self) -> None:
         if not self.is_client and not self._received:
             self.is_client = True
-            self._server.join_global_port(self, silent=True)
+            self._server.join_global_port(self)
 
     def _check_hello(self) -> None:
         if not self.is_client:
@@ -1302,8 +1319,7 @@ class Server:
         self._lock = threading.Lock()
         # guarded by _lock
         self._sessions: set[ServerSession] = set()
-        self._asked: list[ServerSession] = []  # clients of the global port that sent INIT, least recently used first
-        self._silent: list[ServerSession] = []  # those that did not: the original's
+        self._clients: list[ServerSession] = []  # of the global port; who had a visitor last stands last
         self._stopping = False
 
     @property
@@ -1322,7 +1338,7 @@ class Server:
                 self.stop()
                 raise ConfigError(f"--{kind}-listen {address}: {reason_of(error)}") from error
             self._listeners.append(listener)
-            log_event(logging.INFO, "listening", kind=kind, address=listener.address)
+            log_event(INFO, "listening", kind=kind, address=listener.address)
 
     def stop(self) -> None:
         """No more connections, all streams reset, all threads joined that do not resolve or dial."""
@@ -1346,7 +1362,7 @@ class Server:
         try:
             session = ServerSession(PlainTransport(sock), self._pool, self, deadline)
         except OSError as error:  # gone before it was looked at
-            log_event(logging.WARNING, "refused", peer=address, reason=reason_of(error))
+            log_event(WARNING, "refused", peer=address, reason=reason_of(error))
             return
         with self._lock:
             self._sessions.add(session)
@@ -1363,7 +1379,7 @@ class Server:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises SessionEnded."""
         peer = session.transport.peer
         if self.has_global_port:
-            self.join_global_port(session, silent=False)
+            self.join_global_port(session)
             return
         wanted = Address(self._public_bind, init.port)
 
@@ -1373,46 +1389,38 @@ class Server:
         try:
             lease = Listener(wanted, self._pool, serve_visitor)
         except (OSError, RuntimeError) as error:
-            log_event(logging.ERROR, "lease-failed", address=wanted, peer=peer, reason=reason_of(error))
+            log_event(ERROR, "lease-failed", address=wanted, peer=peer, reason=reason_of(error))
             raise SessionEnded(f"port {init.port} cannot be opened: {reason_of(error)}") from error
         session.lease = lease
-        log_event(logging.INFO, "session-opened", peer=peer, level=0, local=init.local)
-        log_event(logging.INFO, "lease-opened", address=lease.address, peer=peer)
+        log_event(INFO, "session-opened", peer=peer, level=0, local=init.local)
+        log_event(INFO, "lease-opened", address=lease.address, peer=peer)
 
-    def join_global_port(self, session: ServerSession, *, silent: bool) -> None:
+    def join_global_port(self, session: ServerSession) -> None:
         """Let the session have visitors of the global port."""
         with self._lock:
-            if silent and session in self._asked:
-                return  # its INIT was faster
-            if session in self._silent:
-                self._silent.remove(session)
-            (self._silent if silent else self._asked).append(session)
-        log_event(logging.INFO, "session-opened", peer=session.transport.peer, level=0, init=not silent)
-
-    def is_silent(self, session: ServerSession) -> bool:
-        with self._lock:
-            return session in self._silent
+            if session not in self._clients:
+                self._clients.append(session)
+        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, init=session.asked)
 
     def _leave(self, session: ServerSession) -> None:
         """The session has ended: its port is free when this returns."""
         with self._lock:
             self._sessions.discard(session)
-            for clients in (self._asked, self._silent):
-                if session in clients:
-                    clients.remove(session)
+            if session in self._clients:
+                self._clients.remove(session)
         if session.lease is not None:
             session.lease.stop()
-            log_event(logging.INFO, "lease-closed", address=session.lease.address, peer=session.transport.peer)
+            log_event(INFO, "lease-closed", address=session.lease.address, peer=session.transport.peer)
 
     # -- visitors
 
     def _serve_global_visitor(self, sock: socket.socket, address: Address) -> None:
         with self._lock:
-            clients = self._asked or self._silent
-            session = min(clients, key=Session.stream_count, default=None)
-            if session is not None:  # of several with the fewest, the one that waited longest
-                clients.remove(session)
-                clients.append(session)
+            asked = [session for session in self._clients if session.asked]
+            session = min(asked or self._clients, key=Session.stream_count, default=None)
+            if session is not None:
+                self._clients.remove(session)
+                self._clients.append(session)
         self._serve_visitor(session, sock, address)
 
     def _serve_visitor(self, session: ServerSession | None, sock: socket.socket, address: Address) -> None:
@@ -1423,8 +1431,8 @@ class Server:
             session.serve_visitor(sock, address)
         except (SessionEnded, OSError) as error:
             with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(LINGER_FORMAT, 1, 0))
-            log_event(logging.WARNING, "visitor-refused", peer=address, reason=reason_of(error))
+                reset_at_close(sock)
+            log_event(WARNING, "visitor-refused", peer=address, reason=reason_of(error))
 
 
 # ---- client -----------------------------------------------------------------------------------------------------
@@ -1490,7 +1498,7 @@ class ClientSession(Session):
         try:
             return dial(self._mapping.local, DIAL_TIMEOUT_S)
         except OSError as error:
-            log_event(logging.WARNING, "dial-failed", local=self._mapping.local, reason=reason_of(error))
+            log_event(WARNING, "dial-failed", local=self._mapping.local, reason=reason_of(error))
             raise
 
 
@@ -1527,7 +1535,7 @@ class Client:
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
         while not self._stopping.is_set():
-            log_event(logging.DEBUG, "connecting", server=self._server)
+            log_event(DEBUG, "connecting", server=self._server)
             started = time.monotonic()
             refused = False
             try:
@@ -1541,7 +1549,7 @@ class Client:
                     backoff.reset()
             if not self._stopping.is_set():
                 wait = backoff.next_s(refused=refused)
-                log_event(logging.WARNING, event, server=self._server, reason=reason, retry_s=wait)
+                log_event(WARNING, event, server=self._server, reason=reason, retry_s=wait)
                 self._stopping.wait(wait)
 
     def _run_session(self, sock: socket.socket, mapping: Mapping) -> tuple[str, bool]:
@@ -1723,9 +1731,9 @@ def run(program: Server | Client) -> int:
     program.start()
     while not asked.wait(0.5):  # in steps: on Windows a wait without end hides the signal
         pass
-    log_event(logging.INFO, "stopping", signal=names[0])
+    log_event(INFO, "stopping", signal=names[0])
     program.stop()
-    log_event(logging.INFO, "stopped")
+    log_event(INFO, "stopped")
     return 0
 
 
