@@ -123,8 +123,8 @@ class RtunnelError(Exception):
     """The root of what this module raises."""
 
 
-class ConfigError(RtunnelError):
-    """Wrong usage, configuration or file; the message names the option and what to do."""
+class ConfigError(RtunnelError, argparse.ArgumentTypeError):
+    """Wrong usage, configuration or file; the message names what to do. argparse puts the option's name before it."""
 
 
 class ProtocolError(RtunnelError):
@@ -1372,7 +1372,7 @@ class Server:
             cause = session.run()
         finally:
             self._leave(session)
-        event, level = ("session-closed", logging.INFO) if session.is_client else ("refused", logging.WARNING)
+        event, level = ("session-closed", INFO) if session.is_client else ("refused", WARNING)
         log_event(level, event, peer=address, reason=cause)
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
@@ -1563,14 +1563,8 @@ class Client:
             self._sessions.add(session)
         if self._stopping.is_set():
             session.end("stopping")
-        log_event(
-            logging.INFO,
-            "session-opened",
-            server=self._server,
-            remote_port=mapping.remote_port,
-            local=mapping.local,
-            level=0,
-        )
+        wanted = {"remote_port": mapping.remote_port, "local": mapping.local}
+        log_event(INFO, "session-opened", server=self._server, **wanted, level=0)
         try:
             return session.run(), session.has_had_streams()
         finally:
@@ -1584,7 +1578,6 @@ class Client:
 class Option(NamedTuple):
     """One row of the table behind flags, environment, configuration files and help."""
 
-    commands: str  # "server", "client" or both
     group: str
     name: str
     default: Any
@@ -1598,12 +1591,16 @@ def listen_address(text: str) -> Address | None:
     return Address.parse(text, listen=True) if text else None
 
 
-def host_or_none(text: str) -> str:
+def dial_address(text: str) -> Address | None:
+    return Address.parse(text) if text else None
+
+
+def bind_host(text: str) -> str:
     return Address.parse(f"{text}:0", listen=True).host
 
 
 def seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not 0 < float(text) < threading.TIMEOUT_MAX:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not float(text):
         raise ConfigError(f"{text!r} is no time: write a number of seconds above 0")
     return float(text)
 
@@ -1614,28 +1611,28 @@ def log_level(text: str) -> str:
     return text
 
 
-BOTH = "server client"
-OPTIONS = [
-    Option("server", "ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
-    Option(
-        "server", "ports", "public-listen", "", listen_address, "ADDRESS",
-        "one global public port that all clients serve; empty: each client asks for its own",
-    ),
-    Option(
-        "server", "ports", "public-bind", "", host_or_none, "HOST",
-        "the address that ports chosen by clients are opened on; empty: all interfaces",
-    ),
-    Option("client", "tunnel", "server", "", Address.parse, "ADDRESS", "the server's control port; required"),
-    Option("client", "tunnel", "local", "", Address.parse, "ADDRESS", "the local service, host:port"),
-    Option("client", "tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
-    Option(
-        "client", "tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
-        "remote port and local service, instead of the two above; repeatable, in a file a list [a, b]",
-        repeatable=True,
-    ),
-    Option("client", "tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
-    Option(BOTH, "log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
-]  # fmt: skip
+# fmt: off
+LOG_OPTIONS = [Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error")]
+OPTIONS = {
+    "server": [
+        Option("ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
+        Option("ports", "public-listen", "", listen_address, "ADDRESS",
+               "one global public port that all clients serve; empty: each client asks for its own"),
+        Option("ports", "public-bind", "", bind_host, "HOST",
+               "the address that ports chosen by clients are opened on; empty: all interfaces"),
+        *LOG_OPTIONS,
+    ],
+    "client": [
+        Option("tunnel", "server", "", dial_address, "ADDRESS", "the server's control port; required"),
+        Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
+        Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
+        Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
+               "remote port and local service, instead of the two above; repeatable, in a file a list [a, b]", True),
+        Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
+        *LOG_OPTIONS,
+    ],
+}
+# fmt: on
 
 
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
@@ -1646,7 +1643,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     def parse(self, stream: TextIO) -> dict[str, Any]:
         settings: dict[str, Any] = super().parse(stream)
         for key in settings:
-            if not any(key == option.name and self.command in option.commands.split() for option in OPTIONS):
+            if not any(key == option.name for option in OPTIONS[self.command]):
                 raise configargparse.ConfigFileParserException(f"{stream.name}: unknown key {key!r}; --help lists all")
         return settings
 
@@ -1672,29 +1669,13 @@ def add_command(commands: Any, command: str, summary: str) -> None:
         "--print-config", action="store_true", help="show each setting and where it came from, and exit"
     )
     groups: dict[str, Any] = {}
-    for option in OPTIONS:
-        if command in option.commands.split():
-            if option.group not in groups:
-                groups[option.group] = parser.add_argument_group(option.group)
-            groups[option.group].add_argument(
-                f"--{option.name}",
-                default=option.default,
-                type=_argument(option.parse),
-                metavar=option.metavar,
-                help=option.help,
-                action="append" if option.repeatable else "store",
-            )
+    for option in OPTIONS[command]:
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        action = "append" if option.repeatable else "store"
+        groups[option.group].add_argument(f"--{option.name}", default=option.default, type=option.parse,
+            metavar=option.metavar, help=option.help, action=action)  # fmt: skip
     parser.set_defaults(parser=parser, command=command)
-
-
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
 
 
 def make_server(settings: argparse.Namespace) -> Server:
