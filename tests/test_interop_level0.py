@@ -61,7 +61,7 @@ def check_serves(peer: NaivePeer, public: Address, stream: int) -> None:
 
 
 def test_a_stream_byte_for_byte(server: Factory) -> None:
-    """[O-3], [S-1]: INIT opens the port that it names; NEW_CONN, DATA and CLOSE_CONN are the bytes of the frame table."""
+    """[O-3], [S-1]: INIT opens the port that it names; a stream is the bytes of the frame table."""
     program = server()
     port = free_port()
     with NaivePeer.connect(program.control_address) as peer:
