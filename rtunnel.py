@@ -242,11 +242,11 @@ class Init(NamedTuple):
 
     @classmethod
     def parse(cls, payload: bytes) -> Init:
-        """Raises ProtocolError where the text before the first ':' is no port."""
-        port, _, rest = payload.partition(b":")
-        if not re.fullmatch(rb"[0-9]{1,5}", port) or int(port) > 65535:
-            raise ProtocolError(f"INIT asks for port {port[:16]!r}, a number from 0 to 65535 is wanted")
-        return cls(int(port), rest.split(b"\n")[0].decode("ascii", "replace"))
+        """Raises ProtocolError where no port stands before the first ':'."""
+        found = re.match(rb"([0-9]{1,5}):([^\n]*)", payload)
+        if not found or int(found[1]) > 65535:
+            raise ProtocolError(f"INIT is {payload[:32]!r}, PORT:LOCAL with a port from 0 to 65535 is wanted")
+        return cls(int(found[1]), found[2].decode("ascii", "replace"))
 
     def payload(self) -> bytes:
         return f"{self.port}:{self.local}".encode("ascii")
@@ -626,41 +626,60 @@ class Writer:
         self._changed = threading.Condition(self._lock)  # the control sender waits here, at the end the reader too
         # guarded by _lock
         self._control: list[bytes] = []
-        self._small: list[bytes] = []
+        self._small: list[tuple[Stream, bytes]] = []
         self._small_bytes = 0
-        self._waiting: collections.deque[threading.Lock] = collections.deque()  # each released when its turn comes
-        self._holder: int | None = None  # the thread that has the turn; GRANTED between two holders
-        self._sender_next = False  # the turn was left to the control sender
+        self._waiting: collections.deque[tuple[threading.Lock, Stream]] = collections.deque()  # each with its ticket
+        self._holder: object = None  # who has the turn: a thread's id; between two, the next one's ticket, or SENDER
         self._woken = False
         self._cause: str | None = None
 
-    _GRANTED = -1
+    SENDER = "the control sender"
 
-    def send(self, frame: bytes | memoryview) -> None:
-        """Send a stream's frame behind all its earlier ones; waits while the transport is slow. Raises SessionEnded."""
+    def send(self, stream: Stream, frame: bytes | memoryview) -> None:
+        """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
+
+        What comes after the stream's `cut` is dropped. Raises SessionEnded.
+        """
+        own: bytes | memoryview | None = frame
         with self._lock:
             self._check_open_locked()
-            if self._holder is None:
-                self._holder = threading.get_ident()
-                ticket = None
-            elif (
-                len(frame) <= SMALL_FRAME_BYTES
-                and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
-                and len(self._small) < SMALL_QUEUE_FRAMES
-            ):
-                self._small.append(bytes(frame))
+            if stream.cut:
+                return
+            if self._holder is not None and self._fits_locked(frame):
+                self._small.append((stream, bytes(frame)))
                 self._small_bytes += len(frame)
                 return
+            ticket = None
+            if self._holder is None:
+                self._holder = threading.get_ident()
             else:
                 ticket = threading.Lock()
                 ticket.acquire()
-                self._waiting.append(ticket)
-        if ticket:
-            ticket.acquire()
+                self._waiting.append((ticket, stream))
+        if ticket is not None:
+            ticket.acquire()  # released with the turn, at the stream's cut, or at the end
             with self._lock:
-                self._check_open_locked()  # the end wakes all who wait, without giving them the turn
+                self._check_open_locked()
+                if self._holder is not ticket:
+                    return
                 self._holder = threading.get_ident()
-        self._write(frame)
+                own = None if stream.cut else frame
+        self._write(own)
+
+    def _fits_locked(self, frame: bytes | memoryview) -> bool:
+        fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
+        return fits and len(self._small) < SMALL_QUEUE_FRAMES
+
+    def cut(self, stream: Stream, frame: bytes) -> None:
+        """Queue the stream's last frame ahead of all DATA; its own that is still here is dropped. Never waits."""
+        with self._lock:
+            stream.cut = True
+            self._small = [entry for entry in self._small if entry[0] is not stream]
+            self._small_bytes = sum(len(entry[1]) for entry in self._small)
+            for ticket in [ticket for ticket, waiting in self._waiting if waiting is stream]:
+                self._waiting.remove((ticket, stream))
+                ticket.release()
+        self.post(frame)
 
     def post(self, frame: bytes, *, wake: bool = True) -> None:
         """Queue a control frame, ahead of all DATA; never waits. Without `wake` the caller must `push` it."""
@@ -695,21 +714,20 @@ class Writer:
             if not self._has_work_locked():
                 return
             self._holder = threading.get_ident()
-            self._sender_next = False
         self._write()
 
     def _has_work_locked(self) -> bool:
         free = self._holder is None and bool(self._control or self._woken)
-        return free or self._sender_next or self._cause is not None
+        return free or self._holder is self.SENDER or self._cause is not None
 
     def close(self, cause: str) -> None:
         """No more frames; everybody who waits gets SessionEnded. Never waits; the first cause stays."""
         with self._lock:
             self._cause = self._cause or cause
-            for ticket in self._waiting:
+            for ticket, _ in self._waiting:
                 ticket.release()
             self._waiting.clear()
-            if self._holder == self._GRANTED:
+            if not isinstance(self._holder, int):  # whoever was to have the turn next will not take it
                 self._holder = None
             self._changed.notify_all()
 
@@ -745,7 +763,7 @@ class Writer:
         with self._lock:
             assert self._holder == threading.get_ident(), "only the holder of the turn writes"
             flush, self._woken = self._woken, False
-            frames: list[bytes | memoryview] = [*self._control, *self._small]
+            frames: list[bytes | memoryview] = [*self._control, *(small for _, small in self._small)]
             self._control.clear()
             self._small.clear()
             self._small_bytes = 0
@@ -761,11 +779,10 @@ class Writer:
             if self._cause is not None:
                 self._changed.notify_all()
             elif self._waiting:
-                self._holder = self._GRANTED
-                self._waiting.popleft().release()
+                self._holder, _ = self._waiting.popleft()
+                self._holder.release()
             elif self._control or self._small or self._woken:
-                self._holder = self._GRANTED
-                self._sender_next = True
+                self._holder = self.SENDER
                 self._changed.notify_all()
 
 
@@ -811,6 +828,8 @@ class Stream:
         self._ended_at = 0.0  # when FIN was sent, on the monotonic clock
         self._aborted: str | None = None  # the first cause
         self._closed = False
+        # guarded by Writer._lock
+        self.cut = False  # this side's last frame is queued
         if sock is not None:
             with self._lock:
                 self._attach_locked(sock)
@@ -849,7 +868,7 @@ class Stream:
             else:
                 self._end_inbound_locked()
         if answer:
-            self._session.writer.post(encode(FrameType.CLOSE_CONN, self.number))
+            self._session.writer.cut(self, encode(FrameType.CLOSE_CONN, self.number))
         self._session.after(LINGER_S, self._check_linger)
 
     def _check_linger(self) -> None:
@@ -937,7 +956,7 @@ class Stream:
                 continue  # discarded: the peer has forgotten the stream
             # The header stands in front of the payload: no copy on the way to the transport.
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
-            self._session.writer.send(buffer[: HEADER_BYTES + count])
+            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
             if count == len(buffer) - HEADER_BYTES < MAX_DATA_SENT_BYTES:
                 buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_SENT_BYTES))
@@ -962,7 +981,7 @@ class Stream:
                 self._end_inbound_locked()  # level 0: the first end of file ends both directions
         if send:
             payload = (reason or "").encode("ascii", "replace")[:MAX_REASON_BYTES]
-            self._session.writer.send(encode(FrameType.CLOSE_CONN, self.number, payload))
+            self._session.writer.send(self, encode(FrameType.CLOSE_CONN, self.number, payload))
 
     def _close(self) -> None:
         with self._lock:
@@ -1081,8 +1100,8 @@ class Session:
 
     Threads: `run` is the session reader; `_send_control` the control sender; everything public else from any.
     Locking: `_lock` guards everything below the marker. Writer._lock may be taken under it, as `post` never waits.
-    Invariant: a stream is in `_streams` from before its NEW_CONN is sent until its socket is closed; ids rise and
-    are never used again, so a frame can never meet another stream's socket.
+    Invariant: a stream is in `_streams` from before its NEW_CONN is sent until its socket is closed. Our ids rise
+    and are never used again, and each session has its own streams, so a frame never meets another stream's socket.
     """
 
     refusal_is_silent = False  # a bare CLOSE_CONN before any DATA means "refused": what the original's client sends
@@ -1239,7 +1258,7 @@ class Session:
         assert self._lock.locked()
         if self._cause is not None:
             raise SessionEnded(self._cause)
-        self._last_stream = stream.number
+        self._last_stream = max(self._last_stream, stream.number)
         self._streams[stream.number] = stream
 
 
@@ -1483,8 +1502,9 @@ class ClientSession(Session):
             super().on_frame(frame)
             return
         with self._lock:
-            if frame.stream <= self._last_stream:
-                raise ProtocolError(f"NEW_CONN for stream {frame.stream} after stream {self._last_stream}")
+            # The original numbers its visitors before it takes their turn to write, so its ids may come in any order.
+            if frame.stream in self._streams or not frame.stream:
+                raise ProtocolError(f"NEW_CONN for stream {frame.stream}, which is open")
             stream = Stream(self, frame.stream, None, "")
             self._add_locked(stream)
         try:
