@@ -464,10 +464,11 @@ def dial(address: Address, seconds: float) -> socket.socket:
     raise error or OSError(f"{address.host} has no address")
 
 
-def reset_at_close(sock: socket.socket) -> None:
-    """Make `close` send RST: the other end must not take what it got for the whole."""
-    linger = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)  # struct linger has u_short on Windows
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
+    """Make `close` send RST, that of the kernel too when the process is killed; or, at a clean end, FIN again."""
+    linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)  # struct linger has u_short on Windows
+    with contextlib.suppress(OSError):  # macOS: the peer's reset was faster
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 def reason_of(error: BaseException) -> str:
@@ -827,6 +828,7 @@ class Stream:
         self._close_sent = False  # each side sends exactly one CLOSE_CONN
         self._ended_at = 0.0  # when FIN was sent, on the monotonic clock
         self._aborted: str | None = None  # the first cause
+        self._lingered = False  # 5 s have passed since then: no more is discarded
         self._closed = False
         # guarded by Writer._lock
         self.cut = False  # this side's last frame is queued
@@ -872,13 +874,15 @@ class Stream:
         self._session.after(LINGER_S, self._check_linger)
 
     def _check_linger(self) -> None:
-        """The control sender's: a socket that does not answer our FIN within 5 s is reset."""
+        """The control sender's: a socket that has not answered our FIN within 5 s is closed; the kernel delivers on."""
         with self._lock:
             over = self._inbound is Inbound.ENDED
             wait = self._ended_at + LINGER_S - time.monotonic() if over else LINGER_S
-            if wait <= 0:
-                self._abort_locked("no end of file within 5 s of ours")
             if self._closed or self._aborted is not None:
+                return
+            if wait <= 0:
+                self._lingered = True
+                self._wake_pump_locked()
                 return
         self._session.after(wait, self._check_linger)
 
@@ -896,11 +900,14 @@ class Stream:
         self._aborted = reason
         self._queued -= len(self._queue)
         self._queue = bytearray()
+        self._wake_pump_locked()
+        self._changed.notify_all()
+
+    def _wake_pump_locked(self) -> None:
+        assert self._lock.locked()
         if self._sock is not None:
             with contextlib.suppress(OSError):
-                reset_at_close(self._sock)
-                self._sock.shutdown(socket.SHUT_RD)  # wakes the pump; SHUT_WR would send FIN, a clean end
-        self._changed.notify_all()
+                self._sock.shutdown(socket.SHUT_RD)  # SHUT_WR would send FIN, a clean end
 
     # -- the pump
 
@@ -934,9 +941,8 @@ class Stream:
 
     def _attach_locked(self, sock: socket.socket) -> bool:
         sock.setblocking(DONT_WAIT is not None)
+        reset_at_close(sock)  # from the start: whatever kills this process, no end that is not clean looks clean
         self._sock = sock
-        if self._aborted is not None:  # while it was dialled
-            reset_at_close(sock)
         return self._settle_locked()
 
     def _pump(self) -> None:
@@ -944,13 +950,13 @@ class Stream:
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(HEADER_BYTES + FIRST_BUFFER_BYTES))
-        while self._aborted is None:
+        while self._aborted is None and not self._lingered:
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES:])
             except OSError as error:
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
-            if self._aborted is not None or not count:
+            if not count or self._aborted is not None:
                 return
             if self._peer_closed:
                 continue  # discarded: the peer has forgotten the stream
@@ -964,7 +970,7 @@ class Stream:
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
             if DONT_WAIT is None and not wait_ready(sock, writing=False, seconds=DRAIN_STEP_S):
-                if self._aborted is not None:
+                if self._aborted is not None or self._lingered:
                     return 0
                 continue
             try:
@@ -991,6 +997,7 @@ class Stream:
             self._inbound = Inbound.ENDED
             self._closed = True
         if sock is not None:
+            reset_at_close(sock, self._aborted is not None)
             sock.close()
         self._session.forget(self)
         log_event(
@@ -1346,7 +1353,7 @@ class Server:
         return self._public_address is not None
 
     def start(self) -> None:
-        """Open the ports. Raises ConfigError where one cannot be bound."""
+        """Open the ports. Raises RtunnelError where one cannot be bound."""
         wanted = [("control", self._control_address, self.serve_control)]
         if self._public_address is not None:
             wanted.insert(0, ("public", self._public_address, self._serve_global_visitor))
@@ -1355,7 +1362,7 @@ class Server:
                 listener = Listener(address, self._pool, handle)
             except OSError as error:
                 self.stop()
-                raise ConfigError(f"--{kind}-listen {address}: {reason_of(error)}") from error
+                raise RtunnelError(f"--{kind}-listen {address}: {reason_of(error)}") from error
             self._listeners.append(listener)
             log_event(INFO, "listening", kind=kind, address=listener.address)
 
@@ -1449,8 +1456,7 @@ class Server:
             tune(sock)
             session.serve_visitor(sock, address)
         except (SessionEnded, OSError) as error:
-            with contextlib.suppress(OSError):
-                reset_at_close(sock)
+            reset_at_close(sock)
             log_event(WARNING, "visitor-refused", peer=address, reason=reason_of(error))
 
 
@@ -1767,6 +1773,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(make_server(settings) if settings.command == "server" else make_client(settings))
     except ConfigError as error:
         return settings.parser.error(str(error))  # type: ignore[no-any-return]
+    except RtunnelError as error:
+        log_event(ERROR, "failed", reason=error)
+        return 1
 
 
 if __name__ == "__main__":
