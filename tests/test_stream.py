@@ -1,0 +1,840 @@
+"""What a session is made of: streams, the threads they run in, the ports they come from, and the safety nets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import random
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from naive_peer import CLOSE_CONN, DATA, NEW_CONN, NaivePeer, frame
+from support import (
+    Record,
+    connect,
+    echo_service,
+    ends_with,
+    eventually,
+    parse_line,
+    read_all,
+    read_exactly,
+    reset,
+    running,
+)
+from tunnels import closed_port, tcp_pair
+
+import rtunnel
+
+LOOPBACK = rtunnel.Address("127.0.0.1", 0)
+BIG = random.Random(1).randbytes(600_000)  # more than the small sockets of these tests hold, less than a queue
+
+
+class Log(logging.Handler):
+    """The program's log, line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"2026-01-01T00:00:00.000Z {record.levelname} {record.getMessage()}")
+
+    def records(self, event: str) -> list[Record]:
+        parsed = [parse_line(line) for line in self.lines]
+        return [record for record in parsed if record and record.event == event]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """What the program logs in this process, at debug level."""
+    handler = Log()
+    before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
+    rtunnel.LOG.setLevel(logging.DEBUG)
+    rtunnel.LOG.handlers[:] = [handler]
+    rtunnel.LOG.propagate = False
+    yield handler
+    rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = before
+
+
+@pytest.fixture(params=["direct", "polled"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MSG_DONTWAIT, and the way of systems that have none."""
+    if request.param == "polled":
+        monkeypatch.setattr(rtunnel, "DONT_WAIT", None)
+
+
+@pytest.fixture
+def pool() -> Iterator[rtunnel.Pool]:
+    """A pool that is closed after the test, with no thread left."""
+    made = rtunnel.Pool()
+    yield made
+    made.close(rtunnel.Deadline(10))
+
+
+class Bench:
+    """A session whose peer, and whose streams' visitors, the test plays."""
+
+    def __init__(self, pool: rtunnel.Pool) -> None:
+        near, far = tcp_pair()
+        self.pool = pool
+        self.peer = NaivePeer(far)
+        self.session = rtunnel.Session(rtunnel.PlainTransport(near), pool)
+        self.started: list[str] = []
+        start = self.session.start_thread
+
+        def noting(name: str, *task: Any) -> None:
+            self.started.append(name)
+            start(name, *task)
+
+        self.session.start_thread = noting  # type: ignore[method-assign]
+
+    def drainers(self) -> int:
+        """How many drainers have been started."""
+        return sum(name.startswith("drainer") for name in self.started)
+
+    def open(self, sock: socket.socket | None, dial: Callable[[], socket.socket] | None = None) -> rtunnel.Stream:
+        """A stream with its pump at work: of an accepted socket, or of one that it dials."""
+        with self.session._lock:
+            stream = rtunnel.Stream(self.session, self.session._last_stream + 1, sock, "visitor")
+            self.session._add_locked(stream)
+        self.pool.run(f"pump {stream.number}", stream.run, dial)
+        return stream
+
+
+@pytest.fixture
+def bench(pool: rtunnel.Pool) -> Iterator[Bench]:
+    """A session at work; ended after the test."""
+    made = Bench(pool)
+    with running(made.session.run, lambda: made.session.end("the test is over")):
+        yield made
+    made.peer.sock.close()
+
+
+@pytest.fixture
+def visitor() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The two ends of a visitor's connection, both with small buffers: the tunnel's, and the visitor's own."""
+    near, far = tcp_pair(receive_buffer=8192)
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    yield near, far
+    far.close()
+
+
+Ends = tuple[socket.socket, socket.socket]
+
+
+# --- a stream: from the tunnel to the socket ----------------------------------------------------------------
+
+
+def test_what_the_socket_takes_needs_no_drainer(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """Where nothing is queued, the reader itself gives DATA to the socket."""
+    near, far = visitor
+    bench.open(near)
+    for number in range(50):
+        bench.peer.send_frame(DATA, 1, b"%04d" % number)
+        assert read_exactly(far, 4) == b"%04d" % number
+    assert bench.drainers() == 0
+
+
+def test_a_slow_socket_has_a_drainer(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """What the socket does not take is queued, one drainer writes it in order, and later DATA goes behind it."""
+    near, far = visitor
+    bench.open(near)
+    for start in range(0, len(BIG), 50_000):
+        bench.peer.send_frame(DATA, 1, BIG[start : start + 50_000])
+    eventually(bench.drainers)
+    assert read_exactly(far, len(BIG)) == BIG
+    bench.peer.send_frame(DATA, 1, b"behind")
+    assert read_exactly(far, 6) == b"behind"
+    assert bench.drainers() < 10
+
+
+def test_the_drainers_handover_loses_nothing(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """Drainers that end while DATA arrives, thousands of times over: no byte is lost, doubled or out of order."""
+    near, far = visitor
+    bench.open(near)
+    source = random.Random(2)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    digits = b"".join(b"%06d" % number for number in range(200_000))
+    try:
+
+        def feed() -> None:
+            at = 0
+            while at < len(digits):
+                count = source.randint(1, 6000)
+                bench.peer.send_frame(DATA, 1, digits[at : at + count])
+                at += count
+
+        with running(feed):
+            assert read_exactly(far, len(digits)) == digits
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_the_end_goes_behind_what_is_queued(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """A bare CLOSE_CONN is a clean end behind all DATA before it, and is answered by one bare CLOSE_CONN."""
+    near, far = visitor
+    bench.open(near)
+    bench.peer.send_frame(DATA, 1, BIG)
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    assert bench.peer.read_close(1) == b""
+    assert read_all(far) == BIG
+    far.shutdown(socket.SHUT_WR)
+    eventually(lambda: bench.session.stream_count() == 0)
+    bench.peer.expect_silence(0.05)
+
+
+def test_a_reason_resets_at_once(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """A CLOSE_CONN with a reason resets the socket, whatever is queued for it."""
+    near, far = visitor
+    bench.open(near)
+    bench.peer.send_frame(DATA, 1, BIG)
+    eventually(bench.drainers)
+    bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert ends_with(far) == "reset"
+
+
+def test_an_abort_ends_both_directions(bench: Bench, visitor: Ends, log: Log, both_paths: None) -> None:
+    """An abort resets the socket also under a drainer at work, tells the peer the first cause, and logs that."""
+    near, far = visitor
+    stream = bench.open(near)
+    bench.peer.send_frame(DATA, 1, BIG)
+    eventually(bench.drainers)
+    stream.abort("the first cause")
+    stream.abort("another")
+    assert bench.peer.read_close(1) == b"the first cause"
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert ends_with(far) == "reset"
+    (closed,) = log.records("stream-closed")
+    assert closed.fields["reason"] == "the first cause"
+    bench.peer.send_frame(DATA, 1, b"dropped")
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    bench.peer.expect_silence(0.05)
+
+
+def test_a_full_queue_is_one_mebibyte_and_no_more(
+    bench: Bench, visitor: Ends, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At level 0 a stream queues 1 MiB; then its feeder waits, at most for the limit, and the stream is reset."""
+    monkeypatch.setattr(rtunnel, "LEVEL_0_WAIT_S", 0.2)
+    assert rtunnel.LEVEL_0_QUEUE_BYTES == 1 << 20
+    near, far = visitor
+    stream = bench.open(near)
+    fed = 0
+    part = memoryview(bytes(16 * 1024))
+    while bench.session.stream_count() and fed < 8 << 20:
+        before = time.monotonic()
+        stream.feed(part)
+        if time.monotonic() - before > 0.15:
+            break
+        fed += len(part)
+    assert 1 << 20 <= fed <= (1 << 20) + (512 << 10)  # and what the two small sockets hold
+    assert bench.peer.read_close(1) == b"stalled"
+    assert ends_with(far) == "reset"
+
+
+def test_room_is_given_back(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """A feeder that waits for room goes on as soon as the socket has taken some: 4 MB pass through one stream."""
+    near, far = visitor
+    stream = bench.open(near)
+    with running(lambda: [stream.feed(memoryview(BIG)) for _ in range(7)]):
+        assert read_exactly(far, 7 * len(BIG)) == BIG * 7
+
+
+# --- a stream: its pump -------------------------------------------------------------------------------------
+
+
+def test_the_pump_sends_what_it_reads(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """What the socket says leaves as DATA, its end of file as one bare CLOSE_CONN behind it."""
+    near, far = visitor
+    bench.open(near)
+    with running(lambda: (far.sendall(BIG), far.shutdown(socket.SHUT_WR))):
+        bench.peer.expect_data(1, BIG)
+        assert bench.peer.read_close(1) == b""
+    assert ends_with(far) == "eof"
+
+
+def test_a_reset_is_told_with_its_reason(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """A socket's reset leaves as CLOSE_CONN with the reason "reset"."""
+    near, far = visitor
+    bench.open(near)
+    reset(far)
+    assert bench.peer.read_close(1) == b"reset"
+
+
+def test_nothing_is_said_after_the_peers_end(bench: Bench, visitor: Ends) -> None:
+    """What a socket still says after the peer's CLOSE_CONN is discarded, so that its own end stays clean."""
+    near, far = visitor
+    bench.open(near)
+    bench.peer.send_frame(DATA, 1, b"bye")
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    assert bench.peer.read_close(1) == b""
+    assert read_all(far) == b"bye"
+    far.sendall(BIG)
+    far.shutdown(socket.SHUT_WR)
+    eventually(lambda: bench.session.stream_count() == 0)
+    bench.peer.expect_silence(0.05)
+
+
+def test_a_socket_that_stays_is_left(bench: Bench, visitor: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that does not answer our end with its own is closed after the limit, without a reset."""
+    monkeypatch.setattr(rtunnel, "LINGER_S", 0.1)
+    near, far = visitor
+    bench.open(near)
+    bench.peer.send_frame(DATA, 1, b"bye")
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert read_all(far) == b"bye"
+
+
+def test_the_sessions_end_resets_its_streams(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """When a session ends, each of its streams is reset and closed."""
+    near, far = visitor
+    bench.open(near)
+    bench.peer.send_frame(DATA, 1, b"half")
+    assert read_exactly(far, 4) == b"half"
+    bench.session.end("any cause")
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert ends_with(far) == "reset"
+
+
+def test_no_stream_on_a_session_that_has_ended(bench: Bench) -> None:
+    """A session that has ended takes no stream."""
+    bench.session.end("the cause")
+    with pytest.raises(rtunnel.SessionEnded, match="the cause"):
+        bench.open(None)
+
+
+class WatchedSocket(socket.socket):
+    """Notes who closes it, and whether a call was at work on it then."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(fileno=sock.detach())
+        self.at_work = 0
+        self.closed_by: list[str] = []
+        self.closed_under = 0
+        self.tell_error_late = threading.Event()  # a failing send waits for it, at most 0.3 s
+        self.failed = threading.Event()  # a send has met an error
+        self.receive_last = False  # a receive that meets an end lets a send meet it first
+
+    def send(self, *args: Any) -> int:
+        self.at_work += 1
+        try:
+            return super().send(*args)
+        except BlockingIOError:
+            raise
+        except OSError:
+            self.failed.set()
+            self.tell_error_late.wait(0.3)
+            raise
+        finally:
+            self.at_work -= 1
+
+    def recv_into(self, *args: Any) -> int:
+        if self.receive_last:
+            poll = select.poll()
+            poll.register(self, select.POLLIN)
+            poll.poll(10_000)
+            self.failed.wait(10)
+        self.at_work += 1
+        try:
+            return super().recv_into(*args)
+        finally:
+            self.at_work -= 1
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            self.closed_by.append(threading.current_thread().name)
+            self.closed_under += self.at_work
+        super().close()
+
+
+@pytest.mark.parametrize("end", ["abort", "session", "visitor", "peer"])
+def test_only_the_pump_closes_the_socket(bench: Bench, visitor: Ends, end: str, both_paths: None) -> None:
+    """However a stream ends, with a drainer at work: its pump alone closes the socket, once, and under no other
+    call."""
+    near, far = visitor
+    watched = WatchedSocket(near)
+    stream = bench.open(watched)
+    bench.peer.send_frame(DATA, 1, BIG)
+    eventually(bench.drainers)
+    if end == "abort":
+        stream.abort("because")
+    elif end == "session":
+        bench.session.end("because")
+    elif end == "visitor":
+        reset(far)
+    else:
+        bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
+    eventually(lambda: watched.closed_by)
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert (watched.closed_by, watched.closed_under) == (["pump 1"], 0)
+
+
+def test_a_reset_that_the_drainer_meets_first(bench: Bench, visitor: Ends) -> None:
+    """A reset that the drainer's send has met, so that the pump's receive sees a mere end, is told as a reset."""
+    near, far = visitor
+    watched = WatchedSocket(near)
+    watched.receive_last = True
+    bench.open(watched)
+    bench.peer.send_frame(DATA, 1, BIG)
+    eventually(bench.drainers)
+    reset(far)
+    assert bench.peer.read_close(1) == b"reset"
+    watched.tell_error_late.set()
+
+
+# --- a stream that dials ------------------------------------------------------------------------------------
+
+
+class Dial:
+    """A dial that ends when the test says so."""
+
+    def __init__(self, result: socket.socket | OSError) -> None:
+        self.answer = threading.Event()
+        self._result = result
+
+    def __call__(self) -> socket.socket:
+        self.answer.wait(10)
+        if isinstance(self._result, OSError):
+            raise self._result
+        return self._result
+
+
+@pytest.mark.parametrize("size", [5, len(BIG)])
+@pytest.mark.parametrize("closes", [False, True])
+def test_what_comes_while_it_dials_waits(
+    bench: Bench, visitor: Ends, size: int, closes: bool, both_paths: None
+) -> None:
+    """DATA, and a clean end, that come before the local service has answered reach it afterwards, in order."""
+    near, far = visitor
+    dial = Dial(near)
+    bench.open(None, dial)
+    bench.peer.send_frame(DATA, 1, BIG[:size])
+    if closes:
+        bench.peer.send_frame(CLOSE_CONN, 1)
+        assert bench.peer.read_close(1) == b""
+    dial.answer.set()
+    assert read_exactly(far, size) == BIG[:size]
+    if not closes:
+        bench.peer.send_frame(CLOSE_CONN, 1)
+    assert ends_with(far) == "eof"
+
+
+def test_an_abort_while_it_dials(bench: Bench, visitor: Ends) -> None:
+    """A stream that is aborted while it dials resets the connection that it gets."""
+    near, far = visitor
+    dial = Dial(near)
+    bench.open(None, dial)
+    bench.peer.send_frame(DATA, 1, b"x")
+    bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
+    bench.peer.read_close(1)
+    dial.answer.set()
+    assert ends_with(far) == "reset"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), b"refused"),
+        (TimeoutError("timed out"), b"time"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), b"Name or service not known"),
+    ],
+)
+def test_a_dial_that_fails(bench: Bench, error: OSError, reason: bytes) -> None:
+    """A dial that fails leaves as one CLOSE_CONN with the reason, and the stream is gone."""
+    dial = Dial(error)
+    bench.open(None, dial)
+    dial.answer.set()
+    assert bench.peer.read_close(1).startswith(reason)
+    eventually(lambda: bench.session.stream_count() == 0)
+
+
+# --- dialling and waiting -----------------------------------------------------------------------------------
+
+
+def test_a_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name's addresses are tried in order until one answers; if none does, the first error is told."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, closed_port() as closed:
+        port = listener.getsockname()[1]
+        row = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
+        found: list[Any] = [(*row, closed), (*row, ("127.0.0.1", port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        rtunnel.dial(rtunnel.Address("two.example", 1), 5).close()
+        found.pop()
+        with pytest.raises(ConnectionRefusedError):
+            rtunnel.dial(rtunnel.Address("one.example", 1), 5)
+        found.pop()
+        with pytest.raises(OSError, match=r"none\.example"):
+            rtunnel.dial(rtunnel.Address("none.example", 1), 5)
+
+
+@pytest.mark.parametrize("with_poll", [True, False])
+def test_waiting_for_a_socket(visitor: Ends, monkeypatch: pytest.MonkeyPatch, with_poll: bool) -> None:
+    """A wait tells whether the socket can be read or written, where the system has poll and where it has not."""
+    if not with_poll:
+        monkeypatch.delattr(select, "poll")
+    near, far = visitor
+    with near:
+        assert rtunnel.wait_ready(near, writing=True, seconds=1)
+        assert not rtunnel.wait_ready(near, writing=False, seconds=0.01)
+        far.sendall(b"x")
+        assert rtunnel.wait_ready(near, writing=False, seconds=1)
+
+
+# --- the pool -----------------------------------------------------------------------------------------------
+
+
+def test_idle_threads_are_used_again(pool: rtunnel.Pool) -> None:
+    """A task that finds an idle thread runs in it, under its own name."""
+    seen: list[tuple[threading.Thread, str]] = []
+    for number in range(20):
+        done = threading.Event()
+
+        def task(number: int = number, done: threading.Event = done) -> None:
+            seen.append((threading.current_thread(), threading.current_thread().name))
+            done.set()
+
+        pool.run(f"task {number}", task)
+        assert done.wait(10)
+        eventually(lambda: pool._idle)
+    assert len({thread for thread, _ in seen}) == 1
+    assert [name for _, name in seen] == [f"task {number}" for number in range(20)]
+
+
+def test_tasks_run_at_the_same_time(pool: rtunnel.Pool) -> None:
+    """No task waits for another's thread."""
+    together = threading.Barrier(30)
+    for _ in range(30):
+        pool.run("task", together.wait, 10)
+    eventually(lambda: pool._idle == 30)
+    assert not together.broken
+
+
+def test_a_task_that_fails_costs_no_thread(pool: rtunnel.Pool, log: Log) -> None:
+    """An error that escapes a task is logged with its traceback, and the thread works on."""
+    pool.run("failing", lambda: 1 // 0)
+    eventually(lambda: pool._idle)
+    (record,) = log.records("internal-error")
+    assert "ZeroDivisionError" in record.fields["traceback"]
+    assert record.fields["thread"] == "failing"
+
+
+def test_idle_threads_end(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that has had no work for a time ends."""
+    monkeypatch.setattr(rtunnel, "POOL_IDLE_S", 0.01)
+    pool.run("task", lambda: None)
+    eventually(lambda: not any(thread.name == "task" for thread in threading.enumerate()))
+
+
+def test_a_task_is_never_lost_to_a_thread_that_ends(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task given in the moment in which an idle thread gives up still runs."""
+    monkeypatch.setattr(rtunnel, "POOL_IDLE_S", 0.0005)
+    source = random.Random(3)
+    for _ in range(300):
+        done = threading.Event()
+        pool.run("task", done.set)
+        assert done.wait(10)
+        threading.Event().wait(source.random() / 1000)
+
+
+def test_closing_while_threads_go_idle(log: Log) -> None:
+    """Closing never waits for a thread that is about to go idle, and takes no more work."""
+    for _ in range(200):
+        pool = rtunnel.Pool()
+        for _ in range(3):
+            pool.run("task", lambda: None)
+        deadline = rtunnel.Deadline(10)
+        pool.close(deadline)
+        assert deadline.remaining() > 5
+        with pytest.raises(rtunnel.PoolClosed):
+            pool.run("task", lambda: None)
+    assert not log.records("internal-error")
+
+
+def test_closing_waits_no_longer_than_its_deadline(log: Log) -> None:
+    """A thread that does not end is waited for until the deadline."""
+    pool, leave = rtunnel.Pool(), threading.Event()
+    pool.run("stubborn", leave.wait)
+    deadline = rtunnel.Deadline(0.05)
+    pool.close(deadline)
+    assert not deadline.remaining()
+    leave.set()
+
+
+def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no thread the caller is told, and the pool can be used on and closed."""
+
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.run("task", lambda: None)
+    done = threading.Event()
+    pool.run("task", done.set)
+    assert done.wait(10)
+
+
+def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that is closed while a thread is being started waits for that one, too."""
+    pool, starting, go_on, ran = rtunnel.Pool(), threading.Event(), threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "task":
+            starting.set()
+            assert go_on.wait(10)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with running(lambda: pool.run("task", ran.set)):
+        assert starting.wait(10)
+        with running(lambda: pool.close(rtunnel.Deadline(10))):
+            go_on.set()
+    assert ran.is_set()
+
+
+# --- the listener -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunnel.Listener]:
+    """A listener on a free port."""
+    listener = rtunnel.Listener(LOOPBACK, pool, handle)
+    try:
+        yield listener
+    finally:
+        listener.stop()
+
+
+def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
+    """Each connection is given to the handler with its peer's address; its return closes the connection."""
+    peers: list[rtunnel.Address] = []
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        peers.append(peer)
+        sock.sendall(b"hello")
+
+    with listening(pool, handle) as listener:
+        assert listener.address.port
+        for _ in range(10):
+            with connect(listener.address) as visitor:
+                assert read_all(visitor) == b"hello"
+                assert peers[-1] == visitor.getsockname()
+
+
+def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:
+    """A handler that asks for a reset gets it: nothing sends FIN before."""
+    with listening(pool, lambda sock, peer: rtunnel.reset_at_close(sock)) as listener:
+        for _ in range(10):
+            with connect(listener.address) as visitor:
+                assert ends_with(visitor) == "reset"
+
+
+def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:
+    """An error that escapes a handler is logged with its traceback and closes its connection alone."""
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        if sock.recv(1) == b"0":
+            raise ZeroDivisionError("this one")
+        sock.sendall(b"fine")
+
+    with listening(pool, handle) as listener:
+        for word, answer in ((b"0", b""), (b"1", b"fine")):
+            with connect(listener.address) as visitor:
+                visitor.sendall(word)
+                assert read_all(visitor) == answer
+    (record,) = log.records("internal-error")
+    assert "ZeroDivisionError: this one" in record.fields["traceback"]
+
+
+def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
+    """When `stop` returns the port is free, at once, also with connections open and others waiting."""
+    leave = threading.Event()
+    try:
+        first = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: leave.wait(10))
+        with connect(first.address), connect(first.address):
+            asked = time.monotonic()
+            first.stop()
+            first.stop()  # a second time: nothing
+            assert time.monotonic() - asked < 0.4, "it waited for its poll interval"
+            second = rtunnel.Listener(first.address, pool, lambda sock, peer: None)
+            second.stop()
+    finally:
+        leave.set()
+
+
+def test_a_listener_drops_what_no_thread_can_serve(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection for which there is no thread is closed, with a line in the log, and the next one is served."""
+    pool = rtunnel.Pool()
+    run = pool.run
+    failures = [RuntimeError("can't start new thread")]
+
+    def fail_once(*task: Any) -> None:
+        if failures:
+            raise failures.pop()
+        run(*task)
+
+    monkeypatch.setattr(pool, "run", fail_once)
+    with listening(pool, lambda sock, peer: sock.sendall(b"hello")) as listener:
+        with connect(listener.address) as visitor:
+            assert read_all(visitor) == b""
+        with connect(listener.address) as visitor:
+            assert read_all(visitor) == b"hello"
+    pool.close(rtunnel.Deadline(10))
+    (record,) = log.records("connection-dropped")
+    assert "thread" in record.fields["reason"]
+
+
+# --- the safety nets ----------------------------------------------------------------------------------------
+
+
+class Boom(Exception):
+    """An error that nobody foresaw."""
+
+
+class Pair:
+    """A server in this process with two clients, played by the test, and their public ports."""
+
+    def __init__(self, serving: rtunnel.Server, log: Log, stack: contextlib.ExitStack) -> None:
+        control = serving._listeners[0].address
+        self.peers: list[NaivePeer] = []
+        self.sessions: list[rtunnel.ServerSession] = []
+        self.publics: list[tuple[str, int]] = []
+        for count in (1, 2):
+            known = set(serving._sessions)
+            self.peers.append(stack.enter_context(NaivePeer.connect(control)))
+            self.peers[-1].send_init(b"0:127.0.0.1:80")
+            eventually(lambda count=count: len(log.records("lease-opened")) == count)  # type: ignore[misc]
+            (session,) = set(serving._sessions) - known
+            self.sessions.append(session)
+            host, _, port = log.records("lease-opened")[-1].fields["address"].rpartition(":")
+            self.publics.append((host, int(port)))
+
+    def check_only_the_first_ended(self, log: Log) -> None:
+        """The first client's session has ended with one line and a traceback; the second's serves."""
+        while True:
+            try:
+                if not self.peers[0].sock.recv(1 << 16):
+                    break
+            except ConnectionError:
+                break
+        eventually(lambda: log.records("session-closed"))
+        (closed,) = log.records("session-closed")
+        assert closed.fields["reason"] == "internal error"
+        eventually(lambda: log.records("internal-error"))
+        (record,) = log.records("internal-error")
+        assert "Boom" in record.fields["traceback"]
+        with connect(self.publics[1]) as visitor:
+            self.peers[1].expect(NEW_CONN, 1)
+            self.peers[1].send_frame(DATA, 1, b"fine")
+            assert read_exactly(visitor, 4) == b"fine"
+        with pytest.raises(ConnectionRefusedError):
+            connect(self.publics[0])
+
+
+@pytest.fixture
+def pair(log: Log) -> Iterator[Pair]:
+    serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1")
+    with contextlib.ExitStack() as stack:
+        serving.start()
+        stack.callback(serving.stop)
+        yield Pair(serving, log, stack)
+
+
+def test_an_internal_error_of_the_reader(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody foresaw in a session's reader is logged with its traceback and ends that session only."""
+
+    def fail(frame: object) -> None:
+        raise Boom
+
+    monkeypatch.setattr(pair.sessions[0], "on_frame", fail)
+    pair.peers[0].send_frame(CLOSE_CONN, 1)
+    pair.check_only_the_first_ended(log)
+
+
+def test_an_internal_error_of_the_sender(pair: Pair, log: Log) -> None:
+    """The same in its control sender."""
+
+    def fail() -> None:
+        raise Boom
+
+    pair.sessions[0].after(0, fail)
+    pair.check_only_the_first_ended(log)
+
+
+def test_an_internal_error_of_a_pump(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in a stream's pump; its visitor sees a reset."""
+    send = rtunnel.Writer.send
+
+    def fail(self: rtunnel.Writer, *args: Any) -> None:
+        if b"boom" in bytes(args[-1]):
+            raise Boom
+        send(self, *args)
+
+    monkeypatch.setattr(rtunnel.Writer, "send", fail)
+    with connect(pair.publics[0]) as visitor:
+        visitor.sendall(b"boom")
+        assert ends_with(visitor) == "reset"
+    pair.check_only_the_first_ended(log)
+
+
+def test_an_internal_error_of_a_drainer(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in a stream's drainer; its visitor sees a reset."""
+
+    def fail(*args: object, **options: object) -> bool:
+        raise Boom
+
+    with socket.socket() as visitor:
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        visitor.connect(pair.publics[0])
+        visitor.settimeout(10)
+        pair.peers[0].expect(NEW_CONN, 1)
+        monkeypatch.setattr(rtunnel, "wait_ready", fail)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(16):  # more than any socket buffer takes
+                pair.peers[0].send(frame(DATA, 1, bytes(1 << 20)))
+        assert ends_with(visitor) == "reset"
+    pair.check_only_the_first_ended(log)
+
+
+def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that nobody foresaw in a client's session is logged and ends that session: the client connects
+    again."""
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.01)
+    with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
+        control.settimeout(5)
+        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
+        asking = rtunnel.Client(rtunnel.Address(*control.getsockname()), [mapping], 1.0)
+        on_frame = rtunnel.ClientSession.on_frame
+        failures = [Boom()]
+
+        def fail_once(self: rtunnel.ClientSession, event: rtunnel.Frame) -> None:
+            if failures:
+                raise failures.pop()
+            on_frame(self, event)
+
+        monkeypatch.setattr(rtunnel.ClientSession, "on_frame", fail_once)
+        asking.start()
+        try:
+            for _ in range(2):
+                with NaivePeer(control.accept()[0]) as peer:
+                    peer.read_frame()
+                    peer.send_frame(NEW_CONN, 1)
+                    peer.send_frame(DATA, 1, b"hello")
+                    with contextlib.suppress(EOFError, ConnectionError):
+                        peer.expect_data(1, b"hello")
+        finally:
+            asking.stop()
+    (record,) = log.records("internal-error")
+    assert "Boom" in record.fields["traceback"]
