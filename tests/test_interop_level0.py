@@ -269,7 +269,8 @@ def test_clients_of_the_global_port(server: Factory) -> None:
 
 def test_the_originals_client_carries_traffic(server: Factory) -> None:
     """The original's client serves 20 visitors at a time through our server, with a lease and on a global port."""
-    leasing, sharing = server(), server("--public-listen", "127.0.0.1:0")
+    leasing = server()
+    sharing = server("--public-listen", "127.0.0.1:0", limits={"SILENT_CLIENT_S": 0.1})
     with echo_service() as service:
         asking = OriginalClient(leasing.control_address, free_port(), service.address)
         silent = OriginalClient(sharing.control_address, 0, service.address)

@@ -178,7 +178,7 @@ def test_a_slow_visitor_is_not_cut_short(server: Factory) -> None:
 def connect_small(address: tuple[str, int]) -> socket.socket:
     """A connection with a small receive buffer."""
     sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     sock.settimeout(10.0)
     sock.connect(address)
     return sock
