@@ -38,6 +38,7 @@ def test_defect_01_bytes_never_reach_the_wrong_visitor(server: Factory, client: 
         with connect(first.lease_address()) as visitor:
             assert read_exactly(visitor, 9) == b"visitor 1"
             first.kill()
+            assert ends_with(visitor) == "reset"
         second = server("--control-listen", control)
         with connect(second.lease_address()) as visitor:
             assert read_exactly(visitor, 9) == b"visitor 2"

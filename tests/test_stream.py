@@ -28,7 +28,7 @@ from support import (
     reset,
     running,
 )
-from tunnels import closed_port, tcp_pair
+from tunnels import closed_port, tcp_pair, visit
 
 import rtunnel
 
@@ -637,8 +637,7 @@ def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:
     """A handler that asks for a reset gets it: nothing sends FIN before."""
     with listening(pool, lambda sock, peer: rtunnel.reset_at_close(sock)) as listener:
         for _ in range(10):
-            with connect(listener.address) as visitor:
-                assert ends_with(visitor) == "reset"
+            assert visit(listener.address) == "reset"
 
 
 def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:

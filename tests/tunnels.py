@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from support import Address, Program, Service, connect, eventually, read_exactly
+from support import Address, Program, Service, connect, ends_with, eventually, read_exactly
 
 Factory = Callable[..., Program]
 
@@ -68,6 +68,16 @@ def open_tunnel(
         serving.wait_for("session-opened")
         return Tunnel(serving, asking, serving.public_address)
     return Tunnel(serving, asking, serving.lease_address())
+
+
+def visit(address: Address, said: bytes = b"") -> str:
+    """How a visitor's connection ends that says something and waits: "eof", or "reset", however early."""
+    try:
+        with connect(address) as visitor:
+            visitor.sendall(said)
+            return ends_with(visitor)
+    except (ConnectionResetError, ConnectionAbortedError, BrokenPipeError):
+        return "reset"
 
 
 def tcp_pair(receive_buffer: int = 0) -> tuple[socket.socket, socket.socket]:
