@@ -30,8 +30,8 @@ Taken in this order, each for a few statements; nothing that can wait is done un
     Session._lock  the streams, the last id, the timers, the first cause of the end
     Writer._lock   the frames to send, who waits for the turn. The *turn* itself is no lock but a flag under
                    `_lock`: its holder alone calls the transport's `send`, and that may wait
-    Stream._lock   one stream's queue and state, and each call on its socket but the pump's `recv`, the drainer's
-                   `send` and the final `close`. Taken alone: nothing else is locked under it
+    Stream._lock   one stream's queue and state, and each call on its socket but the pump's `recv` and its final
+                   `close`. Taken alone: nothing else is locked under it
     Pool._lock     the idle count and the set of threads
 
 Errors
@@ -97,6 +97,7 @@ SMALL_QUEUE_FRAMES = 1024  # the same for tiny frames, whose objects cost more t
 
 FIRST_BUFFER_BYTES = 4 * 1024  # receive buffers start small and grow where they are filled: 10,000 streams are idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames
+DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which the reader's next feed of that stream has to wait for
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames wait behind megabytes of others'
 
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
@@ -255,6 +256,9 @@ class Init(NamedTuple):
 # ---- addresses --------------------------------------------------------------------------------------------------
 
 
+LABEL = r"[!-\-/-9;-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.' and ':'
+
+
 class Address(NamedTuple):
     """A host (a name or an address; empty: all interfaces) and a TCP port."""
 
@@ -273,7 +277,7 @@ class Address(NamedTuple):
             if bracketed := re.fullmatch(r"\[(.+)\]", host):
                 host = bracketed[1]
                 ipaddress.IPv6Address(host)
-            elif not (re.fullmatch(r"([!-\-/-9;-~]{1,63}\.?)+", host) or (listen and text.startswith(":"))):
+            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and text.startswith(":"))):
                 raise ValueError
         except ValueError:
             forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
@@ -641,7 +645,6 @@ class Writer:
 
         What comes after the stream's `cut` is dropped. Raises SessionEnded.
         """
-        own: bytes | memoryview | None = frame
         with self._lock:
             self._check_open_locked()
             if stream.cut:
@@ -664,8 +667,7 @@ class Writer:
                 if self._holder is not ticket:
                     return
                 self._holder = threading.get_ident()
-                own = None if stream.cut else frame
-        self._write(own)
+        self._write(stream, frame)
 
     def _fits_locked(self, frame: bytes | memoryview) -> bool:
         fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
@@ -743,11 +745,11 @@ class Writer:
         if self._cause is not None:
             raise SessionEnded(self._cause)
 
-    def _write(self, frame: bytes | memoryview | None = None) -> None:
+    def _write(self, stream: Stream | None = None, frame: bytes | memoryview | None = None) -> None:
         """Write one batch with the own frame, one more if others came meanwhile, and pass the turn on."""
         try:
             for own in (frame, None):
-                batch, flush = self._take_batch(own)
+                batch, flush = self._take_batch(stream, own)
                 if batch is not None:
                     self._transport.send(batch)
                 if flush:
@@ -760,7 +762,9 @@ class Writer:
         finally:
             self._pass_turn()
 
-    def _take_batch(self, own: bytes | memoryview | None) -> tuple[bytes | memoryview | None, bool]:
+    def _take_batch(
+        self, stream: Stream | None, own: bytes | memoryview | None
+    ) -> tuple[bytes | memoryview | None, bool]:
         with self._lock:
             assert self._holder == threading.get_ident(), "only the holder of the turn writes"
             flush, self._woken = self._woken, False
@@ -768,8 +772,8 @@ class Writer:
             self._control.clear()
             self._small.clear()
             self._small_bytes = 0
-        if own is not None:
-            frames.append(own)
+            if own is not None and stream is not None and not stream.cut:
+                frames.append(own)
         if len(frames) > 1:
             return b"".join(frames), flush
         return (frames[0] if frames else None), flush
@@ -1060,11 +1064,10 @@ class Stream:
         try:
             while chunk := self._take_queue():
                 self._drain_chunk(memoryview(chunk))
-        except BaseException as error:
-            self.abort("reset" if isinstance(error, OSError) else "internal error")
-            self._take_queue()
-            if not isinstance(error, OSError):
-                raise
+        except BaseException:
+            self.abort("internal error")
+            self._take_queue()  # the drainer is no longer at work
+            raise
 
     def _take_queue(self) -> bytearray | None:
         """All that is queued; None, and the drainer no longer at work, where that is nothing or not wanted."""
@@ -1082,12 +1085,10 @@ class Stream:
         sock = self._sock  # stays: the pump closes it only when no drainer is at work
         assert sock is not None
         while rest and self._aborted is None:
-            if not wait_ready(sock, writing=True, seconds=DRAIN_STEP_S):
-                continue
-            with contextlib.suppress(BlockingIOError):
-                sent = sock.send(rest, DONT_WAIT or 0)
-                rest = rest[sent:]
-                with self._lock:
+            if wait_ready(sock, writing=True, seconds=DRAIN_STEP_S):
+                with self._lock:  # a reset that this send meets, and so hides from the pump, is marked in one step
+                    sent = self._send_locked(rest[:DRAIN_BYTES])
+                    rest = rest[sent:]
                     self._queued -= sent
                     self._changed.notify_all()
 
@@ -1141,9 +1142,9 @@ class Session:
             self.end("closed by the peer")
         except (OSError, RtunnelError) as error:
             self.end(reason_of(error))
-        except BaseException:
+        except Exception:  # the reader's safety net
+            log_internal_error()
             self.end("internal error")
-            raise  # to the thread's safety net
         finally:
             self._sender_left.wait()
             self.writer.wait_unused()
@@ -1284,6 +1285,7 @@ class ServerSession(Session):
         self.asked = False  # INIT has come; the reader's
         self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
         self.lease: Listener | None = None  # the reader's
+        self.visitors = 0  # guarded by Server._lock
         if server.has_global_port:
             self.after(SILENT_CLIENT_S, self._join_silent)
         self.after(deadline.remaining(), self._check_hello)
@@ -1292,6 +1294,7 @@ class ServerSession(Session):
         if frame.type != FrameType.INIT:
             super().on_frame(frame)
             return
+        self._check_unknown_frames()
         if self.asked:
             raise ProtocolError("a second INIT")
         self.asked = True
@@ -1300,6 +1303,9 @@ class ServerSession(Session):
 
     def on_received(self) -> None:
         self._received = True
+        self._check_unknown_frames()
+
+    def _check_unknown_frames(self) -> None:
         if not self.is_client and self.decoder.unknown_frames > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
@@ -1443,11 +1449,15 @@ class Server:
     def _serve_global_visitor(self, sock: socket.socket, address: Address) -> None:
         with self._lock:
             asked = [session for session in self._clients if session.asked]
-            session = min(asked or self._clients, key=Session.stream_count, default=None)
+            session = min(asked or self._clients, key=lambda client: client.visitors, default=None)
             if session is not None:
+                session.visitors += 1
                 self._clients.remove(session)
                 self._clients.append(session)
         self._serve_visitor(session, sock, address)
+        with self._lock:
+            if session is not None:
+                session.visitors -= 1
 
     def _serve_visitor(self, session: ServerSession | None, sock: socket.socket, address: Address) -> None:
         try:

@@ -1,0 +1,408 @@
+"""Configuration and log: what each setting is, where it comes from, and what a line looks like."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import string
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Factory
+from hypothesis import given
+from hypothesis import strategies as st
+from naive_peer import CLOSE_CONN, NEW_CONN, NaivePeer
+from support import ROOT, connect, echo_service, free_port, parse_line, reset
+from tunnels import closed_port, open_tunnel, text, visit
+
+import rtunnel
+
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO|WARNING|ERROR) [a-z]+(-[a-z]+)*"
+    r'( [a-z_0-9]+=([!#-<>-\[\]-~]+|"([ !#-\[\]-~]|\\["\\/bfnrt]|\\u[0-9a-f]{4})*"))*'
+)
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting comes from the environment, and the log is left as it was."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("RTUNNEL_")]:
+        monkeypatch.delenv(name)
+    log = rtunnel.LOG
+    before = log.level, log.handlers[:], log.propagate, logging.raiseExceptions
+    yield
+    log.level, log.handlers[:], log.propagate, logging.raiseExceptions = before
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process: exit status, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = rtunnel.main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+class Ran(Exception):
+    """Raised in place of running."""
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch, command: Command) -> Callable[..., dict[str, Any]]:
+    """What a server or a client would be made of."""
+    found: dict[str, Any] = {}
+
+    def note(*arguments: Any) -> None:
+        found["made"] = arguments
+        raise Ran
+
+    monkeypatch.setattr(rtunnel, "Server", note)
+    monkeypatch.setattr(rtunnel, "Client", note)
+    monkeypatch.setattr(rtunnel, "start_log", lambda level: found.update(level=level))
+    monkeypatch.setattr(rtunnel, "raise_descriptor_limit", lambda: None)
+    monkeypatch.setattr(rtunnel, "STACK_BYTES", 0)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        found.clear()
+        with pytest.raises(Ran):
+            command(*arguments)
+        return found
+
+    return run
+
+
+def write(folder: Path, *lines: str) -> str:
+    """A configuration file of these lines."""
+    file = folder / "some.ini"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return str(file)
+
+
+CLIENT = ("client", "--server", "192.0.2.1:7000", "--local", "127.0.0.1:80")
+
+
+# --- where settings come from -------------------------------------------------------------------------------
+
+
+def test_flags_win_over_environment_over_file(
+    settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A flag wins over the environment, the environment over the file, the file over the default."""
+    file = write(tmp_path, "log-level = debug")
+    assert settings("server")["level"] == "info"
+    assert settings("server", "-c", file)["level"] == "debug"
+    monkeypatch.setenv("RTUNNEL_LOG_LEVEL", "warning")
+    assert settings("server", "-c", file)["level"] == "warning"
+    assert settings("server", "-c", file, "--log-level", "error")["level"] == "error"
+
+
+MAPPINGS = [
+    rtunnel.Mapping(8080, rtunnel.Address("127.0.0.1", 80)),
+    rtunnel.Mapping(0, rtunnel.Address("::1", 22)),
+]
+
+
+@pytest.mark.parametrize("source", ["flags", "environment", "file"])
+def test_lists(
+    settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
+    """Several mappings are a repeated flag, or a list in the environment or in the file."""
+    flags = ["client", "--server", "192.0.2.1:7000"]
+    if source == "flags":
+        flags += ["--forward", "8080:127.0.0.1:80", "--forward", "0:[::1]:22"]
+    elif source == "environment":
+        monkeypatch.setenv("RTUNNEL_FORWARD", "[8080:127.0.0.1:80, 0:[::1]:22]")
+    else:
+        flags += ["-c", write(tmp_path, "forward = [8080:127.0.0.1:80, 0:[::1]:22]")]
+    assert settings(*flags)["made"][1] == MAPPINGS
+
+
+def test_one_mapping_in_a_file_needs_no_list(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A single mapping may be written without brackets."""
+    file = write(tmp_path, "server = 192.0.2.1:7000", "forward = 8080:127.0.0.1:80")
+    assert settings("client", "-c", file)["made"][1] == MAPPINGS[:1]
+
+
+def test_local_and_remote_port_are_one_mapping(settings: Callable[..., dict[str, Any]]) -> None:
+    """--local is one mapping, to remote port 0 where --remote-port says no other."""
+    assert settings(*CLIENT)["made"][1] == [rtunnel.Mapping(0, rtunnel.Address("127.0.0.1", 80))]
+    assert settings(*CLIENT, "--remote-port", "8080")["made"][1] == MAPPINGS[:1]
+
+
+def test_print_config(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--print-config shows each effective setting under where it comes from, and exits with 0."""
+    file = write(tmp_path, "public-bind = 127.0.0.1", "log-level = debug", "control-listen = :1")
+    monkeypatch.setenv("RTUNNEL_LOG_LEVEL", "warning")
+    status, out, err = command("server", "-c", file, "--control-listen", ":2", "--print-config")
+    assert (status, err) == (0, "")
+    sections = re.split(r"^(\S.*?):", out, flags=re.MULTILINE)[1:]
+    found = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert "--control-listen :2" in found["Command Line Args"]
+    assert re.search(r"RTUNNEL_LOG_LEVEL:\s+warning", found["Environment Variables"])
+    assert re.search(r"public-bind:\s+127\.0\.0\.1\s*\Z", found[f"Config File ({file})"])
+    assert re.search(r"--public-listen:", found["Defaults"])
+    assert ":1" not in out
+    assert "debug" not in out
+
+
+# --- wrong settings -----------------------------------------------------------------------------------------
+
+ADDRESSES = ["nowhere", "a b:1", "a..b:1", "a:b:1", "[::1]", "[zz]:1", "::1:1", "h:", "h:x", "h:-1", "h:65536", "ü:1"]
+WRONG = [
+    *[("server", "--control-listen", address) for address in (*ADDRESSES, "", ":abc:1", ":", "[]:1")],
+    *[("server", "--public-listen", address) for address in ADDRESSES],
+    *[("client", "--local", "h:1", "--server", address) for address in (*ADDRESSES, "", ":1", "h:0")],
+    *[("client", "--server", "h:1", "--local", address) for address in (*ADDRESSES, "", ":1", "h:0")],
+    *[(*CLIENT, "--remote-port", port) for port in ("65536", "-1", "x", "", "1.5", "999999999999", "٣")],
+    *[("client", "--server", "h:1", "--forward", mapping) for mapping in ("", "80", "80:h", "x:h:1", "65536:h:1")],
+    *[(*CLIENT, "--reconnect-max", time) for time in ("0", "-1", "x", "", "nan", "inf", "1e9", "9" * 400)],
+    *[(*CLIENT, "--log-level", level) for level in ("loud", "", "INFO ")],
+    ("client", "--local", "h:1"),
+    ("client", "--server", "h:1"),
+    (*CLIENT, "--forward", "1:h:1"),
+    ("client", "--server", "h:1", "--forward", "1:h:1", "--remote-port", "2"),
+    ("server", "--public-bind", "a b"),
+    ("server", "--log-lev", "info"),
+    ("server", "--no-such-flag"),
+    ("server", "extra"),
+    ("server", "-c", "no-such-file.ini"),
+    ("server", "-c", "."),
+    ("neither",),
+    (),
+    ("client", "--server", "h:1", "--local", "a" * 64 + ":80"),
+    ("client", "--server", "h:1", "--local", "a" * 60 + " :80"),
+    ("server", "--control-listen", "\x1b[2J:1"),
+    ("server", "\x1b[2J"),
+    ("server", "--log-level", "a\nb"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments", WRONG, ids=lambda arguments: " ".join(arguments).encode("unicode-escape").decode()
+)
+def test_wrong_usage(command: Command, arguments: tuple[str, ...]) -> None:
+    """A bad address, port, time or level, or a wrong combination, is one printable sentence on standard error and
+    status 2."""
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"rtunnel[^\n]*: [^\n]+\n", err)
+    assert err[:-1].isprintable()
+
+
+FILES = {
+    b"colour = red\n": "colour",
+    b"log_level = debug\n": "log_level",
+    b"remote-port = 80\n": "remote-port",  # the client's
+    b"print-config = true\n": "print-config",
+    b"log-level = loud\n": "loud",
+    b"log-level\n": "log-level",
+    b"log-level = [info, debug]\n": "log-level",
+    b"control-listen = nowhere\n": "nowhere",
+    b"\x1b[2J = 1\n": "unknown",
+    b"\xff\xfe\x00\n": "",
+}
+
+
+@pytest.mark.parametrize("content", FILES, ids=lambda content: content.decode("latin-1").strip())
+def test_wrong_files(command: Command, tmp_path: Path, content: bytes) -> None:
+    """A file with an unknown key, a bad value or no text is one printable sentence that says what, and status 2."""
+    file = tmp_path / "some.ini"
+    file.write_bytes(content)
+    status, out, err = command("server", "-c", str(file))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"rtunnel[^\n]*: [^\n]+\n", err)
+    assert err[:-1].isprintable()
+    assert FILES[content] in err
+    if "unknown" in err:
+        assert str(file) in err
+
+
+def test_no_traceback_from_the_program_itself() -> None:
+    """The real command says the same: one sentence, status 2."""
+    ended = subprocess.run(
+        [sys.executable, "rtunnel.py", "client", "--server", "h:99999"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.count("\n") == 1
+
+
+# --- what the program says of itself ------------------------------------------------------------------------
+
+
+def test_version(command: Command) -> None:
+    """--version names the program and its version."""
+    assert command("--version") == (0, f"rtunnel {rtunnel.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_help(command: Command, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--help shows all options in their groups, each with its default, and how the environment names them."""
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = command(name, "--help")
+    assert status == 0
+    for option in rtunnel.OPTIONS[name]:
+        assert f"\n{option.group}:\n" in out
+        block = out[out.index(f"\n  --{option.name}") + 1 :]
+        assert f"(default: {option.default})" in re.split(r"\n  -|\n\n", block)[0]
+    assert "RTUNNEL_" in out
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_conf_files_and_options(command: Command, tmp_path: Path, name: str) -> None:
+    """conf/NAME.ini has each option once, and a comment before it; those commented out show the default; it is
+    accepted as it is, and with each commented line alone made active."""
+    shipped = ROOT / "conf" / f"{name}.ini"
+    lines = shipped.read_text().splitlines()
+    keys: dict[str, tuple[str, bool]] = {}
+    for before, line in zip(["", *lines], lines, strict=False):
+        found = re.fullmatch(r"(# )?([a-z-]+) =(?: (.*))?", line)
+        if found:
+            assert found[2] not in keys, f"{found[2]} stands there twice"
+            keys[found[2]] = (found[3] or "", bool(found[1]))
+            assert before.startswith("#") or re.match(r"[a-z-]+ =", before), f"no comment before {line}"
+    options = {option.name: option for option in rtunnel.OPTIONS[name]}
+    assert list(keys) == list(options), "each option, in the order of --help"
+    for key, (value, commented) in keys.items():
+        if commented and not options[key].repeatable:
+            assert value == str(options[key].default), key
+    assert command(name, "-c", str(shipped), "--print-config")[0] == 0
+    for key, (value, _) in keys.items():
+        file = write(tmp_path, f"{key} = {value}")
+        status, out, _ = command(name, "-c", file, "--print-config")
+        assert status == 0
+        assert file in out
+
+
+# --- the log ------------------------------------------------------------------------------------------------
+
+NASTY = [
+    b"a\r\n2026-01-01T00:00:00.000Z INFO forged",
+    b"\x1b[2J\x1b]0;x\x07",
+    b"\x00\x7f\x80\xff\x85",
+    "\u2028\u2029\u0085\u202e".encode(),
+    b'" level=9 "',
+    b"x forged=1",
+    b"\\",
+    b"",
+]
+
+
+def check_lines(lines: list[str]) -> None:
+    """Each line has the log's form, and reads back."""
+    for line in lines:
+        assert LINE.fullmatch(line), line
+        assert parse_line(line), line
+
+
+def test_every_line_has_the_same_form(server: Factory, client: Factory) -> None:
+    """UTC time, level, event, key=value pairs: every line of a tunnel's life, at debug level, at both ends."""
+    with echo_service() as service, closed_port() as closed:
+        tunnel = open_tunnel(server, client, service)
+        tunnel.check_echo()
+        reset(tunnel.connect())
+        other = open_tunnel(lambda *_, **__: tunnel.server, client, closed)
+        assert visit(other.public) == "reset"
+        with NaivePeer.connect(tunnel.server.control_address) as stranger:
+            stranger.send(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.expect_end()
+        with NaivePeer.connect(tunnel.server.control_address) as late:
+            late.send_init(b"%d:h:1" % tunnel.public[1])
+            late.expect_end()
+        assert [each.stop() for each in (tunnel.server, tunnel.client, other.client)] == [0, 0, 0]
+    for each in (tunnel.server, tunnel.client, other.client):
+        check_lines(each.lines)
+    events = {record.event for record in tunnel.server.records}
+    assert events >= {"listening", "session-opened", "session-closed", "lease-opened", "lease-closed", "lease-failed"}
+    assert events >= {"stream-opened", "stream-closed", "refused", "stopping", "stopped"}
+    closed_streams = tunnel.server.events("stream-closed")
+    assert all({"received", "sent", "seconds", "reason"} <= set(fields) for fields in closed_streams)
+
+
+def test_the_log_level(program: Factory) -> None:
+    """A level hides what is below it."""
+    quiet = program("server", "--control-listen", "127.0.0.1:0", "--log-level", "error")
+    port = free_port()
+    heard = program("server", "--control-listen", f"127.0.0.1:{port}", "--log-level", "info")
+    assert heard.control_address[1] == port
+    assert [heard.stop(), quiet.stop()] == [0, 0]
+    assert quiet.lines == []
+
+
+def test_a_client_cannot_forge_a_line(server: Factory) -> None:
+    """Whatever a client puts into INIT or a reason, each event is one line, and control characters are escaped."""
+    serving = server()
+    for said in NASTY:
+        with NaivePeer.connect(serving.control_address) as peer:
+            peer.send_init(b"0:" + said)
+            with connect(serving.lease_address()):
+                peer.expect(NEW_CONN, 1)
+                peer.send_frame(CLOSE_CONN, 1, said)
+                serving.wait_for("stream-closed")
+        serving.wait_for("session-closed")
+    for said in (b"x\nforged", b"\x1b[2J", b"99999:\n", b"8080"):
+        with NaivePeer.connect(serving.control_address) as peer:
+            peer.send_init(said)
+            peer.expect_end()
+        serving.wait_for("refused")
+    assert serving.stop() == 0
+    check_lines(serving.lines)
+    assert not serving.events("forged")
+    assert len(serving.events("session-opened")) == len(NASTY)
+
+
+def test_a_server_cannot_forge_a_line(client: Factory) -> None:
+    """Whatever a server puts into a reason, each event of the client is one line."""
+    import socket
+
+    with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
+        control.settimeout(10)
+        asking = client("--server", text(control.getsockname()), "--local", service.text)
+        with NaivePeer(control.accept()[0]) as peer:
+            peer.read_frame()
+            for stream, said in enumerate(NASTY, 1):
+                peer.send_frame(NEW_CONN, stream, said)
+                peer.send_frame(CLOSE_CONN, stream, said)
+            asking.wait_for_count(len(NASTY), "stream-closed")
+        asking.wait_for("session-closed")
+        assert asking.stop() == 0
+    check_lines(asking.lines)
+    assert len(asking.events("stream-closed")) == len(NASTY)
+
+
+@given(st.dictionaries(st.text(string.ascii_lowercase, min_size=1), st.text(), max_size=4))
+def test_any_value_reads_back(pairs: dict[str, str]) -> None:
+    """Any text at all as a value makes one printable ASCII line, from which it can be read again."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"2026-01-01T00:00:00.000Z {record.levelname} {record.getMessage()}")
+
+    handlers, rtunnel.LOG.handlers[:] = rtunnel.LOG.handlers[:], [Keep()]
+    propagate, rtunnel.LOG.propagate = rtunnel.LOG.propagate, False
+    try:
+        rtunnel.log_event(logging.ERROR, "some-event", **pairs)
+    finally:
+        rtunnel.LOG.handlers[:] = handlers
+        rtunnel.LOG.propagate = propagate
+    (line,) = lines
+    assert line.isascii()
+    assert line.isprintable()
+    assert LINE.fullmatch(line)
+    record = parse_line(line)
+    assert record
+    assert record.fields == {key: json.loads(json.dumps(value)) for key, value in pairs.items()}
