@@ -39,6 +39,7 @@ Errors
     RtunnelError
     +-- ConfigError      wrong usage, configuration or file: exit status 2
     +-- ProtocolError    the peer broke a rule of PROTOCOL.md: its session ends
+    +-- Refused          the server will not serve this client: code and sentence
     +-- SessionEnded     this session has ended; carries the first cause
     +-- PoolClosed       the program stops: no new work
 
@@ -61,6 +62,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import select
 import signal
 import socket
@@ -88,6 +90,17 @@ MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # room for a newer client's greetings, none for a stranger's stream of noise
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN; it goes into one log line
 
+WINDOW_BYTES = 64 * 1024  # where each stream's window starts; yamux: 256 KiB, which 10,000 stalled visitors make 2.5 GB
+MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms of round trip
+MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1)
+UNLIMITED = 2**62  # level 0: a window that never runs out
+SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # of what all windows of a session have grown by
+STALL_S = 5.0  # a grown window whose queue has not moved for so long gives its growth back
+WATCH_S = 1.0  # how often a pump that waits for credit looks whether its socket was reset
+MAX_PROVOKED = 64  # unsent PONGs and refusals: a peer that asks and does not read
+MAX_MESSAGE_CHARACTERS = 256  # of the server's sentence in a WELCOME; it goes into one log line
+MAX_ASSIGNED_PORTS = 1024  # instances whose server-chosen port is remembered
+
 LEVEL_0_QUEUE_BYTES = 1024 * 1024  # per stream: level 0 has no credit, so the queue is bounded by waiting
 LEVEL_0_WAIT_S = 20.0  # how long the reader waits for one stream's full queue, all others with it
 
@@ -100,6 +113,10 @@ READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which the reader's next feed of that stream has to wait for
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames wait behind megabytes of others'
 
+ANONYMOUS = "anonymous"  # the identity in plain mode
+REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
+FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
+
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
 SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port
 DIAL_TIMEOUT_S = 5.0  # of a local service, all its addresses together; the original's value
@@ -111,7 +128,14 @@ POOL_IDLE_S = 10.0  # a thread without work ends
 STACK_BYTES = 256 * 1024  # per thread; smaller ones save no memory, and overflow ends in SIGSEGV
 ACCEPT_PAUSE_S = 0.25  # after an accept that failed for want of descriptors: the selector would spin
 LISTEN_BACKLOG = 1024  # socketserver's default is 5
-LIVED_S = 10.0  # a session that lasted so long, or brought a frame, sets the backoff back
+LIVED_S = 10.0  # a session that lasted so long, or brought a frame, is open and sets the backoff back
+REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: two clones must not evict each other in a loop
+LEASE_LINGER_S = 5.0  # a port waits so long for its client's return: two attempts of a client
+HEARTBEAT_S = 15.0  # yamux: 30 s
+HEARTBEATS_TO_DEATH = 3  # without a byte received
+PINGS_REMEMBERED = 4  # a PONG may be as late as that
+WRITE_TIMEOUT_S = 30.0  # level 1: a transport that takes no byte for so long is dead; yamux: 10 s
+FAREWELL_S = 1.0  # for the peer to read our last frame, and for us to read why a write failed
 FIRST_RETRY_S = 1.0
 REFUSED_RETRY_S = 2.0  # at most, where the server's host answers and only its port is closed: it restarts
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # a dead peer is found in 60 s
@@ -132,6 +156,15 @@ class ProtocolError(RtunnelError):
     """The peer broke a rule of PROTOCOL.md; the message names the rule's limit."""
 
 
+class Refused(RtunnelError):
+    """The server will not serve this client; a code of PROTOCOL.md and a sentence."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
 class SessionEnded(RtunnelError):
     """The session has ended; the message is the first cause."""
 
@@ -140,10 +173,55 @@ class PoolClosed(RtunnelError):
     """The program stops; no work is taken any more."""
 
 
+# ---- addresses --------------------------------------------------------------------------------------------------
+
+
+LABEL = r"[!-\-/-9;-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.' and ':'
+
+
+class Address(NamedTuple):
+    """A host (a name or an address; empty: all interfaces) and a TCP port."""
+
+    host: str
+    port: int
+
+    @property
+    def shown_host(self) -> str:
+        """An IPv4-mapped address as IPv4, and without a zone."""
+        return self.host.removeprefix("::ffff:") if "." in self.host else self.host.partition("%")[0]
+
+    def __str__(self) -> str:
+        host = self.shown_host
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, *, listen: bool = False) -> Address:
+        """`host:port`, `[v6]:port`; with `listen` also `:port`. Raises ConfigError."""
+        host, _, port = text.rpartition(":")
+        try:
+            if bracketed := re.fullmatch(r"\[(.+)\]", host):
+                host = bracketed[1]
+                ipaddress.IPv6Address(host)
+            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and text.startswith(":"))):
+                raise ValueError
+        except ValueError:
+            forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
+            raise ConfigError(f"{text!r} is no address: write {forms}") from None
+        return cls(host, parse_port(port, lowest=0 if listen else 1))
+
+
+def parse_port(text: str, *, lowest: int = 0) -> int:
+    """A TCP port from `lowest` to 65535. Raises ConfigError."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not lowest <= int(text) <= 65535:
+        raise ConfigError(f"{text!r} is no port: write a number from {lowest} to 65535")
+    return int(text)
+
+
 # ---- frames: no socket, no thread, no clock, no log (PROTOCOL.md, "Frames") ---------------------------------------
 
 HEADER = struct.Struct(">BII")  # type, stream, payload length
 HEADER_BYTES = HEADER.size
+U32 = struct.Struct(">I")
 
 
 class FrameType(enum.IntEnum):
@@ -153,9 +231,37 @@ class FrameType(enum.IntEnum):
     DATA = 0x02
     CLOSE_CONN = 0x03
     INIT = 0x04
+    WELCOME = 0x05
+    WINDOW = 0x06
+    EOF = 0x07
+    PING = 0x08
+    PONG = 0x09
+    GOAWAY = 0x0A
+    BLOCKED = 0x0B
 
 
-KNOWN_TYPES = frozenset(int(kind) for kind in FrameType)
+class Rule(NamedTuple):
+    """What makes a frame legal (PROTOCOL.md, "Frames")."""
+
+    level: int  # the lowest one that has it
+    sender: str  # "server", "client" or "both"
+    on_stream: bool  # its id is a stream's; else 0
+    lengths: range  # of the payload in bytes; the original sends none that is checked, so from level 1 on
+
+
+RULES = {
+    FrameType.NEW_CONN: Rule(0, "server", True, range(MAX_REASON_BYTES + 1)),
+    FrameType.DATA: Rule(0, "both", True, range(MAX_DATA_PAYLOAD_BYTES + 1)),
+    FrameType.CLOSE_CONN: Rule(0, "both", True, range(MAX_REASON_BYTES + 1)),
+    FrameType.INIT: Rule(0, "client", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
+    FrameType.WELCOME: Rule(0, "server", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
+    FrameType.WINDOW: Rule(1, "both", True, range(4, 5)),
+    FrameType.EOF: Rule(1, "both", True, range(1)),
+    FrameType.PING: Rule(1, "both", False, range(8, 9)),
+    FrameType.PONG: Rule(1, "both", False, range(8, 9)),
+    FrameType.GOAWAY: Rule(1, "both", False, range(MAX_REASON_BYTES + 1)),
+    FrameType.BLOCKED: Rule(1, "both", True, range(1)),
+}
 DATA = int(FrameType.DATA)  # a plain int: compared once for each part
 
 
@@ -179,6 +285,17 @@ class DataPart(NamedTuple):
 def encode(kind: int, stream: int, payload: bytes = b"") -> bytes:
     """The bytes of one frame (PROTOCOL.md, "Frames")."""
     return HEADER.pack(kind, stream, len(payload)) + payload
+
+
+def check(frame: Frame, *, level: int, role: str) -> None:
+    """Raises ProtocolError where a `role` must not receive such a frame at that level."""
+    rule, name = RULES[FrameType(frame.type)], FrameType(frame.type).name
+    if rule.sender == role:
+        raise ProtocolError(f"{name} is not for a {role} to receive")
+    if rule.level > level:
+        raise ProtocolError(f"{name} at level {level}")
+    if level and (rule.on_stream != bool(frame.stream) or len(frame.payload) not in rule.lengths):
+        raise ProtocolError(f"{name} with id {frame.stream} and {len(frame.payload)} bytes of payload")
 
 
 class Decoder:
@@ -218,7 +335,7 @@ class Decoder:
             if self._type == DATA:
                 if part or not self._remaining:
                     yield DataPart(self._stream, part, self._remaining)
-            elif self._type in KNOWN_TYPES:
+            elif self._type in RULES:
                 self._payload += part
                 if not self._remaining:
                     payload = bytes(self._payload)
@@ -231,8 +348,20 @@ class Decoder:
             self._error = ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
             raise self._error
         self._type, self._stream, self._remaining = kind, stream, length
-        if kind not in KNOWN_TYPES:
+        if kind not in RULES:
             self.unknown_frames += 1
+
+
+def key_values(lines: str) -> dict[str, str]:
+    """`key=value` lines; of a key that comes twice the last counts."""
+    return dict(line.split("=", 1) for line in lines.split("\n") if "=" in line)
+
+
+def number(text: str | None, lowest: int, highest: int) -> int:
+    """Raises ProtocolError unless the text is such a number."""
+    if text is None or not re.fullmatch(r"[0-9]{1,10}", text) or not lowest <= int(text) <= highest:
+        raise ProtocolError(f"{(text or '')[:32]!r} is no number from {lowest} to {highest}")
+    return int(text)
 
 
 class Init(NamedTuple):
@@ -240,56 +369,146 @@ class Init(NamedTuple):
 
     port: int
     local: str  # the local service as the client names it: for the log only
+    instance: str = ""  # 128 random bits in hex; empty: unknown
+    version: int = 0
+    window: int = WINDOW_BYTES
 
     @classmethod
     def parse(cls, payload: bytes) -> Init:
-        """Raises ProtocolError where no port stands before the first ':'."""
-        found = re.match(rb"([0-9]{1,5}):([^\n]*)", payload)
-        if not found or int(found[1]) > 65535:
-            raise ProtocolError(f"INIT is {payload[:32]!r}, PORT:LOCAL with a port from 0 to 65535 is wanted")
-        return cls(int(found[1]), found[2].decode("ascii", "replace"))
+        """Raises Refused where a client of level 1 can be told what is wrong, else ProtocolError."""
+        text = payload.decode("utf-8", "surrogateescape")
+        first, _, lines = text.partition("\n")
+        pairs = key_values(lines)
+        port, colon, local = first.partition(":")
+        try:
+            if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
+                raise ProtocolError(f"INIT is {first[:32]!r}, PORT:LOCAL is wanted")
+            init = cls(number(port, 0, 65535), local, pairs.get("instance", ""), version=0)
+            if "version" not in pairs:
+                return init
+            payload.decode("utf-8")
+            if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
+                raise ProtocolError("instance is not 32 hexadecimal digits")
+            window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
+            return init._replace(version=number(pairs["version"], 1, 2**31), window=window)
+        except UnicodeDecodeError:
+            raise ProtocolError("INIT is not UTF-8") from None
+        except ProtocolError as error:
+            if "version" not in pairs:
+                raise
+            raise Refused("bad-request", str(error)) from error
 
     def payload(self) -> bytes:
-        return f"{self.port}:{self.local}".encode("ascii")
+        lines = f"\nversion={self.version}\nwindow={self.window}\ninstance={self.instance}" if self.version else ""
+        return f"{self.port}:{self.local}{lines}".encode("ascii")
 
 
-# ---- addresses --------------------------------------------------------------------------------------------------
+class Welcome(NamedTuple):
+    """The server's answer to an INIT of level 1 (PROTOCOL.md, "WELCOME")."""
 
-
-LABEL = r"[!-\-/-9;-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.' and ':'
-
-
-class Address(NamedTuple):
-    """A host (a name or an address; empty: all interfaces) and a TCP port."""
-
-    host: str
     port: int
-
-    def __str__(self) -> str:
-        host = self.host.removeprefix("::ffff:") if "." in self.host else self.host  # IPv4-mapped: shown as IPv4
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+    window: int = WINDOW_BYTES
 
     @classmethod
-    def parse(cls, text: str, *, listen: bool = False) -> Address:
-        """`host:port`, `[v6]:port`; with `listen` also `:port`. Raises ConfigError."""
-        host, _, port = text.rpartition(":")
+    def parse(cls, payload: bytes) -> Welcome:
+        """Raises Refused where the server says so, ProtocolError where it says nothing that is known."""
         try:
-            if bracketed := re.fullmatch(r"\[(.+)\]", host):
-                host = bracketed[1]
-                ipaddress.IPv6Address(host)
-            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and text.startswith(":"))):
-                raise ValueError
-        except ValueError:
-            forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
-            raise ConfigError(f"{text!r} is no address: write {forms}") from None
-        return cls(host, parse_port(port, lowest=0 if listen else 1))
+            pairs = key_values(payload.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise ProtocolError("WELCOME is not UTF-8") from None
+        if "error" in pairs:
+            raise Refused(pairs["error"], pairs.get("message", "")[:MAX_MESSAGE_CHARACTERS])
+        number(pairs.get("version"), 1, 1)
+        return cls(number(pairs.get("port"), 1, 65535), number(pairs.get("window"), 1, MAX_CREDIT_BYTES))
+
+    def payload(self) -> bytes:
+        return f"version=1\nport={self.port}\nwindow={self.window}".encode("ascii")
 
 
-def parse_port(text: str, *, lowest: int = 0) -> int:
-    """A TCP port from `lowest` to 65535. Raises ConfigError."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not lowest <= int(text) <= 65535:
-        raise ConfigError(f"{text!r} is no port: write a number from {lowest} to 65535")
-    return int(text)
+def proxy_line(visitor: Address | None, public: Address) -> bytes:
+    """A PROXY protocol version 1 header (haproxy's proxy-protocol.txt, section 2.1). `visitor` None: unknown."""
+    if visitor is None:
+        return b"PROXY UNKNOWN\r\n"
+    hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
+    if {host.version for host in hosts} == {4}:
+        family = "TCP4"
+    else:  # one header has one family: an IPv4 address among IPv6 ones is written mapped
+        family, hosts = (
+            "TCP6",
+            [host if host.version == 6 else ipaddress.ip_address(f"::ffff:{host}") for host in hosts],
+        )
+    return f"PROXY {family} {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+
+
+# ---- flow control: arithmetic alone (PROTOCOL.md, "Flow control") -------------------------------------------------
+
+
+class SendWindow:
+    """The bytes of DATA that this side may still send on one stream. Locking: its stream's."""
+
+    def __init__(self, credit: int) -> None:
+        self.credit = credit
+
+    def spend(self, count: int) -> None:
+        assert 0 < count <= self.credit
+        self.credit -= count
+
+    def grant(self, count: int) -> None:
+        """Raises ProtocolError for 0 and for an overflow."""
+        if not count or self.credit + count > MAX_CREDIT_BYTES:
+            raise ProtocolError(f"WINDOW of {count} on top of {self.credit}, the limit is {MAX_CREDIT_BYTES}")
+        self.credit += count
+
+
+class ReceiveWindow:
+    """The bytes of DATA that the peer may still send on one stream. Locking: its stream's.
+
+    Invariant: bytes queued + credit + owed == size + debt, until the end.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.credit = size  # what the peer holds
+        self.owed = 0  # bytes that have left for the socket and are not yet granted again
+        self.debt = 0  # a growth that was taken back: withheld from what leaves next
+
+    @property
+    def grown(self) -> int:
+        """What this window may cost above WINDOW_BYTES: its share of the session's budget."""
+        return max(0, self.size + self.debt - WINDOW_BYTES)
+
+    def receive(self, count: int) -> None:
+        """Raises ProtocolError where the peer has not had that much credit."""
+        if count > self.credit:
+            raise ProtocolError(f"{count} bytes of DATA, the credit was {self.credit}")
+        self.credit -= count
+
+    def drain(self, count: int) -> tuple[int, int]:
+        """Bytes have left for the socket: what to grant now (from half a window on), and what of a debt is paid."""
+        paid = min(count, self.debt)
+        self.debt -= paid
+        self.owed += count - paid
+        return (self._grant() if 2 * self.owed >= self.size else 0), paid
+
+    def growth(self) -> int:
+        """How much the window would like to grow: to the double, at most MAX_WINDOW_BYTES; not in debt."""
+        return 0 if self.debt else min(self.size, max(0, MAX_WINDOW_BYTES - self.size))
+
+    def grow(self, count: int) -> int:
+        """Returns what to grant: the growth and all that is owed."""
+        self.size += count
+        self.owed += count
+        return self._grant()
+
+    def shrink(self) -> None:
+        """Take the growth back: it becomes a debt."""
+        self.debt += self.size - WINDOW_BYTES
+        self.size = WINDOW_BYTES
+
+    def _grant(self) -> int:
+        count, self.owed = self.owed, 0
+        self.credit += count
+        return count
 
 
 # ---- time, log --------------------------------------------------------------------------------------------------
@@ -415,6 +634,25 @@ class Pool:
                 pass
 
 
+class Budget:
+    """A number that many draw on. Locking: its own lock, under which no other is taken."""
+
+    def __init__(self, limit: int) -> None:
+        self._lock = threading.Lock()
+        self._left = limit
+
+    def take(self, count: int) -> int:
+        """As much of it as there is."""
+        with self._lock:
+            taken = min(count, self._left)
+            self._left -= taken
+            return taken
+
+    def give(self, count: int) -> None:
+        with self._lock:
+            self._left += count
+
+
 # ---- sockets ----------------------------------------------------------------------------------------------------
 
 # A send that never waits on a socket that does: Linux alone has it (macOS ignores the flag there, Windows has none).
@@ -468,6 +706,15 @@ def dial(address: Address, seconds: float) -> socket.socket:
     raise error or OSError(f"{address.host} has no address")
 
 
+def has_error(sock: socket.socket) -> bool:
+    """Whether the peer has reset it; without reading the error, which would clear it. False where poll is missing."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
     """Make `close` send RST, that of the kernel too when the process is killed; or, at a clean end, FIN again."""
     linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)  # struct linger has u_short on Windows
@@ -477,41 +724,45 @@ def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
 
 def reason_of(error: BaseException) -> str:
     """One short phrase for a log line."""
-    if isinstance(error, TimeoutError):
-        return "timed out"
+    if isinstance(error, TimeoutError) and not error.args[1:]:
+        return str(error) or "timed out"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike; each connection runs in a thread of the pool.
 
-    Threads: its acceptor, in `serve_forever`; `ask_to_stop`, `stop` from any other.
+    Threads: its acceptor, in `serve_forever`; the public methods from any other.
     The life of a connection: `get_request` accepts; `process_request` gives it to the pool, where `handle(sock,
-    peer)` serves it; then `shutdown_request` closes the socket. `handle_error` logs what escaped.
+    peer)` serves it; then `shutdown_request` closes the socket. `handle_error` logs what escaped. `tick` is called at
+    least every 0.5 s.
     """
 
     allow_reuse_address = os.name == "posix"  # on Windows that option would let another program share the port
     request_queue_size = LISTEN_BACKLOG
 
-    def __init__(self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None]) -> None:
-        """Bind and start to accept. Raises OSError."""
+    def __init__(
+        self,
+        address: Address,
+        pool: Pool,
+        handle: Callable[[socket.socket, Address], None],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bind and listen; what comes waits until `resume`. Raises OSError."""
         self._pool = pool
+        self._handle = handle
+        self._tick = tick
         self._asked = threading.Event()
+        self._open = threading.Event()
         if not address.host and socket.has_dualstack_ipv6():
             address = Address("::", address.port)
         family, _, _, _, target = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[
             0
         ]
         self.address_family = family
-        self._handle = handle
         super().__init__(target, socketserver.BaseRequestHandler)  # type: ignore[arg-type]  # the hook is overridden
         self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
-        try:
-            self._acceptor.start()
-        except RuntimeError as error:
-            self.socket.close()
-            raise OSError(str(error)) from error
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -520,15 +771,35 @@ class Listener(socketserver.ThreadingTCPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         super().server_bind()
 
+    def start(self) -> None:
+        """Start the acceptor; what comes still waits. Raises OSError where no thread can be had."""
+        try:
+            self._acceptor.start()
+        except RuntimeError as error:
+            self.socket.close()
+            raise OSError(str(error)) from error
+
+    def resume(self) -> None:
+        """Accept, from now on or again."""
+        self._open.set()
+
+    def pause(self) -> None:
+        """Let connections wait in the listen queue."""
+        self._open.clear()
+
     def _accept(self) -> None:
         with contextlib.suppress(_AskedToStop):
             self.serve_forever(poll_interval=DRAIN_STEP_S)
+        self.socket.close()
 
     def service_actions(self) -> None:
         if self._asked.is_set():  # `shutdown()` would wait here, one port after the other
             raise _AskedToStop
+        self._tick()
 
     def get_request(self) -> tuple[socket.socket, Any]:
+        if not self._open.wait(DRAIN_STEP_S) or self._asked.is_set():  # the selector alone would spin
+            raise BlockingIOError
         try:
             return super().get_request()
         except OSError as error:
@@ -555,17 +826,16 @@ class Listener(socketserver.ThreadingTCPServer):
         log_internal_error()  # the handler's safety net
 
     def ask_to_stop(self) -> None:
-        """No more connections; returns at once."""
+        """No more connections; returns at once. The acceptor closes the socket, on Linux the port is free already."""
         self._asked.set()
+        self._open.set()
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector; elsewhere its poll interval does
 
-    def stop(self) -> None:
-        """Stop accepting and free the port; waits for the acceptor, at most its poll interval."""
-        self.ask_to_stop()
+    def join(self) -> None:
+        """After `ask_to_stop`: wait until the socket is closed, at most the selector's poll interval."""
         if self._acceptor is not threading.current_thread():
             self._acceptor.join()
-        self.socket.close()
 
 
 class _AskedToStop(Exception):
@@ -578,16 +848,18 @@ class _AskedToStop(Exception):
 class PlainTransport:
     """What a session reads and writes: a TCP connection.
 
-    Threads: `receive_into`, `finish` and `close` from the session reader; `send` and `flush` from the holder of the
-    writer's turn; `shutdown` from any. The socket carries no Python timeout: it would bound a whole `send`, and turn
-    each receive into poll and receive.
+    Threads: `receive_into` and `close` from the session reader; `send`, `flush` and `finish` from the holder of the
+    writer's turn; `shutdown` from any. The socket carries no Python timeout: it would bound a whole `send`, be shared
+    by reader and writer, and turn each receive into poll and receive.
     """
 
-    identity = "anonymous"
+    identity = ANONYMOUS
 
     def __init__(self, sock: socket.socket) -> None:
+        """Raises OSError where the peer is gone already."""
         self._sock = sock
-        self.peer = str(Address(*sock.getpeername()[:2]))
+        peer = Address(*sock.getpeername()[:2])
+        self.peer, self.peer_host = str(peer), peer.shown_host
         tune(sock, control=True)
 
     def receive_into(self, buffer: memoryview) -> int:
@@ -596,10 +868,27 @@ class PlainTransport:
 
     def send(self, frames: bytes | bytearray | memoryview) -> None:
         """Send all. Raises OSError."""
-        self._sock.sendall(frames)
+        try:
+            self._sock.sendall(frames)
+        except BlockingIOError:
+            raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:.0f} s") from None
 
     def flush(self) -> None:
         """Send what the transport itself has to say: plain TCP nothing."""
+
+    def finish(self) -> None:
+        """No more will be sent; the peer sees a clean end. Raises OSError."""
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def limit_write(self, seconds: float) -> None:
+        """A `send` that makes no progress for so long fails."""
+        whole, fraction = divmod(seconds, 1)
+        timeout = (
+            struct.pack("L", round(1000 * seconds))
+            if os.name == "nt"
+            else struct.pack("ll", int(whole), int(1e6 * fraction))
+        )
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def shutdown(self) -> None:
         """End it both ways; whoever waits in it wakes."""
@@ -617,13 +906,15 @@ class Writer:
     at most one further batch, so that it is not enslaved; then the next in line has the turn, so that nobody starves
     (whoever lets go of a plain Lock usually gets it again).
 
-    Threads: `send`, `push` from pumps; `post`, `wake`, `close` from any, they never wait; `serve`, `finish` from the
-    control sender and the reader.
+    Threads: `send`, `push` from pumps; `serve`, `finish` from the control sender; `wait_unused` from the reader; the
+    others from any, they never wait.
     Locking: `_lock` guards everything below the marker. The transport is called by the turn's holder, without it.
-    Invariant: where the turn is free nothing waits to be sent, but what `post` has just told the control sender of.
-    Memory: SMALL_QUEUE_BYTES of small frames; the control queue is bounded by who posts (at most one frame for each
-    stream that is opened and one for each that ends).
+    Invariant: where the turn is free nothing waits to be sent, but what the control sender has just been told of.
+    Memory: SMALL_QUEUE_BYTES of small frames. Control frames are bounded by structure: WINDOW is summed per stream;
+    one NEW_CONN, one BLOCKED and one last frame per stream; one PING; MAX_PROVOKED of what only the peer provokes.
     """
+
+    SENDER = "the control sender"
 
     def __init__(self, transport: PlainTransport) -> None:
         self._transport = transport
@@ -631,14 +922,15 @@ class Writer:
         self._changed = threading.Condition(self._lock)  # the control sender waits here, at the end the reader too
         # guarded by _lock
         self._control: list[bytes] = []
+        self._provoked = 0  # of those
+        self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._small: list[tuple[Stream, bytes]] = []
         self._small_bytes = 0
         self._waiting: collections.deque[tuple[threading.Lock, Stream]] = collections.deque()  # each with its ticket
         self._holder: object = None  # who has the turn: a thread's id; between two, the next one's ticket, or SENDER
         self._woken = False
         self._cause: str | None = None
-
-    SENDER = "the control sender"
+        self._last = b""  # the frame to say before the end
 
     def send(self, stream: Stream, frame: bytes | memoryview) -> None:
         """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
@@ -673,24 +965,38 @@ class Writer:
         fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
         return fits and len(self._small) < SMALL_QUEUE_FRAMES
 
-    def cut(self, stream: Stream, frame: bytes) -> None:
-        """Queue the stream's last frame ahead of all DATA; its own that is still here is dropped. Never waits."""
-        with self._lock:
-            stream.cut = True
-            self._small = [entry for entry in self._small if entry[0] is not stream]
-            self._small_bytes = sum(len(entry[1]) for entry in self._small)
-            for ticket in [ticket for ticket, waiting in self._waiting if waiting is stream]:
-                self._waiting.remove((ticket, stream))
-                ticket.release()
-        self.post(frame)
+    def post(self, frame: bytes, *, wake: bool = True, provoked: bool = False) -> None:
+        """Queue a control frame, ahead of all DATA. Without `wake` the caller must `push` it.
 
-    def post(self, frame: bytes, *, wake: bool = True) -> None:
-        """Queue a control frame, ahead of all DATA; never waits. Without `wake` the caller must `push` it."""
+        Raises SessionEnded; ProtocolError where the peer provokes more than it reads.
+        """
         with self._lock:
             self._check_open_locked()
+            self._provoked += provoked
+            if self._provoked > MAX_PROVOKED:
+                raise ProtocolError(f"over {MAX_PROVOKED} answers are unsent")
             self._control.append(frame)
-            if wake and self._holder is None:
-                self._changed.notify_all()
+            if wake:
+                self._tell_sender_locked()
+
+    def grant(self, stream: Stream, count: int) -> None:
+        """Queue credit for the peer: a WINDOW, summed with what is still unsent of its stream."""
+        with self._lock:
+            if self._cause is None and not stream.cut:
+                self._grants[stream.number] = self._grants.get(stream.number, 0) + count
+                self._tell_sender_locked()
+
+    def cut(self, stream: Stream, frame: bytes) -> None:
+        """Queue the stream's last frame, ahead of all DATA; its own that is still here is dropped."""
+        with self._lock:
+            stream.cut = True
+            self._grants.pop(stream.number, None)
+            self._small = [entry for entry in self._small if entry[0] is not stream]
+            self._small_bytes = sum(len(entry[1]) for entry in self._small)
+            for entry in [entry for entry in self._waiting if entry[1] is stream]:
+                self._waiting.remove(entry)
+                entry[0].release()
+        self.post(frame)
 
     def push(self) -> None:
         """Write what is queued, if the turn is free; else its holder does. Raises SessionEnded."""
@@ -702,11 +1008,15 @@ class Writer:
         self._write()
 
     def wake(self) -> None:
-        """Make the control sender flush the transport and look at the clock; never waits."""
+        """Make the control sender flush the transport and look at the clock."""
         with self._lock:
             self._woken = True
-            if self._holder is None:
-                self._changed.notify_all()
+            self._tell_sender_locked()
+
+    def _tell_sender_locked(self) -> None:
+        assert self._lock.locked()
+        if self._holder is None:  # else its holder sees to it
+            self._changed.notify_all()
 
     def serve(self, seconds: float | None) -> None:
         """For the control sender: write the control queue, wait at most so long for it. Raises SessionEnded."""
@@ -720,13 +1030,14 @@ class Writer:
         self._write()
 
     def _has_work_locked(self) -> bool:
-        free = self._holder is None and bool(self._control or self._woken)
+        free = self._holder is None and bool(self._control or self._grants or self._woken)
         return free or self._holder is self.SENDER or self._cause is not None
 
-    def close(self, cause: str) -> None:
-        """No more frames; everybody who waits gets SessionEnded. Never waits; the first cause stays."""
+    def close(self, cause: str, last: bytes = b"") -> None:
+        """No more frames but a last one; everybody who waits gets SessionEnded. The first cause stays."""
         with self._lock:
-            self._cause = self._cause or cause
+            if self._cause is None:
+                self._cause, self._last = cause, last
             for ticket, _ in self._waiting:
                 ticket.release()
             self._waiting.clear()
@@ -734,8 +1045,16 @@ class Writer:
                 self._holder = None
             self._changed.notify_all()
 
+    def finish(self) -> None:
+        """For the control sender, after `close`: say the last frame, if there is one, and that it was the last."""
+        self.wait_unused()
+        if self._last:
+            with contextlib.suppress(OSError):
+                self._transport.send(self._last)
+                self._transport.finish()
+
     def wait_unused(self) -> None:
-        """Wait until nobody is in the transport's `send`; after `close`, with the transport shut down."""
+        """Wait until nobody is in the transport's `send`; a send that waits ends with the transport's shutdown."""
         with self._lock:
             while self._holder is not None:
                 self._changed.wait()
@@ -768,10 +1087,13 @@ class Writer:
         with self._lock:
             assert self._holder == threading.get_ident(), "only the holder of the turn writes"
             flush, self._woken = self._woken, False
-            frames: list[bytes | memoryview] = [*self._control, *(small for _, small in self._small)]
+            frames: list[bytes | memoryview] = [*self._control]
+            frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
+            frames += [small for _, small in self._small]
             self._control.clear()
+            self._grants.clear()
             self._small.clear()
-            self._small_bytes = 0
+            self._provoked = self._small_bytes = 0
             if own is not None and stream is not None and not stream.cut:
                 frames.append(own)
         if len(frames) > 1:
@@ -786,7 +1108,7 @@ class Writer:
             elif self._waiting:
                 self._holder, _ = self._waiting.popleft()
                 self._holder.release()
-            elif self._control or self._small or self._woken:
+            elif self._control or self._grants or self._small or self._woken:
                 self._holder = self.SENDER
                 self._changed.notify_all()
 
@@ -806,33 +1128,39 @@ class Stream:
     """One visitor's connection, carried by one session.
 
     Threads: fed and ended by the session reader, run by its pump, drained by its drainer, aborted by any.
-    Locking: `_lock` guards everything below the marker. No call that can wait and no other lock is taken under it.
-    Only the pump closes the socket, when no drainer is at work: a descriptor closed under another thread's call
-    could carry its bytes to a stranger.
+    Locking: `_lock` guards everything below the marker. No call that can wait is made, and no other lock but the
+    budget's is taken, under it. Only the pump closes the socket, when no drainer is at work: a descriptor closed under
+    another thread's call could carry its bytes to a stranger.
     Invariant: `_queued` is the bytes in `_queue` and in the drainer's hands; with no drainer both are empty, or
-    there is no socket yet. At level 0 `_queued` never exceeds LEVEL_0_QUEUE_BYTES.
+    there is no socket yet. `_queued` never exceeds the window, at level 0 LEVEL_0_QUEUE_BYTES.
+    Level 0 is a window that never runs out, but for the reader's wait.
     """
 
-    def __init__(self, session: Session, number: int, sock: socket.socket | None, peer: str) -> None:
+    def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
         self.number = number
-        self._peer = peer
+        self.visitor = visitor
+        self._level = session.level
         self._opened = time.monotonic()
         self._sent = 0  # bytes from the socket to the tunnel; the pump's
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # less queued, a drainer gone, an abort
+        self._changed = threading.Condition(self._lock)  # less queued, more credit, a drainer gone, an end
         # guarded by _lock
         self._sock: socket.socket | None = None
         self._queue = bytearray()
         self._queued = 0
+        self._moved = self._opened  # when the queue last got shorter
         self._draining = False
+        self._send_window = SendWindow(session.peer_window if self._level else UNLIMITED)
+        self._receive_window = ReceiveWindow(WINDOW_BYTES if self._level else UNLIMITED)
         self._inbound = Inbound.OPEN
+        self._ended_at = 0.0  # when FIN was sent
+        self._outbound_ended = False  # the socket's end of file was told to the peer
         self._received = 0  # bytes from the tunnel
-        self._peer_closed = False  # the peer's CLOSE_CONN has come: what the socket still sends is discarded
-        self._close_sent = False  # each side sends exactly one CLOSE_CONN
-        self._ended_at = 0.0  # when FIN was sent, on the monotonic clock
+        self._peer_closed = False  # CLOSE_CONN has come: what the socket still sends is discarded
+        self._close_sent = False  # each side sends at most one CLOSE_CONN, at level 0 exactly one
         self._aborted: str | None = None  # the first cause
-        self._lingered = False  # 5 s have passed since then: no more is discarded
+        self._lingered = False  # level 0: 5 s have passed since our FIN, no more is discarded
         self._closed = False
         # guarded by Writer._lock
         self.cut = False  # this side's last frame is queued
@@ -843,42 +1171,83 @@ class Stream:
     # -- called by the session reader
 
     def feed(self, part: memoryview) -> None:
-        """DATA for the socket: at once where it takes it, else queued. At level 0 waits for a full queue, 20 s."""
+        """DATA for the socket: at once where it takes it, else queued. Raises ProtocolError.
+
+        At level 0 waits while the queue is full, 20 s.
+        """
         with self._lock:
-            self._received += len(part)
-            if self._inbound is not Inbound.OPEN or self._aborted is not None:
-                return  # a stream that has ended drops what still comes
-            if not self._queued and not self._draining and self._sock is not None:
-                part = part[self._send_locked(part) :]
-                if not part or self._aborted is not None:
-                    return
-            if not self._wait_for_room_locked(len(part)):
+            if not self._takes_locked("DATA"):
                 return
-            self._queue += part
-            self._queued += len(part)
+            self._receive_window.receive(len(part))
+            self._received += len(part)
+            sent = grant = 0
+            if not self._queued and not self._draining and self._sock is not None:
+                sent = self._send_locked(part)
+                grant = self._drained_locked(sent)
+            if sent < len(part) and self._has_room_locked(len(part) - sent):
+                self._queue += part[sent:]
+                self._queued += len(part) - sent
             drain = self._settle_locked()
+        if grant:
+            self._session.writer.grant(self, grant)
         if drain:
             self._start_drainer()
 
     def close_received(self, reason: bytes) -> None:
-        """The peer's CLOSE_CONN: with a reason a reset, bare a clean end behind the DATA; answered at once."""
+        """The peer's CLOSE_CONN. Level 1: a reset. Level 0: with a reason a reset, bare a clean end behind the DATA."""
         with self._lock:
             if self._peer_closed:
                 return
             self._peer_closed = True
-            answer, self._close_sent = not self._close_sent, True
-            if reason:
-                self._abort_locked("peer: " + reason[:MAX_REASON_BYTES].decode("ascii", "replace"))
-            elif answer and not self._received and self._session.refusal_is_silent:
-                self._abort_locked("peer: refused")
+            answer = not self._close_sent and not self._level
+            self._close_sent = True
+            if reason or self._level:
+                self._abort_locked("peer: " + quoted(reason[:MAX_REASON_BYTES].decode("ascii", "replace")))
+            elif answer and not self._received and self._session.role == "server":
+                self._abort_locked("peer: refused")  # how the original's client says so
             else:
                 self._end_inbound_locked()
         if answer:
             self._session.writer.cut(self, encode(FrameType.CLOSE_CONN, self.number))
-        self._session.after(LINGER_S, self._check_linger)
+            self._session.after(LINGER_S, self._check_linger)
+
+    def end_received(self) -> None:
+        """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
+        with self._lock:
+            if self._takes_locked("EOF"):
+                self._end_inbound_locked()
+
+    def grant_received(self, count: int) -> None:
+        """The peer's WINDOW. Raises ProtocolError."""
+        with self._lock:
+            self._send_window.grant(count)
+            self._changed.notify_all()
+
+    def blocked_received(self) -> None:
+        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles."""
+        with self._lock:
+            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None:
+                return
+            count = self._session.budget.take(self._receive_window.growth())
+            if not count:
+                return
+            first = not self._receive_window.grown
+            grant = self._receive_window.grow(count)
+        self._session.writer.grant(self, grant)
+        if first:
+            self._session.after(STALL_S, self._check_stalled)
+
+    def _takes_locked(self, name: str) -> bool:
+        """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
+        assert self._lock.locked()
+        if self._aborted is None and self._inbound is not Inbound.OPEN and self._level and not self._outbound_ended:
+            raise ProtocolError(f"{name} after EOF on stream {self.number}")
+        return self._aborted is None and self._inbound is Inbound.OPEN
+
+    # -- called by the control sender's clock
 
     def _check_linger(self) -> None:
-        """The control sender's: a socket that has not answered our FIN within 5 s is closed; the kernel delivers on."""
+        """Level 0: a socket that has not answered our FIN within 5 s is closed; the kernel delivers on."""
         with self._lock:
             over = self._inbound is Inbound.ENDED
             wait = self._ended_at + LINGER_S - time.monotonic() if over else LINGER_S
@@ -889,6 +1258,17 @@ class Stream:
                 self._wake_pump_locked()
                 return
         self._session.after(wait, self._check_linger)
+
+    def _check_stalled(self) -> None:
+        """A grown window whose queue has not moved for 5 s gives its growth back."""
+        with self._lock:
+            if self._closed or not self._receive_window.grown:
+                return
+            wait = self._moved + STALL_S - time.monotonic() if self._queued else STALL_S
+            if wait <= 0:
+                self._receive_window.shrink()
+                return
+        self._session.after(wait, self._check_stalled)
 
     # -- called by any thread
 
@@ -916,13 +1296,14 @@ class Stream:
     # -- the pump
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
-        """The pump's life: dial (client), socket to DATA frames, the last CLOSE_CONN, close."""
-        log_event(DEBUG, "stream-opened", stream=self.number, peer=self._peer)
+        """The pump's life: dial (client), socket to DATA frames, the ends, close."""
+        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._level)
         try:
             self._session.writer.push()  # its NEW_CONN, if it is new
             if connect is None or self._dial(connect):
                 self._pump()
-            self._send_close()
+                self._end_outbound()
+            self._report_abort()
         except SessionEnded as ended:
             self.abort(str(ended))
         except BaseException:
@@ -954,9 +1335,9 @@ class Stream:
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(HEADER_BYTES + FIRST_BUFFER_BYTES))
-        while self._aborted is None and not self._lingered:
+        while self._wait_for_credit(sock):
             try:
-                count = self._receive(sock, buffer[HEADER_BYTES:])
+                count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
             except OSError as error:
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
@@ -964,6 +1345,8 @@ class Stream:
                 return
             if self._peer_closed:
                 continue  # discarded: the peer has forgotten the stream
+            with self._lock:
+                self._send_window.spend(count)
             # The header stands in front of the payload: no copy on the way to the transport.
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
             self._session.writer.send(self, buffer[: HEADER_BYTES + count])
@@ -974,24 +1357,64 @@ class Stream:
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
             if DONT_WAIT is None and not wait_ready(sock, writing=False, seconds=DRAIN_STEP_S):
-                if self._aborted is not None or self._lingered:
+                if self._is_over():
                     return 0
                 continue
-            try:
+            with contextlib.suppress(BlockingIOError):
                 return sock.recv_into(buffer)
-            except BlockingIOError:
-                continue
 
-    def _send_close(self) -> None:
-        """Behind all DATA: bare at a clean end, else with the reason."""
+    def _is_over(self) -> bool:
+        return self._aborted is not None or self._lingered
+
+    def _wait_for_credit(self, sock: socket.socket) -> bool:
+        """False at the end of the stream. With bytes to send and no credit says BLOCKED, once."""
+        said = False
+        while not self._send_window.credit and not self._is_over():
+            if not said and wait_ready(sock, writing=False, seconds=0):
+                self._session.writer.post(encode(FrameType.BLOCKED, self.number))
+                said = True
+            self._watch(sock, lambda: self._send_window.credit > 0)
+        return not self._is_over()
+
+    def _watch(self, sock: socket.socket, done: Callable[[], bool]) -> None:
+        """Wait a second for what another thread does, and look whether the socket was reset meanwhile.
+
+        A reset shows in POLLERR even behind unread bytes. SO_ERROR is not read: that would clear the error, and the
+        next receive would look like a clean end.
+        """
         with self._lock:
-            send, self._close_sent = not self._close_sent, True
-            reason = self._aborted
-            if reason is None:
-                self._end_inbound_locked()  # level 0: the first end of file ends both directions
-        if send:
-            payload = (reason or "").encode("ascii", "replace")[:MAX_REASON_BYTES]
-            self._session.writer.send(self, encode(FrameType.CLOSE_CONN, self.number, payload))
+            if not done() and self._aborted is None:
+                self._changed.wait(WATCH_S)
+        if has_error(sock):
+            self.abort("reset")
+
+    def _end_outbound(self) -> None:
+        """The socket has no more: say so behind its DATA. Level 1: the other direction lives on until it has ended."""
+        with self._lock:
+            if self._aborted is not None or self._close_sent:
+                return
+            self._outbound_ended = True
+            if not self._level:
+                self._close_sent = True
+                self._end_inbound_locked()  # the first end of file ends both directions
+            sock = self._sock
+        self._session.writer.send(self, encode(FrameType.EOF if self._level else FrameType.CLOSE_CONN, self.number))
+        assert sock is not None
+        while self._inbound is not Inbound.ENDED and not self._is_over():
+            self._watch(sock, lambda: self._inbound is Inbound.ENDED)
+
+    def _report_abort(self) -> None:
+        """CLOSE_CONN with the reason, unless the peer has sent its own. Level 0: behind all DATA; level 1: ahead."""
+        with self._lock:
+            if self._aborted is None or self._close_sent:
+                return
+            self._close_sent = True
+            reason = self._aborted.encode("ascii", "replace")[:MAX_REASON_BYTES]
+        frame = encode(FrameType.CLOSE_CONN, self.number, reason)
+        if self._level:
+            self._session.writer.cut(self, frame)
+        else:
+            self._session.writer.send(self, frame)
 
     def _close(self) -> None:
         with self._lock:
@@ -1000,20 +1423,16 @@ class Stream:
             sock, self._sock = self._sock, None
             self._inbound = Inbound.ENDED
             self._closed = True
+            if self._level:
+                self._session.budget.give(self._receive_window.grown)
         if sock is not None:
             reset_at_close(sock, self._aborted is not None)
             sock.close()
         self._session.forget(self)
         log_event(
-            DEBUG,
-            "stream-closed",
-            stream=self.number,
-            peer=self._peer,
-            received=self._received,
-            sent=self._sent,
-            seconds=time.monotonic() - self._opened,
-            reason=self._aborted or "clean",
-        )
+            DEBUG, "stream-closed", stream=self.number, peer=self.visitor, level=self._level, received=self._received,
+            sent=self._sent, seconds=time.monotonic() - self._opened, reason=self._aborted or "clean",
+        )  # fmt: skip
 
     # -- tunnel to socket
 
@@ -1029,13 +1448,22 @@ class Stream:
             self._abort_locked("reset")
             return 0
 
-    def _wait_for_room_locked(self, count: int) -> bool:
-        """Level 0: wait until `count` bytes fit; a stream that has no room for 20 s is reset."""
+    def _drained_locked(self, count: int) -> int:
+        """So many bytes have left for the socket; returns the credit to grant."""
+        assert self._lock.locked()
+        self._moved = time.monotonic()
+        grant, paid = self._receive_window.drain(count)
+        if paid:
+            self._session.budget.give(paid)
+        return grant if self._inbound is Inbound.OPEN else 0
+
+    def _has_room_locked(self, count: int) -> bool:
+        """False where the stream is aborted. At level 0 waits until `count` bytes fit, 20 s; then it is reset."""
         deadline = Deadline(LEVEL_0_WAIT_S)
-        while self._queued + count > LEVEL_0_QUEUE_BYTES and self._aborted is None:
+        while not self._level and self._queued + count > LEVEL_0_QUEUE_BYTES and self._aborted is None:
             if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
                 self._abort_locked("stalled")
-        return self._aborted is None
+        return self._aborted is None and self._inbound is Inbound.OPEN
 
     def _settle_locked(self) -> bool:
         """What the socket is owed: FIN, or a drainer, which counts as at work from now on; True: start it."""
@@ -1049,6 +1477,7 @@ class Stream:
             self._ended_at = time.monotonic()
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
+            self._changed.notify_all()
         return self._draining
 
     def _start_drainer(self) -> None:
@@ -1085,12 +1514,16 @@ class Stream:
         sock = self._sock  # stays: the pump closes it only when no drainer is at work
         assert sock is not None
         while rest and self._aborted is None:
-            if wait_ready(sock, writing=True, seconds=DRAIN_STEP_S):
-                with self._lock:  # a reset that this send meets, and so hides from the pump, is marked in one step
-                    sent = self._send_locked(rest[:DRAIN_BYTES])
-                    rest = rest[sent:]
-                    self._queued -= sent
-                    self._changed.notify_all()
+            if not wait_ready(sock, writing=True, seconds=DRAIN_STEP_S):
+                continue
+            with self._lock:  # a reset that this send meets, and so hides from the pump, is marked in one step
+                sent = self._send_locked(rest[:DRAIN_BYTES])
+                rest = rest[sent:]
+                self._queued -= sent
+                grant = self._drained_locked(sent)
+                self._changed.notify_all()
+            if grant:
+                self._session.writer.grant(self, grant)
 
     def _end_inbound_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
@@ -1103,6 +1536,14 @@ class Stream:
 # ---- session ----------------------------------------------------------------------------------------------------
 
 
+class Settings(NamedTuple):
+    """What the sessions of one process share."""
+
+    heartbeat_s: float = HEARTBEAT_S
+    session_budget_bytes: int = SESSION_BUDGET_BYTES
+    proxy_protocol: bool = False
+
+
 class Session:
     """One control connection's life: its transport, its streams, its clock. The same class on both sides.
 
@@ -1112,19 +1553,27 @@ class Session:
     and are never used again, and each session has its own streams, so a frame never meets another stream's socket.
     """
 
-    refusal_is_silent = False  # a bare CLOSE_CONN before any DATA means "refused": what the original's client sends
+    role = ""  # "server" or "client"
 
-    def __init__(self, transport: PlainTransport, pool: Pool) -> None:
+    def __init__(self, transport: PlainTransport, pool: Pool, settings: Settings) -> None:
         self.transport = transport
         self.writer = Writer(transport)
         self.decoder = Decoder()
+        self.settings = settings
+        self.budget = Budget(settings.session_budget_bytes)
+        self.level = 0  # fixed before the first stream
+        self.peer_window = WINDOW_BYTES  # at level 1, where each stream's credit starts
+        self.rtt_s: float | None = None
         self._pool = pool
+        self._received_at = time.monotonic()  # the reader's
+        self._reader_left = threading.Event()
         self._sender_left = threading.Event()
         self._order = itertools.count()  # ties of timers: callables have no order
         self._lock = threading.Lock()
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
+        self._pings: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=PINGS_REMEMBERED)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._cause: str | None = None
 
@@ -1138,7 +1587,11 @@ class Session:
             self.end(reason_of(error))
             self._sender_left.set()
         try:
-            self._read()
+            try:
+                self._read()
+            except Refused as refused:
+                self.refuse(refused)
+                self._read()  # discards: a close with unread bytes would send RST and swallow the reason
             self.end("closed by the peer")
         except (OSError, RtunnelError) as error:
             self.end(reason_of(error))
@@ -1146,6 +1599,7 @@ class Session:
             log_internal_error()
             self.end("internal error")
         finally:
+            self._reader_left.set()
             self._sender_left.wait()
             self.writer.wait_unused()
             self.transport.close()
@@ -1155,10 +1609,14 @@ class Session:
     def _read(self) -> None:
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
+            if self._cause is not None:
+                continue  # this side has said its last word
+            self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
                     self._on_data(event)
                 else:
+                    check(event, level=self.level, role=self.role)
                     self.on_frame(event)
             self.on_received()
             if count == len(buffer) < READER_BUFFER_BYTES:
@@ -1170,18 +1628,49 @@ class Session:
             stream.feed(event.part)
 
     def on_frame(self, frame: Frame) -> None:
-        """A whole frame; the roles add theirs. Raises ProtocolError."""
-        if frame.type != FrameType.CLOSE_CONN:
-            raise ProtocolError(f"{FrameType(frame.type).name} is not for this side to receive")
-        self.check_may_send("CLOSE_CONN")
-        if stream := self._find(frame.stream):
+        """A whole frame that `check` has passed; the roles add theirs. Raises ProtocolError."""
+        self.check_may_send(FrameType(frame.type).name)
+        if RULES[FrameType(frame.type)].on_stream:
+            if stream := self._find(frame.stream):
+                self._on_stream_frame(stream, frame)
+        elif frame.type == FrameType.PING:
+            self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
+        elif frame.type == FrameType.PONG:
+            self._on_pong(frame.payload)
+        else:
+            self.on_goaway(frame.payload.decode("ascii", "replace"))
+
+    @staticmethod
+    def _on_stream_frame(stream: Stream, frame: Frame) -> None:
+        if frame.type == FrameType.WINDOW:
+            stream.grant_received(*U32.unpack(frame.payload))
+        elif frame.type == FrameType.EOF:
+            stream.end_received()
+        elif frame.type == FrameType.BLOCKED:
+            stream.blocked_received()
+        else:
             stream.close_received(frame.payload)
+
+    def _on_pong(self, payload: bytes) -> None:
+        with self._lock:
+            sent = next((entry for entry in self._pings if entry[0] == payload), None)
+            if sent is None:
+                raise ProtocolError("PONG without a PING")
+            self._pings.remove(sent)
+        self.rtt_s = time.monotonic() - sent[1]
+
+    def on_goaway(self, reason: str) -> None:
+        """The peer will open, or take, no more streams here."""
+
+    def refuse(self, refused: Refused) -> None:
+        """Tell the peer, where it can be told, and end."""
+        self.end(str(refused))
 
     def on_received(self) -> None:
         """Called after each receive was dispatched."""
 
     def check_may_send(self, name: str) -> None:
-        """Raises ProtocolError where the peer may not send stream frames yet."""
+        """Raises ProtocolError where the peer may not send such a frame yet."""
 
     def _find(self, number: int) -> Stream | None:
         """The stream, None where it has ended. Raises ProtocolError for an id that was never opened."""
@@ -1190,13 +1679,15 @@ class Session:
                 raise ProtocolError(f"frame for stream {number}, which was never opened")
             return self._streams.get(number)
 
-    # -- the control sender
+    # -- the control sender, whose wait is the session's clock
 
     def _send_control(self) -> None:
         try:
             while True:
                 self.writer.serve(self._run_timers())
         except SessionEnded as ended:
+            self.writer.finish()
+            self._reader_left.wait(FAREWELL_S)  # after a failed write the reader may still read why
             self.end(str(ended))
         except BaseException:
             self.end("internal error")
@@ -1225,17 +1716,50 @@ class Session:
         if first:
             self.writer.wake()
 
+    def rise_to_level_1(self, peer_window: int) -> None:
+        """Both sides have announced it: credit, heartbeat, a limit on each write."""
+        self.level, self.peer_window = 1, peer_window
+        self.transport.limit_write(WRITE_TIMEOUT_S)
+        self.after(0, self._beat)
+        self.after(HEARTBEATS_TO_DEATH * self.settings.heartbeat_s, self._check_alive)
+
+    def _beat(self) -> None:
+        ping = os.urandom(8)
+        with self._lock:
+            self._pings.append((ping, time.monotonic()))
+        self.writer.post(encode(FrameType.PING, 0, ping))
+        self.after(self.settings.heartbeat_s, self._beat)
+
+    def _check_alive(self) -> None:
+        limit = HEARTBEATS_TO_DEATH * self.settings.heartbeat_s
+        left = self._received_at + limit - time.monotonic()
+        if left <= 0:
+            self.end(f"the peer is dead: no byte for {limit:.0f} s")
+        else:
+            self.after(left, self._check_alive)
+
     # -- any thread
 
     def end(self, cause: str) -> None:
         """End the session and reset its streams; the first cause stays. Never waits: the reader does the rest."""
+        self.part(cause)
+        self.transport.shutdown()
+
+    def part(self, cause: str, last: bytes = b"") -> None:
+        """End it as `end` does, but let the control sender say a last frame, and the peer read it, for a second."""
         with self._lock:
             self._cause = cause = self._cause or cause
             streams = list(self._streams.values())
-        self.writer.close(cause)
-        self.transport.shutdown()
+        self.writer.close(cause, last)
         for stream in streams:
             stream.abort(cause)
+
+    def say_goodbye(self, reason: str) -> None:
+        """`part` with a GOAWAY; at level 0, which has none, `end`."""
+        if self.level:
+            self.part(reason, encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
+        else:
+            self.end(reason)
 
     def stream_count(self) -> int:
         with self._lock:
@@ -1276,82 +1800,154 @@ class Session:
 class ServerSession(Session):
     """The server's side: takes INIT, opens streams for visitors."""
 
-    refusal_is_silent = True
+    role = "server"
 
-    def __init__(self, transport: PlainTransport, pool: Pool, server: Server, deadline: Deadline) -> None:
-        super().__init__(transport, pool)
+    def __init__(
+        self, transport: PlainTransport, pool: Pool, settings: Settings, server: Server, deadline: Deadline
+    ) -> None:
+        super().__init__(transport, pool, settings)
         self._server = server
-        self._received = False  # any byte; the reader's
-        self.asked = False  # INIT has come; the reader's
+        self._heard = False  # any byte; the reader's
+        self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
-        self.lease: Listener | None = None  # the reader's
-        self.visitors = 0  # guarded by Server._lock
+        # guarded by Server._lock
+        self.lease: Lease | None = None
+        self.visitors = 0  # streams, and those about to be
         if server.has_global_port:
             self.after(SILENT_CLIENT_S, self._join_silent)
         self.after(deadline.remaining(), self._check_hello)
+
+    @property
+    def holder(self) -> str | None:
+        """Whom a lease belongs to: the certificate's name, in plain mode the instance, which nobody else knows."""
+        if self.transport.identity != ANONYMOUS:
+            return f"identity {self.transport.identity}"
+        return f"instance {self.init.instance}" if self.init and self.init.instance else None
 
     def on_frame(self, frame: Frame) -> None:
         if frame.type != FrameType.INIT:
             super().on_frame(frame)
             return
         self._check_unknown_frames()
-        if self.asked:
+        if self.init is not None:
             raise ProtocolError("a second INIT")
-        self.asked = True
-        self._server.open_lease(self, Init.parse(frame.payload))
+        self.init = Init.parse(frame.payload)
+        with self._lock:
+            opened = self._last_stream > 0  # as level 0: the server's first frame fixes the level
+        if self.init.version and not opened:
+            self.rise_to_level_1(self.init.window)
+        self._server.open_lease(self, self.init)
         self.is_client = True
 
     def on_received(self) -> None:
-        self._received = True
+        self._heard = True
         self._check_unknown_frames()
 
     def _check_unknown_frames(self) -> None:
         if not self.is_client and self.decoder.unknown_frames > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
+    def on_goaway(self, reason: str) -> None:
+        self._server.leave_lease(self, "client: " + quoted(reason), linger=False)
+
     def check_may_send(self, name: str) -> None:
         if not self.is_client:
             raise ProtocolError(f"{name} before INIT")
 
+    def refuse(self, refused: Refused) -> None:
+        if self.level or refused.code == "bad-request":  # which only a client of level 1 can provoke
+            lines = f"error={refused.code}\nmessage={refused.message}"
+            self.part(str(refused), encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace")))
+        else:
+            self.end(str(refused))
+
     def _join_silent(self) -> None:
-        if not self.is_client and not self._received:
+        if not self.is_client and not self._heard:
             self.is_client = True
-            self._server.join_global_port(self)
+            self._server.join_silent(self)
 
     def _check_hello(self) -> None:
         if not self.is_client:
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
-    def serve_visitor(self, sock: socket.socket, address: Address) -> None:
+    def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
         """Open a stream for a visitor and be its pump. Raises SessionEnded where none can be opened."""
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
-            stream = Stream(self, self._last_stream + 1, sock, str(address))
+            stream = Stream(self, self._last_stream + 1, sock, visitor)
             # Both in one locked step: ids rise on the wire too, and the answer, be it faster than this thread,
             # finds the stream (defect 10).
-            self.writer.post(encode(FrameType.NEW_CONN, stream.number), wake=False)
+            payload = str(visitor).encode("ascii") if self.level else b""
+            self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
             self._add_locked(stream)
         self.guarded(stream.run)
 
 
-class Server:
-    """The control port, the global public port, and the sessions with their leases.
+class Lease:
+    """A public port, and the sessions that serve it: one, the newest of its holder; on the global port all.
 
-    Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; `start`, `stop` from main.
-    Locking: `_lock` guards everything below the marker; nothing else is locked under it.
+    Guarded by Server._lock.
     """
 
-    def __init__(self, control: Address, public: Address | None, public_bind: str) -> None:
+    def __init__(self, listener: Listener, holder: str | None, *, shared: bool = False) -> None:
+        self.listener = listener
+        self.holder = holder
+        self.shared = shared
+        self.sessions: list[ServerSession] = []  # who had a visitor last stands last
+        self.lingers_until: float | None = None  # its visitors wait in the listen queue for the holder's return
+
+    def join(self, session: ServerSession) -> list[ServerSession]:
+        """Returns the sessions that this one replaces: its holder's, on the global port those of its instance."""
+        instance = session.init.instance if session.init else ""
+        replaced = [
+            other
+            for other in self.sessions
+            if not self.shared or (instance and other.init and other.init.instance == instance)
+        ]
+        self.sessions = [other for other in self.sessions if other not in replaced and other is not session]
+        self.sessions.append(session)
+        for other in replaced:
+            other.lease = None
+        session.lease = self
+        self.lingers_until = None
+        self.listener.resume()
+        return replaced
+
+    def choose(self) -> ServerSession | None:
+        """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
+        asked = [session for session in self.sessions if session.init is not None]
+        session = min(asked or self.sessions, key=lambda client: client.visitors, default=None)
+        if session is not None:
+            session.visitors += 1
+            self.sessions.remove(session)
+            self.sessions.append(session)
+        return session
+
+
+class Server:
+    """The control port, the sessions, and the leases that they hold.
+
+    Threads: `serve_control` is each session's reader, `_serve_visitor` each stream's pump; `start`, `stop` from main;
+    `_tick` from each lease's acceptor.
+    Locking: `_lock` guards everything below the marker and all leases. Under it Session._lock and Writer._lock may be
+    taken, and ports be bound: bind and listen wait for nobody, and two who want one port come one after the other.
+    """
+
+    def __init__(self, control: Address, public: Address | None, public_bind: str, settings: Settings) -> None:
         self._control_address = control
         self._public_address = public
         self._public_bind = public_bind
+        self._settings = settings
         self._pool = Pool()
-        self._listeners: list[Listener] = []
+        self.stop_asked = threading.Event()
+        self.status = 0
         self._lock = threading.Lock()
         # guarded by _lock
+        self._control: Listener | None = None
         self._sessions: set[ServerSession] = set()
-        self._clients: list[ServerSession] = []  # of the global port; who had a visitor last stands last
+        self._leases: dict[int, Lease] = {}  # by port
+        self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
         self._stopping = False
 
     @property
@@ -1360,17 +1956,21 @@ class Server:
 
     def start(self) -> None:
         """Open the ports. Raises RtunnelError where one cannot be bound."""
-        wanted = [("control", self._control_address, self.serve_control)]
-        if self._public_address is not None:
-            wanted.insert(0, ("public", self._public_address, self._serve_global_visitor))
-        for kind, address, handle in wanted:
-            try:
-                listener = Listener(address, self._pool, handle)
-            except OSError as error:
-                self.stop()
-                raise RtunnelError(f"--{kind}-listen {address}: {reason_of(error)}") from error
-            self._listeners.append(listener)
-            log_event(INFO, "listening", kind=kind, address=listener.address)
+        try:
+            if self._public_address is not None:
+                option, address = "public", self._public_address
+                with self._lock:
+                    lease = self._bind_locked(address, None, shared=True)
+                lease.listener.resume()
+                log_event(INFO, "listening", kind="public", address=lease.listener.address)
+            option, address = "control", self._control_address
+            self._control = Listener(address, self._pool, self.serve_control)
+            self._control.start()
+            self._control.resume()
+            log_event(INFO, "listening", kind="control", address=self._control.address)
+        except OSError as error:
+            self.stop()
+            raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
     def stop(self) -> None:
         """No more connections, all streams reset, all threads joined that do not resolve or dial."""
@@ -1378,12 +1978,14 @@ class Server:
         with self._lock:
             self._stopping = True
             sessions = list(self._sessions)
-        for listener in self._listeners:
+            listeners = [lease.listener for lease in self._leases.values()]
+        listeners += [self._control] if self._control else []
+        for listener in listeners:
             listener.ask_to_stop()
         for session in sessions:
-            session.end("stopping")
-        for listener in self._listeners:
-            listener.stop()
+            session.say_goodbye("stopping")
+        for listener in listeners:
+            listener.join()
         self._pool.close(deadline)
 
     # -- control connections
@@ -1392,82 +1994,150 @@ class Server:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
         try:
-            session = ServerSession(PlainTransport(sock), self._pool, self, deadline)
+            session = ServerSession(PlainTransport(sock), self._pool, self._settings, self, deadline)
         except OSError as error:  # gone before it was looked at
             log_event(WARNING, "refused", peer=address, reason=reason_of(error))
             return
         with self._lock:
             self._sessions.add(session)
-            if self._stopping:
-                session.end("stopping")
+            stopping = self._stopping
+        if stopping:
+            session.end("stopping")
+        cause = "internal error"
         try:
             cause = session.run()
         finally:
-            self._leave(session)
+            with self._lock:
+                self._sessions.discard(session)
+            self.leave_lease(session, cause, linger=session.level > 0)
         event, level = ("session-closed", INFO) if session.is_client else ("refused", WARNING)
-        log_event(level, event, peer=address, reason=cause)
+        rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
+        log_event(level, event, peer=address, level=session.level, reason=cause, **rtt_ms)
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
-        """What INIT asks for: a public port of its own, or a share of the global one. Raises SessionEnded."""
+        """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
         peer = session.transport.peer
-        if self.has_global_port:
-            self.join_global_port(session)
-            return
-        wanted = Address(self._public_bind, init.port)
-
-        def serve_visitor(sock: socket.socket, address: Address) -> None:
-            self._serve_visitor(session, sock, address)
-
-        try:
-            lease = Listener(wanted, self._pool, serve_visitor)
-        except (OSError, RuntimeError) as error:
-            log_event(ERROR, "lease-failed", address=wanted, peer=peer, reason=reason_of(error))
-            raise SessionEnded(f"port {init.port} cannot be opened: {reason_of(error)}") from error
-        session.lease = lease
-        log_event(INFO, "session-opened", peer=peer, level=0, local=init.local)
-        log_event(INFO, "lease-opened", address=lease.address, peer=peer)
-
-    def join_global_port(self, session: ServerSession) -> None:
-        """Let the session have visitors of the global port."""
         with self._lock:
-            if session not in self._clients:
-                self._clients.append(session)
-        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, init=session.asked)
+            if self._stopping:
+                raise Refused("shutting-down", "the server stops")
+            try:
+                lease = self._find_locked(session, init) or self._bind_free_locked(session, init)
+            except OSError as error:
+                log_event(
+                    ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error)
+                )
+                code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
+                raise Refused(code, f"port {init.port} cannot be opened: {reason_of(error)}") from error
+            port = lease.listener.address.port
+            if session.level:  # its first frame, ahead of all NEW_CONN
+                session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
+            replaced = lease.join(session)
+        log_event(
+            INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
+            local=init.local,
+        )  # fmt: skip
+        for other in replaced:
+            log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
+            other.say_goodbye("replaced")
+            session.after(FAREWELL_S, lambda other=other: other.end("replaced"))  # type: ignore[misc]
 
-    def _leave(self, session: ServerSession) -> None:
-        """The session has ended: its port is free when this returns."""
+    def _find_locked(self, session: ServerSession, init: Init) -> Lease | None:
+        """The lease that the session joins; None where it gets a new one. Raises Refused."""
+        if self._public_address is not None:
+            return next(lease for lease in self._leases.values() if lease.shared)
+        port = init.port or self._assigned.get((session.holder or "", init.instance), 0)
+        lease = self._leases.get(port)
+        mine = lease is not None and session.level and lease.holder is not None and lease.holder == session.holder
+        if lease is not None and not mine:
+            if not init.port:
+                return None
+            raise Refused("port-in-use", f"port {port} belongs to another client")
+        return lease
+
+    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
+        key = (session.holder or "", init.instance)
+        if not init.port and (port := self._assigned.get(key)):
+            with contextlib.suppress(OSError):
+                return self._bind_locked(Address(self._public_bind, port), session.holder)
+        lease = self._bind_locked(Address(self._public_bind, init.port), session.holder)
+        if not init.port and init.instance:
+            self._assigned[key] = lease.listener.address.port
+            while len(self._assigned) > MAX_ASSIGNED_PORTS:
+                self._assigned.popitem(last=False)
+        return lease
+
+    def _bind_locked(self, address: Address, holder: str | None, *, shared: bool = False) -> Lease:
+        """A new lease, whose visitors wait until it is resumed. Raises OSError."""
+        assert self._lock.locked()
+
+        def serve(sock: socket.socket, visitor: Address) -> None:
+            self._serve_visitor(lease, sock, visitor)
+
+        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease)), holder, shared=shared)
+        lease.listener.start()
+        self._leases[lease.listener.address.port] = lease
+        if not shared:
+            log_event(INFO, "lease-opened", address=lease.listener.address, holder=(holder or "nobody").split()[0])
+        return lease
+
+    def join_silent(self, session: ServerSession) -> None:
+        """A connection without INIT becomes a client of the global port."""
         with self._lock:
-            self._sessions.discard(session)
-            if session in self._clients:
-                self._clients.remove(session)
-        if session.lease is not None:
-            session.lease.stop()
-            log_event(INFO, "lease-closed", address=session.lease.address, peer=session.transport.peer)
+            lease = next((lease for lease in self._leases.values() if lease.shared), None)
+            if session.lease is not None or lease is None:
+                return  # its INIT was faster, or the server stops
+            lease.join(session)
+        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
 
-    # -- visitors
-
-    def _serve_global_visitor(self, sock: socket.socket, address: Address) -> None:
+    def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
+        """No more visitors for this session; without another its port closes, after 5 s where it may linger."""
         with self._lock:
-            asked = [session for session in self._clients if session.asked]
-            session = min(asked or self._clients, key=lambda client: client.visitors, default=None)
-            if session is not None:
-                session.visitors += 1
-                self._clients.remove(session)
-                self._clients.append(session)
-        self._serve_visitor(session, sock, address)
-        with self._lock:
-            if session is not None:
-                session.visitors -= 1
+            lease, session.lease = session.lease, None
+            if lease is None:
+                return
+            lease.sessions.remove(session)
+            if lease.sessions or (lease.shared and not linger):
+                return
+            if linger and not self._stopping:
+                lease.listener.pause()
+                lease.lingers_until = time.monotonic() + LEASE_LINGER_S
+                return
+            self._drop_locked(lease, reason)
+        lease.listener.join()
 
-    def _serve_visitor(self, session: ServerSession | None, sock: socket.socket, address: Address) -> None:
+    def _tick(self, lease: Lease) -> None:
+        """The acceptor's, twice a second: a lease that has lingered long enough closes; a global one refuses again."""
+        with self._lock:
+            if lease.lingers_until is None or time.monotonic() < lease.lingers_until:
+                return
+            lease.lingers_until = None
+            if lease.shared:
+                lease.listener.resume()
+            else:
+                self._drop_locked(lease, "its client did not come back")
+
+    def _drop_locked(self, lease: Lease, reason: str) -> None:
+        assert self._lock.locked()
+        del self._leases[lease.listener.address.port]
+        lease.listener.ask_to_stop()
+        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
+
+    def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
+        """The life of a visitor's connection, in its pump's thread."""
+        with self._lock:
+            session = lease.choose()
         try:
             if session is None:
                 raise SessionEnded("no client is connected")
             tune(sock)
-            session.serve_visitor(sock, address)
+            session.serve_visitor(sock, visitor)
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
-            log_event(WARNING, "visitor-refused", peer=address, reason=reason_of(error))
+            log_event(WARNING, "visitor-refused", peer=visitor, reason=reason_of(error))
+        finally:
+            with self._lock:
+                if session is not None:
+                    session.visitors -= 1
 
 
 # ---- client -----------------------------------------------------------------------------------------------------
@@ -1478,6 +2148,7 @@ class Mapping(NamedTuple):
 
     remote_port: int  # 0: the server chooses
     local: Address
+    instance: str  # 128 random bits in hex, kept over reconnects and never logged
 
     @classmethod
     def parse(cls, text: str) -> Mapping:
@@ -1485,7 +2156,11 @@ class Mapping(NamedTuple):
         port, colon, local = text.partition(":")
         if not colon:
             raise ConfigError(f"{text!r} is no mapping: write REMOTE_PORT:HOST:PORT")
-        return cls(parse_port(port), Address.parse(local))
+        return cls.make(parse_port(port), Address.parse(local))
+
+    @classmethod
+    def make(cls, remote_port: int, local: Address) -> Mapping:
+        return cls(remote_port, local, secrets.token_hex(16))
 
 
 class Backoff:
@@ -1506,35 +2181,95 @@ class Backoff:
 
 
 class ClientSession(Session):
-    """The client's side: dials the local service for each NEW_CONN."""
+    """The client's side: asks for a port, dials the local service for each NEW_CONN."""
 
-    def __init__(self, transport: PlainTransport, pool: Pool, mapping: Mapping) -> None:
-        super().__init__(transport, pool)
+    role = "client"
+
+    def __init__(
+        self, transport: PlainTransport, pool: Pool, settings: Settings, client: Client, mapping: Mapping
+    ) -> None:
+        super().__init__(transport, pool, settings)
+        self._client = client
         self._mapping = mapping
-        self.writer.post(encode(FrameType.INIT, 0, Init(mapping.remote_port, str(mapping.local)).payload()))
+        self._heard = False  # any frame; the reader's. The server's first one fixes the level
+        self._public: Address | None = None  # told by WELCOME
+        self.is_open = False  # set once, by the reader (first frame) or the control sender (10 s)
+        self.goaway: str | None = None  # the server's reason; the reader's
+        self.refused: Refused | None = None  # the same
+        init = Init(mapping.remote_port, str(mapping.local), mapping.instance, version=1)
+        self.writer.post(encode(FrameType.INIT, 0, init.payload()))
+        self.after(LIVED_S, self._open)
 
     def on_frame(self, frame: Frame) -> None:
-        if frame.type != FrameType.NEW_CONN:
+        if frame.type == FrameType.WELCOME:
+            if self._heard:
+                raise ProtocolError("WELCOME behind another frame")
+            welcome = Welcome.parse(frame.payload)
+            self._public = Address(self.transport.peer_host, welcome.port)
+            self.rise_to_level_1(welcome.window)
+        self._heard = True
+        self._open()
+        if frame.type == FrameType.NEW_CONN:
+            self._on_new_conn(frame)
+        elif frame.type != FrameType.WELCOME:
             super().on_frame(frame)
-            return
+
+    def _open(self) -> None:
+        """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
+        if not self.is_open:
+            self.is_open = True
+            public = self._public or f"port {self._mapping.remote_port}"
+            log_event(
+                INFO, "session-opened", public=public, local=self._mapping.local, level=self.level,
+                server=self.transport.peer,
+            )  # fmt: skip
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused = refused
+        self.end(str(refused))
+
+    def on_goaway(self, reason: str) -> None:
+        self.goaway = reason
+        log_event(INFO, "goaway", server=self.transport.peer, level=self.level, reason=reason)
+        if reason != REPLACED:
+            self._client.connect(self._mapping)  # anew; the streams of this session go on
+
+    def _on_new_conn(self, frame: Frame) -> None:
+        visitor = self._visitor(frame.payload) if self.level else None
         with self._lock:
-            # The original numbers its visitors before it takes their turn to write, so its ids may come in any order.
-            if frame.stream in self._streams or not frame.stream:
-                raise ProtocolError(f"NEW_CONN for stream {frame.stream}, which is open")
-            stream = Stream(self, frame.stream, None, "")
+            # At level 0 any order: the original numbers its visitors before it takes their turn to write.
+            if not frame.stream or frame.stream in self._streams or (self.level and frame.stream <= self._last_stream):
+                raise ProtocolError(f"NEW_CONN for stream {frame.stream} after stream {self._last_stream}")
+            stream = Stream(self, frame.stream, None, visitor)
             self._add_locked(stream)
         try:
-            self.start_thread(f"pump {stream.number}", stream.run, self._dial_local)
+            self.start_thread(f"pump {stream.number}", stream.run, lambda: self._dial_local(stream))
         except RuntimeError as error:  # no thread to be had: that stream alone ends
             stream.abort(reason_of(error))
             self.forget(stream)
-            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, b"no thread"))
+            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, b"no thread"), provoked=True)
 
-    def _dial_local(self) -> socket.socket:
+    @staticmethod
+    def _visitor(payload: bytes) -> Address:
         try:
-            return dial(self._mapping.local, DIAL_TIMEOUT_S)
+            address = Address.parse(payload.decode("ascii"))
+            ipaddress.ip_address(address.shown_host)
+        except (ConfigError, ValueError):
+            raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
+        return address
+
+    def _dial_local(self, stream: Stream) -> socket.socket:
+        try:
+            sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
+            if self.settings.proxy_protocol:
+                public = self._public or Address(self.transport.peer_host, self._mapping.remote_port)
+                sock.sendall(proxy_line(stream.visitor, public))  # fits into an empty socket buffer: does not wait
+            return sock
         except OSError as error:
-            log_event(WARNING, "dial-failed", local=self._mapping.local, reason=reason_of(error))
+            log_event(
+                WARNING, "dial-failed", local=self._mapping.local, stream=stream.number, peer=stream.visitor,
+                level=self.level, reason=reason_of(error),
+            )  # fmt: skip
             raise
 
 
@@ -1545,64 +2280,73 @@ class Client:
     Locking: `_lock` guards the live sessions.
     """
 
-    def __init__(self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float) -> None:
+    def __init__(
+        self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings
+    ) -> None:
         self._server = server
         self._mappings = mappings
         self._reconnect_max_s = reconnect_max_s
+        self._settings = settings
         self._pool = Pool()
-        self._stopping = threading.Event()
+        self.stop_asked = threading.Event()  # by a signal, or by a final refusal
+        self.status = 0
         self._lock = threading.Lock()
         # guarded by _lock
         self._sessions: set[ClientSession] = set()
 
     def start(self) -> None:
         for mapping in self._mappings:
-            self._pool.run(f"mapping {mapping.local}", self._run_mapping, mapping)
+            self.connect(mapping)
+
+    def connect(self, mapping: Mapping) -> None:
+        """Start the mapping's thread."""
+        self._pool.run(f"mapping {mapping.local}", self._run_mapping, mapping)
 
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
-        self._stopping.set()
+        self.stop_asked.set()
         with self._lock:
             sessions = list(self._sessions)
         for session in sessions:
-            session.end("stopping")
+            session.say_goodbye("stopping")
         self._pool.close(Deadline(STOP_TIMEOUT_S))
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
-        while not self._stopping.is_set():
+        while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
-            started = time.monotonic()
-            refused = False
+            event, level, wait = "connect-failed", 0, 0.0
             try:
                 sock = dial(self._server, CONNECT_TIMEOUT_S)
             except OSError as error:
-                refused = isinstance(error, ConnectionRefusedError)
-                event, reason = "connect-failed", reason_of(error)
+                reason = reason_of(error)
+                wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             else:
-                event, (reason, lived) = "session-closed", self._run_session(sock, mapping)
-                if lived or time.monotonic() - started >= LIVED_S:
+                session, reason = self._run_session(sock, mapping)
+                event, level = "session-closed", session.level
+                if session.refused is not None and session.refused.code in FINAL_REFUSALS:
+                    log_event(ERROR, "refused", server=self._server, local=mapping.local, level=1, reason=reason)
+                    self.status = 3
+                    self.stop_asked.set()
+                if session.is_open:
                     backoff.reset()
-            if not self._stopping.is_set():
-                wait = backoff.next_s(refused=refused)
-                log_event(WARNING, event, server=self._server, reason=reason, retry_s=wait)
-                self._stopping.wait(wait)
+                wait = REPLACED_RETRY_S if session.goaway == REPLACED else backoff.next_s(refused=False)
+                if session.goaway not in (None, REPLACED):
+                    log_event(INFO, event, server=self._server, level=level, reason=reason)
+                    return  # another thread has the mapping since the GOAWAY
+            if not self.stop_asked.is_set():
+                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait)
+                self.stop_asked.wait(wait)
 
-    def _run_session(self, sock: socket.socket, mapping: Mapping) -> tuple[str, bool]:
-        """Run one session; returns why it ended, and whether the server ever sent a stream."""
-        try:
-            session = ClientSession(PlainTransport(sock), self._pool, mapping)
-        except OSError as error:
-            sock.close()
-            return reason_of(error), False
+    def _run_session(self, sock: socket.socket, mapping: Mapping) -> tuple[ClientSession, str]:
+        """Run one session; returns it and why it ended."""
+        session = ClientSession(PlainTransport(sock), self._pool, self._settings, self, mapping)
         with self._lock:
             self._sessions.add(session)
-        if self._stopping.is_set():
+        if self.stop_asked.is_set():
             session.end("stopping")
-        wanted = {"remote_port": mapping.remote_port, "local": mapping.local}
-        log_event(INFO, "session-opened", server=self._server, **wanted, level=0)
         try:
-            return session.run(), session.has_had_streams()
+            return session, session.run()
         finally:
             with self._lock:
                 self._sessions.discard(session)
@@ -1620,7 +2364,7 @@ class Option(NamedTuple):
     parse: Callable[[str], Any]
     metavar: str
     help: str
-    repeatable: bool = False
+    action: str = "store"
 
 
 def listen_address(text: str) -> Address | None:
@@ -1641,6 +2385,12 @@ def seconds(text: str) -> float:
     return float(text)
 
 
+def mebibytes(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ConfigError(f"{text!r} is no size: write a number of MiB")
+    return int(text) * 1024 * 1024
+
+
 def log_level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"{text!r} is no level: write debug, info, warning or error")
@@ -1648,7 +2398,11 @@ def log_level(text: str) -> str:
 
 
 # fmt: off
-LOG_OPTIONS = [Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error")]
+SHARED_OPTIONS = [
+    Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
+    Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
+    Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
+]
 OPTIONS = {
     "server": [
         Option("ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
@@ -1656,16 +2410,18 @@ OPTIONS = {
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
-        *LOG_OPTIONS,
+        *SHARED_OPTIONS,
     ],
     "client": [
         Option("tunnel", "server", "", dial_address, "ADDRESS", "the server's control port; required"),
         Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
         Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
-               "remote port and local service, instead of the two above; repeatable, in a file a list [a, b]", True),
+               "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append"),
+        Option("tunnel", "proxy-protocol", False, bool, "",
+               "tell the local service the visitor's address in a PROXY protocol line, version 1", "store_true"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
-        *LOG_OPTIONS,
+        *SHARED_OPTIONS,
     ],
 }
 # fmt: on
@@ -1708,16 +2464,17 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     for option in OPTIONS[command]:
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        action = "append" if option.repeatable else "store"
-        groups[option.group].add_argument(f"--{option.name}", default=option.default, type=option.parse,
-            metavar=option.metavar, help=option.help, action=action)  # fmt: skip
+        typed = {} if option.action == "store_true" else {"type": option.parse, "metavar": option.metavar}
+        groups[option.group].add_argument(f"--{option.name}", default=option.default, help=option.help,
+                                          action=option.action, **typed)  # fmt: skip
     parser.set_defaults(parser=parser, command=command)
 
 
 def make_server(settings: argparse.Namespace) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
-    return Server(settings.control_listen, settings.public_listen, settings.public_bind)
+    shared = Settings(settings.heartbeat, settings.session_budget)
+    return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared)
 
 
 def make_client(settings: argparse.Namespace) -> Client:
@@ -1727,31 +2484,31 @@ def make_client(settings: argparse.Namespace) -> Client:
         raise ConfigError("either --local (with --remote-port) or --forward is required, and not both")
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
-    mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    return Client(settings.server, mappings, settings.reconnect_max)
+    mappings = settings.forward or [Mapping.make(settings.remote_port, settings.local)]
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.proxy_protocol)
+    return Client(settings.server, mappings, settings.reconnect_max, shared)
 
 
 def run(program: Server | Client) -> int:
     """Run until SIGINT, SIGTERM or Ctrl+Break; a second one ends at once."""
-    asked = threading.Event()
     names: list[str] = []
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
-        if asked.is_set():
+        if names:
             os._exit(1)
         names.append(signal.Signals(number).name)
-        asked.set()
+        program.stop_asked.set()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     program.start()
-    while not asked.wait(0.5):  # in steps: on Windows a wait without end hides the signal
+    while not program.stop_asked.wait(0.5):  # in steps: on Windows a wait without end hides the signal
         pass
-    log_event(INFO, "stopping", signal=names[0])
+    log_event(INFO, "stopping", signal=names[0] if names else "none")
     program.stop()
-    log_event(INFO, "stopped")
-    return 0
+    log_event(INFO, "stopped", status=program.status)
+    return program.status
 
 
 def raise_descriptor_limit() -> None:
