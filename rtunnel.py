@@ -1716,9 +1716,8 @@ class Session:
         if first:
             self.writer.wake()
 
-    def rise_to_level_1(self, peer_window: int) -> None:
-        """Both sides have announced it: credit, heartbeat, a limit on each write."""
-        self.level, self.peer_window = 1, peer_window
+    def start_level_1(self) -> None:
+        """Both sides have announced it, and WELCOME is on its way: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
         self.after(0, self._beat)
         self.after(HEARTBEATS_TO_DEATH * self.settings.heartbeat_s, self._check_alive)
@@ -1835,9 +1834,11 @@ class ServerSession(Session):
         with self._lock:
             opened = self._last_stream > 0  # as level 0: the server's first frame fixes the level
         if self.init.version and not opened:
-            self.rise_to_level_1(self.init.window)
+            self.level, self.peer_window = 1, self.init.window
         self._server.open_lease(self, self.init)
         self.is_client = True
+        if self.level:
+            self.start_level_1()
 
     def on_received(self) -> None:
         self._heard = True
@@ -2206,7 +2207,8 @@ class ClientSession(Session):
                 raise ProtocolError("WELCOME behind another frame")
             welcome = Welcome.parse(frame.payload)
             self._public = Address(self.transport.peer_host, welcome.port)
-            self.rise_to_level_1(welcome.window)
+            self.level, self.peer_window = 1, welcome.window
+            self.start_level_1()
         self._heard = True
         self._open()
         if frame.type == FrameType.NEW_CONN:
