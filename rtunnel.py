@@ -51,6 +51,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import enum
 import errno
 import heapq
@@ -2144,12 +2145,14 @@ class Server:
 # ---- client -----------------------------------------------------------------------------------------------------
 
 
-class Mapping(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Mapping:
     """One public port and the local service that it leads to."""
 
     remote_port: int  # 0: the server chooses
     local: Address
-    instance: str  # 128 random bits in hex, kept over reconnects and never logged
+    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it is what a lease belongs to
+    instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Mapping:
@@ -2157,11 +2160,7 @@ class Mapping(NamedTuple):
         port, colon, local = text.partition(":")
         if not colon:
             raise ConfigError(f"{text!r} is no mapping: write REMOTE_PORT:HOST:PORT")
-        return cls.make(parse_port(port), Address.parse(local))
-
-    @classmethod
-    def make(cls, remote_port: int, local: Address) -> Mapping:
-        return cls(remote_port, local, secrets.token_hex(16))
+        return cls(parse_port(port), Address.parse(local))
 
 
 class Backoff:
@@ -2486,7 +2485,7 @@ def make_client(settings: argparse.Namespace) -> Client:
         raise ConfigError("either --local (with --remote-port) or --forward is required, and not both")
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
-    mappings = settings.forward or [Mapping.make(settings.remote_port, settings.local)]
+    mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     shared = Settings(settings.heartbeat, settings.session_budget, settings.proxy_protocol)
     return Client(settings.server, mappings, settings.reconnect_max, shared)
 
