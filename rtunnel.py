@@ -80,13 +80,16 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 
 import configargparse
 
+import rtunnel_tls
+
 __version__ = "0.1.0"
 
 # ---- limits -----------------------------------------------------------------------------------------------------
 
 MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT, the longest, needs some 300
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted in one DATA frame; decoding is cut-through, so it costs no memory
-MAX_DATA_SENT_BYTES = 64 * 1024  # sent in one DATA frame: 16 KiB cost a third of the throughput, 256 KiB cost latency
+FRAME_SENT_BYTES = 64 * 1024  # a full DATA frame and its header: four TLS records, filled exactly. 16 KiB cost a third
+# of the throughput, 256 KiB gain little and cost latency
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # room for a newer client's greetings, none for a stranger's stream of noise
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN; it goes into one log line
@@ -190,6 +193,12 @@ class Address(NamedTuple):
     def shown_host(self) -> str:
         """An IPv4-mapped address as IPv4, and without a zone."""
         return self.host.removeprefix("::ffff:") if "." in self.host else self.host.partition("%")[0]
+
+    @property
+    def is_loopback(self) -> bool:
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.shown_host).is_loopback
+        return self.host == "localhost"
 
     def __str__(self) -> str:
         host = self.shown_host
@@ -855,12 +864,13 @@ class PlainTransport:
     """
 
     identity = ANONYMOUS
+    receipt = None
 
     def __init__(self, sock: socket.socket) -> None:
         """Raises OSError where the peer is gone already."""
         self._sock = sock
-        peer = Address(*sock.getpeername()[:2])
-        self.peer, self.peer_host = str(peer), peer.shown_host
+        self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
+        self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
 
     def receive_into(self, buffer: memoryview) -> int:
@@ -873,6 +883,10 @@ class PlainTransport:
             self._sock.sendall(frames)
         except BlockingIOError:
             raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:.0f} s") from None
+
+    def set_timeout(self, seconds: float | None) -> None:
+        """Of each wait, in the handshake only, when one thread has the transport: TimeoutError."""
+        self._sock.settimeout(seconds)
 
     def flush(self) -> None:
         """Send what the transport itself has to say: plain TCP nothing."""
@@ -900,6 +914,14 @@ class PlainTransport:
         self._sock.close()
 
 
+Transport = PlainTransport | rtunnel_tls.TlsTransport
+TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
+
+
+def warn_of_expiry(certificate: str, days_left: int) -> None:
+    log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
+
+
 class Writer:
     """Many threads' frames onto one transport, in groups.
 
@@ -917,7 +939,7 @@ class Writer:
 
     SENDER = "the control sender"
 
-    def __init__(self, transport: PlainTransport) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # the control sender waits here, at the end the reader too
@@ -1047,12 +1069,12 @@ class Writer:
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """For the control sender, after `close`: say the last frame, if there is one, and that it was the last."""
+        """For the control sender, after `close`: say the last frame, if there is one, and that no more comes."""
         self.wait_unused()
-        if self._last:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
+            if self._last:
                 self._transport.send(self._last)
-                self._transport.finish()
+            self._transport.finish()
 
     def wait_unused(self) -> None:
         """Wait until nobody is in the transport's `send`; a send that waits ends with the transport's shutdown."""
@@ -1076,7 +1098,7 @@ class Writer:
                     self._transport.flush()
                 if batch is None and not flush:
                     break
-        except OSError as error:
+        except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
         finally:
@@ -1352,8 +1374,8 @@ class Stream:
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
             self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
-            if count == len(buffer) - HEADER_BYTES < MAX_DATA_SENT_BYTES:
-                buffer = memoryview(bytearray(HEADER_BYTES + MAX_DATA_SENT_BYTES))
+            if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
+                buffer = memoryview(bytearray(FRAME_SENT_BYTES))
 
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
@@ -1556,9 +1578,10 @@ class Session:
 
     role = ""  # "server" or "client"
 
-    def __init__(self, transport: PlainTransport, pool: Pool, settings: Settings) -> None:
+    def __init__(self, transport: Transport, pool: Pool, settings: Settings) -> None:
         self.transport = transport
         self.writer = Writer(transport)
+        transport.wants_flush = self.writer.wake
         self.decoder = Decoder()
         self.settings = settings
         self.budget = Budget(settings.session_budget_bytes)
@@ -1594,7 +1617,7 @@ class Session:
                 self.refuse(refused)
                 self._read()  # discards: a close with unread bytes would send RST and swallow the reason
             self.end("closed by the peer")
-        except (OSError, RtunnelError) as error:
+        except (*TRANSPORT_ERRORS, RtunnelError) as error:
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -1755,11 +1778,11 @@ class Session:
             stream.abort(cause)
 
     def say_goodbye(self, reason: str) -> None:
-        """`part` with a GOAWAY; at level 0, which has none, `end`."""
-        if self.level:
-            self.part(reason, encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
-        else:
-            self.end(reason)
+        """`part` with a GOAWAY, at level 0 without."""
+        self.part(reason, encode(FrameType.GOAWAY, 0, reason.encode("ascii")) if self.level else b"")
+
+    def stop(self) -> None:
+        self.say_goodbye("stopping")
 
     def stream_count(self) -> int:
         with self._lock:
@@ -1794,6 +1817,60 @@ class Session:
         self._streams[stream.number] = stream
 
 
+class Program:
+    """What server and client share: threads, the TLS context, and what the stop has to end.
+
+    Threads: `stop_connections` from main, the rest from any.
+    Locking: `_lock` guards everything below the marker, and what the server adds there.
+    """
+
+    def __init__(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
+        self.settings = settings
+        self.stop_asked = threading.Event()  # by a signal, or by a final refusal
+        self.status = 0  # the process's exit status
+        self._context = context
+        self._pool = Pool()
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._ends: list[Callable[[], None]] = []
+        self._stopping = False
+
+    def secure(self, carrier: PlainTransport, deadline: Deadline) -> Transport:
+        """The transport of a new control connection: the carrier itself, or TLS over it.
+
+        Raises HandshakeError, OSError, SessionEnded.
+        """
+        if self._context is None:
+            return carrier
+        with self.registered(carrier.shutdown):
+            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
+        log_event(INFO, "handshake", peer=carrier.peer, **transport.receipt.pairs())
+        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
+            warn_of_expiry(transport.identity, transport.receipt.days_left)
+        return transport
+
+    @contextlib.contextmanager
+    def registered(self, end: Callable[[], None]) -> Iterator[None]:
+        """While it lasts the stop calls `end`. Raises SessionEnded where the stop has begun."""
+        with self._lock:
+            if self._stopping:
+                raise SessionEnded("stopping")
+            self._ends.append(end)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ends.remove(end)
+
+    def stop_connections(self) -> None:
+        """No new ones; all that are there end."""
+        with self._lock:
+            self._stopping = True
+            ends = list(self._ends)
+        for end in ends:
+            end()
+
+
 # ---- server -----------------------------------------------------------------------------------------------------
 
 
@@ -1803,7 +1880,7 @@ class ServerSession(Session):
     role = "server"
 
     def __init__(
-        self, transport: PlainTransport, pool: Pool, settings: Settings, server: Server, deadline: Deadline
+        self, transport: Transport, pool: Pool, settings: Settings, server: Server, deadline: Deadline
     ) -> None:
         super().__init__(transport, pool, settings)
         self._server = server
@@ -1927,7 +2004,7 @@ class Lease:
         return session
 
 
-class Server:
+class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
     Threads: `serve_control` is each session's reader, `_serve_visitor` each stream's pump; `start`, `stop` from main;
@@ -1936,21 +2013,22 @@ class Server:
     taken, and ports be bound: bind and listen wait for nobody, and two who want one port come one after the other.
     """
 
-    def __init__(self, control: Address, public: Address | None, public_bind: str, settings: Settings) -> None:
+    def __init__(
+        self,
+        control: Address,
+        public: Address | None,
+        public_bind: str,
+        settings: Settings,
+        context: rtunnel_tls.TlsContext | None,
+    ) -> None:
+        super().__init__(settings, context)
         self._control_address = control
         self._public_address = public
         self._public_bind = public_bind
-        self._settings = settings
-        self._pool = Pool()
-        self.stop_asked = threading.Event()
-        self.status = 0
-        self._lock = threading.Lock()
+        self._control: Listener | None = None  # main's
         # guarded by _lock
-        self._control: Listener | None = None
-        self._sessions: set[ServerSession] = set()
         self._leases: dict[int, Lease] = {}  # by port
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
-        self._stopping = False
 
     @property
     def has_global_port(self) -> bool:
@@ -1978,14 +2056,11 @@ class Server:
         """No more connections, all streams reset, all threads joined that do not resolve or dial."""
         deadline = Deadline(STOP_TIMEOUT_S)
         with self._lock:
-            self._stopping = True
-            sessions = list(self._sessions)
             listeners = [lease.listener for lease in self._leases.values()]
         listeners += [self._control] if self._control else []
         for listener in listeners:
             listener.ask_to_stop()
-        for session in sessions:
-            session.say_goodbye("stopping")
+        self.stop_connections()
         for listener in listeners:
             listener.join()
         self._pool.close(deadline)
@@ -1996,22 +2071,14 @@ class Server:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
         try:
-            session = ServerSession(PlainTransport(sock), self._pool, self._settings, self, deadline)
-        except OSError as error:  # gone before it was looked at
+            transport = self.secure(PlainTransport(sock), deadline)
+            session = ServerSession(transport, self._pool, self.settings, self, deadline)
+            with self.registered(session.stop):
+                cause = session.run()
+                self.leave_lease(session, cause, linger=session.level > 0)
+        except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             log_event(WARNING, "refused", peer=address, reason=reason_of(error))
             return
-        with self._lock:
-            self._sessions.add(session)
-            stopping = self._stopping
-        if stopping:
-            session.end("stopping")
-        cause = "internal error"
-        try:
-            cause = session.run()
-        finally:
-            with self._lock:
-                self._sessions.discard(session)
-            self.leave_lease(session, cause, linger=session.level > 0)
         event, level = ("session-closed", INFO) if session.is_client else ("refused", WARNING)
         rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
         log_event(level, event, peer=address, level=session.level, reason=cause, **rtt_ms)
@@ -2185,9 +2252,7 @@ class ClientSession(Session):
 
     role = "client"
 
-    def __init__(
-        self, transport: PlainTransport, pool: Pool, settings: Settings, client: Client, mapping: Mapping
-    ) -> None:
+    def __init__(self, transport: Transport, pool: Pool, settings: Settings, client: Client, mapping: Mapping) -> None:
         super().__init__(transport, pool, settings)
         self._client = client
         self._mapping = mapping
@@ -2205,7 +2270,7 @@ class ClientSession(Session):
             if self._heard:
                 raise ProtocolError("WELCOME behind another frame")
             welcome = Welcome.parse(frame.payload)
-            self._public = Address(self.transport.peer_host, welcome.port)
+            self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
             self.level, self.peer_window = 1, welcome.window
             self.start_level_1()
         self._heard = True
@@ -2263,7 +2328,7 @@ class ClientSession(Session):
         try:
             sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
             if self.settings.proxy_protocol:
-                public = self._public or Address(self.transport.peer_host, self._mapping.remote_port)
+                public = self._public or self._mapping.local  # at level 0 it is not said
                 sock.sendall(proxy_line(stream.visitor, public))  # fits into an empty socket buffer: does not wait
             return sock
         except OSError as error:
@@ -2274,26 +2339,24 @@ class ClientSession(Session):
             raise
 
 
-class Client:
+class Client(Program):
     """One thread a mapping: dial the server, run the session, wait, again.
 
     Threads: `start`, `stop` from main; `_run_mapping` in each mapping's thread, which is its session's reader.
-    Locking: `_lock` guards the live sessions.
     """
 
     def __init__(
-        self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings
+        self,
+        server: Address,
+        mappings: Sequence[Mapping],
+        reconnect_max_s: float,
+        settings: Settings,
+        context: rtunnel_tls.TlsContext | None,
     ) -> None:
+        super().__init__(settings, context)
         self._server = server
         self._mappings = mappings
         self._reconnect_max_s = reconnect_max_s
-        self._settings = settings
-        self._pool = Pool()
-        self.stop_asked = threading.Event()  # by a signal, or by a final refusal
-        self.status = 0
-        self._lock = threading.Lock()
-        # guarded by _lock
-        self._sessions: set[ClientSession] = set()
 
     def start(self) -> None:
         for mapping in self._mappings:
@@ -2306,51 +2369,41 @@ class Client:
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
         self.stop_asked.set()
-        with self._lock:
-            sessions = list(self._sessions)
-        for session in sessions:
-            session.say_goodbye("stopping")
+        self.stop_connections()
         self._pool.close(Deadline(STOP_TIMEOUT_S))
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
         while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
-            event, level, wait = "connect-failed", 0, 0.0
+            event, level, refused = "connect-failed", 0, False
+            session: ClientSession | None = None
             try:
-                sock = dial(self._server, CONNECT_TIMEOUT_S)
-            except OSError as error:
-                reason = reason_of(error)
-                wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
-            else:
-                session, reason = self._run_session(sock, mapping)
+                with contextlib.closing(PlainTransport(dial(self._server, CONNECT_TIMEOUT_S))) as carrier:
+                    transport = self.secure(carrier, Deadline(HELLO_TIMEOUT_S))
+                    session = ClientSession(transport, self._pool, self.settings, self, mapping)
+                    with self.registered(session.stop):
+                        reason = session.run()
                 event, level = "session-closed", session.level
-                if session.refused is not None and session.refused.code in FINAL_REFUSALS:
-                    log_event(ERROR, "refused", server=self._server, local=mapping.local, level=1, reason=reason)
-                    self.status = 3
-                    self.stop_asked.set()
+            except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
+                refused, reason = isinstance(error, ConnectionRefusedError), reason_of(error)
+            wait = backoff.next_s(refused=refused)
+            if session is not None:
                 if session.is_open:
                     backoff.reset()
-                wait = REPLACED_RETRY_S if session.goaway == REPLACED else backoff.next_s(refused=False)
-                if session.goaway not in (None, REPLACED):
+                    wait = backoff.next_s(refused=False)
+                if session.refused is not None and session.refused.code in FINAL_REFUSALS:
+                    log_event(ERROR, "refused", server=self._server, local=mapping.local, level=level, reason=reason)
+                    self.status = 3
+                    self.stop_asked.set()
+                if session.goaway == REPLACED:
+                    wait = REPLACED_RETRY_S
+                elif session.goaway is not None:
                     log_event(INFO, event, server=self._server, level=level, reason=reason)
                     return  # another thread has the mapping since the GOAWAY
             if not self.stop_asked.is_set():
                 log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait)
                 self.stop_asked.wait(wait)
-
-    def _run_session(self, sock: socket.socket, mapping: Mapping) -> tuple[ClientSession, str]:
-        """Run one session; returns it and why it ended."""
-        session = ClientSession(PlainTransport(sock), self._pool, self._settings, self, mapping)
-        with self._lock:
-            self._sessions.add(session)
-        if self.stop_asked.is_set():
-            session.end("stopping")
-        try:
-            return session, session.run()
-        finally:
-            with self._lock:
-                self._sessions.discard(session)
 
 
 # ---- configuration and commands -----------------------------------------------------------------------------------
@@ -2398,7 +2451,24 @@ def log_level(text: str) -> str:
     return text
 
 
+def profile(text: str) -> str:
+    if text not in rtunnel_tls.PROFILES:
+        raise ConfigError(f"{text!r} is no profile: write {', '.join(rtunnel_tls.PROFILES)}")
+    return text
+
+
 # fmt: off
+def tls_options(role: str) -> list[Option]:
+    return [
+        Option("TLS", "tls", False, bool, "",
+               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
+        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE", "our certificate, and those below the root"),
+        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only"),
+        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
+        Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
+    ]
+
+
 SHARED_OPTIONS = [
     Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
@@ -2411,6 +2481,7 @@ OPTIONS = {
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
+        *tls_options("server"),
         *SHARED_OPTIONS,
     ],
     "client": [
@@ -2420,8 +2491,11 @@ OPTIONS = {
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
                "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append"),
         Option("tunnel", "proxy-protocol", False, bool, "",
-               "tell the local service the visitor's address in a PROXY protocol line, version 1", "store_true"),
+               "tell the local service the visitor's address in a PROXY protocol line, version 1", "switch"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
+        *tls_options("client"),
+        Option("TLS", "tls-server-name", "", str, "NAME",
+               "the host or address that the server's certificate must name; empty: the one in --server"),
         *SHARED_OPTIONS,
     ],
 }
@@ -2465,17 +2539,19 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     for option in OPTIONS[command]:
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        typed = {} if option.action == "store_true" else {"type": option.parse, "metavar": option.metavar}
-        groups[option.group].add_argument(f"--{option.name}", default=option.default, help=option.help,
-                                          action=option.action, **typed)  # fmt: skip
-    parser.set_defaults(parser=parser, command=command)
+        typed: dict[str, Any] = {"action": option.action, "type": option.parse, "metavar": option.metavar}
+        if option.action == "switch":
+            typed = {"action": argparse.BooleanOptionalAction}
+        groups[option.group].add_argument(f"--{option.name}", default=option.default, help=option.help, **typed)
+    parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
 def make_server(settings: argparse.Namespace) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     shared = Settings(settings.heartbeat, settings.session_budget)
-    return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared)
+    context = make_context("server", settings, settings.control_listen, None)
+    return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
 
 def make_client(settings: argparse.Namespace) -> Client:
@@ -2487,7 +2563,31 @@ def make_client(settings: argparse.Namespace) -> Client:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     shared = Settings(settings.heartbeat, settings.session_budget, settings.proxy_protocol)
-    return Client(settings.server, mappings, settings.reconnect_max, shared)
+    context = make_context("client", settings, settings.server, settings.tls_server_name or settings.server.host)
+    return Client(settings.server, mappings, settings.reconnect_max, shared, context)
+
+
+def make_context(
+    role: rtunnel_tls.Role, settings: argparse.Namespace, address: Address, verify_name: str | None
+) -> rtunnel_tls.TlsContext | None:
+    """None in plain mode. Logs what is worth a warning. Raises TlsConfigError."""
+    if not settings.tls:
+        if not address.is_loopback:
+            log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+        return None
+    context = rtunnel_tls.make_context(
+        role,
+        settings.tls_profile,
+        cert=settings.tls_cert,
+        key=settings.tls_key,
+        ca=settings.tls_ca,
+        verify_name=verify_name,
+    )
+    for file, _, days_left in context.expiring():
+        warn_of_expiry(file, days_left)
+    if context.keylog is not None:
+        log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
+    return context
 
 
 def run(program: Server | Client) -> int:
@@ -2523,23 +2623,73 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    top = CommandParser(prog="rtunnel", description="A reverse port-mapping tunnel.", allow_abbrev=False)
-    top.add_argument("--version", action="version", version=f"rtunnel {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="server|client", parser_class=CommandParser)
-    add_command(commands, "server", "open public ports for clients")
-    add_command(commands, "client", "make a local service reachable through a server")
-    settings = top.parse_args(arguments)
+def add_pki(commands: Any) -> None:
+    """`pki init|issue|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
+    pki = commands.add_parser(
+        "pki", help="make and show certificates", description="A certificate authority in a folder."
+    )
+    actions = pki.add_subparsers(
+        dest="action", required=True, metavar="init|issue|revoke|show", parser_class=CommandParser
+    )
+    algorithms = list(rtunnel_tls.ALGORITHMS)
+    init = actions.add_parser("init", help="make an authority and its empty revocation list")
+    init.add_argument("--algorithm", choices=algorithms, default="mldsa65", help="of its key (default: mldsa65)")
+    init.add_argument("--name", default="rtunnel CA", help="its common name (default: rtunnel CA)")
+    init.add_argument("--years", type=int, default=10, help="how long it is valid (default: 10)")
+    issue = actions.add_parser("issue", help="issue a key and its certificate")
+    role = issue.add_mutually_exclusive_group(required=True)
+    role.add_argument("--server", nargs="+", metavar="HOST", help="for a server that clients dial by these names")
+    role.add_argument("--client", action="store_true", help="for a client")
+    issue.add_argument("--days", type=int, default=rtunnel_tls.LEAF_DAYS, help="how long it is valid (default: 397)")
+    issue.add_argument("--algorithm", choices=algorithms, help="of its key (default: the authority's)")
+    revoke = actions.add_parser("revoke", help="put a certificate on the revocation list")
+    show = actions.add_parser("show", help="show the folder's certificates, or one file's")
+    show.add_argument("file", nargs="?", help="a certificate (default: all of the folder)")
+    for action in (issue, revoke):
+        action.add_argument("name", help="of NAME.crt and NAME.key, and of who they are for")
+    for action in (init, issue):
+        action.add_argument("--force", action="store_true", help="replace what is there")
+    for action in (init, issue, revoke, show):
+        action.add_argument("--dir", default="conf/pki", help="the folder (default: conf/pki)")
+    pki.set_defaults(run=run_pki, parser=pki)
+
+
+def run_pki(settings: argparse.Namespace) -> int:
+    if settings.action == "init":
+        options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
+        print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
+    elif settings.action == "issue":
+        options = {"days": settings.days, "algorithm": settings.algorithm, "force": settings.force}
+        print(rtunnel_tls.issue(settings.dir, settings.name, hosts=settings.server, **options))
+    elif settings.action == "revoke":
+        print(rtunnel_tls.revoke(settings.dir, settings.name))
+    else:
+        print("\n".join(rtunnel_tls.show(settings.file or settings.dir)))
+    return 0
+
+
+def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
         print(settings.parser.format_values(), end="")
         return 0
     start_log(settings.log_level)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
+    return run(make_server(settings) if settings.command == "server" else make_client(settings))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    top = CommandParser(prog="rtunnel", description="A reverse port-mapping tunnel.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"rtunnel {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    add_command(commands, "server", "open public ports for clients")
+    add_command(commands, "client", "make a local service reachable through a server")
+    add_pki(commands)
+    settings = top.parse_args(arguments)
     try:
-        return run(make_server(settings) if settings.command == "server" else make_client(settings))
-    except ConfigError as error:
+        return settings.run(settings)  # type: ignore[no-any-return]
+    except (ConfigError, rtunnel_tls.TlsConfigError) as error:
         return settings.parser.error(str(error))  # type: ignore[no-any-return]
     except RtunnelError as error:
         log_event(ERROR, "failed", reason=error)

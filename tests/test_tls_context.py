@@ -1,0 +1,419 @@
+"""What is told at start: files, options, profiles; and the few functions around private bindings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from OpenSSL import SSL
+from OpenSSL._util import lib
+from tls_peers import CLIENT_AUTH, HOUR, SERVER_AUTH, House, Pair, Signer, meet, raw_context, raw_peer, session, shake
+
+import rtunnel_tls
+from rtunnel_tls import PROFILES, HandshakeError, Receipt, TlsConfigError, TlsContext, check_peer, make_context
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+
+
+@pytest.fixture(scope="module")
+def root() -> Signer:
+    return Signer()
+
+
+def refuse(words: str, role: str = "server", profile: str = "default", **settings: Any) -> None:
+    """make_context refuses, in one line that holds all the words."""
+    with pytest.raises(TlsConfigError) as refused:
+        make_context(role, profile, **settings)  # type: ignore[arg-type]
+    text = str(refused.value)
+    assert "\n" not in text
+    assert all(word in text for word in words.split("|")), text
+
+
+def test_profiles_are_what_the_design_says() -> None:
+    """The four profiles, in names and order; none holds anything classical, and none MLKEM512."""
+    table = {name: (p.groups, p.signatures, p.ciphers) for name, p in PROFILES.items()}
+    both = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+    hybrid, pure = ("X25519MLKEM768", "SecP384r1MLKEM1024"), ("MLKEM768", "MLKEM1024")
+    assert table == {
+        "default": (hybrid + pure, ("mldsa65", "mldsa87"), both),
+        "hybrid": (hybrid, ("mldsa65", "mldsa87"), both),
+        "pure": (pure, ("mldsa65", "mldsa87", "mldsa44"), both),
+        "cnsa2": (("MLKEM1024",), ("mldsa87",), both[:1]),
+    }
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["cert", "key", "ca", "crl"])
+def test_a_missing_file_is_named(house: House, tmp_path: Path, option: str) -> None:
+    """A file that is not there is one sentence with the option and the path."""
+    missing = tmp_path / "missing.pem"
+    refuse(f"--tls-{option} {missing}: No such file", **(house.files("server") | {option: missing}))
+
+
+@pytest.mark.parametrize("option", ["cert", "key", "ca", "crl"])
+def test_a_file_of_something_else_is_named(house: House, tmp_path: Path, option: str) -> None:
+    """A file that holds no PEM, or PEM of another kind, is one sentence too."""
+    file = tmp_path / "other.pem"
+    for content in (b"", b"not PEM", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", bytes(100)):
+        file.write_bytes(content)
+        file.chmod(0o600)
+        refuse(f"--tls-{option} {file}", **(house.files("server") | {option: file}))
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+def test_a_key_that_others_can_read_is_refused(house: House, tmp_path: Path, mode: int) -> None:
+    """The sentence names the file and the command that mends it; after that command it is accepted."""
+    key = tmp_path / "server.key"
+    key.write_bytes(house.files("server")["key"].read_bytes())
+    key.chmod(mode)
+    refuse(f"--tls-key {key}|chmod 600 {key}", **(house.files("server") | {"key": key}))
+    key.chmod(0o600)
+    house.server(key=key)
+
+
+def test_a_key_of_another_certificate_is_refused(house: House, tmp_path: Path) -> None:
+    """A certificate and a key that do not belong together never get as far as a handshake."""
+    refuse("--tls-key|not the key of", **(house.files("server") | {"key": house.files("client")["key"]}))
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked(house: House, tmp_path: Path) -> None:
+    """No password is ever asked for: OpenSSL would wait at a terminal."""
+    key = tmp_path / "locked.key"
+    key.touch(0o600)
+    secret: Any = serialization.load_pem_private_key(house.files("server")["key"].read_bytes(), None)
+    locked = serialization.BestAvailableEncryption(b"secret")
+    key.write_bytes(secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked))
+    refuse("--tls-key|encrypted", **(house.files("server") | {"key": key}))
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ("--tls-cert|purpose|server", {"purposes": [CLIENT_AUTH]}),
+        ("--tls-cert|purpose|server", {"purposes": []}),
+        ("--tls-cert|validity", {"before": 3 * HOUR, "after": -HOUR}),
+        ("--tls-cert|validity", {"before": -HOUR}),
+        ("--tls-cert|key: rsaEncryption", {"algorithm": "rsa"}),
+        ("--tls-cert|key: mldsa44", {"algorithm": "mldsa44"}),
+        ("--tls-cert|identity", {"subject": None}),
+    ],
+)
+def test_a_certificate_that_peers_would_refuse_is_told_at_start(
+    root: Signer, tmp_path: Path, words: str, made: dict[str, Any]
+) -> None:
+    """Our own certificate is held to the peer's rules when it is loaded."""
+    pair = root.issue(tmp_path, "own", **({"purposes": [SERVER_AUTH], "hosts": ["localhost"]} | made))
+    refuse(words, cert=pair.cert, key=pair.key, ca=root.save(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519", "mldsa44"])
+def test_an_authority_outside_the_profile_is_refused(house: House, tmp_path: Path, kind: str) -> None:
+    """No root with a classical key is ever trusted, with an ML-DSA leaf below it or not."""
+    refuse("--tls-ca|signature", **(house.files("server") | {"ca": Signer(kind).save(tmp_path)}))
+
+
+def test_a_leaf_is_no_authority(house: House) -> None:
+    """A leaf named as the authority is told at start."""
+    refuse("--tls-ca", **(house.files("server") | {"ca": house.files("client")["cert"]}))
+
+
+def test_a_leaf_of_a_classical_authority_is_refused(tmp_path: Path, house: House) -> None:
+    """An ML-DSA leaf that an RSA authority has signed is refused when it is loaded."""
+    pair = Signer("rsa").issue(tmp_path, "own", [SERVER_AUTH], ["localhost"])
+    refuse("--tls-cert|signature: sha256WithRSAEncryption", cert=pair.cert, key=pair.key, ca=house.ca)
+
+
+def test_a_chain_file_brings_the_authorities_below_the_root(root: Signer, tmp_path: Path, house: House) -> None:
+    """A server whose file holds its leaf and an intermediate authority is accepted by who knows the root only."""
+    between = Signer("mldsa87", name="between", by=root)
+    pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"])
+    server = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    client = house.client(ca=root.save(tmp_path))
+    with session(server, client) as (_, end):
+        assert end.receipt.issuer == "CN=between"
+    assert len(x509.load_pem_x509_certificates(pair.cert.read_bytes())) == 2
+
+
+def test_nothing_but_the_file_is_sent(house: House) -> None:
+    """The root is not added to the chain that goes out: the peer has it."""
+    chains: list[int] = []
+
+    def peer(sock: Any) -> None:
+        connection = SSL.Connection(raw_context(None, house.ca, groups="MLKEM768"), sock)
+        connection.set_connect_state()
+        connection.do_handshake()
+        chains.append(len(connection.get_peer_cert_chain(as_cryptography=True) or ()))
+
+    meet(house.server(), peer)
+    assert chains == [1]
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_profile_is_refused(house: House) -> None:
+    """The sentence lists the profiles."""
+    refuse("--tls-profile classic|default, hybrid, pure, cnsa2", profile="classic", **house.files("server"))
+
+
+def test_cnsa2_refuses_smaller_keys(house: House) -> None:
+    """A profile that admits mldsa87 only says so of an mldsa65 certificate."""
+    refuse("mldsa65|cnsa2", profile="cnsa2", **house.files("server"))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("groups", ("MLKEM9999",)), ("signatures", ("mldsa99",)), ("ciphers", ("TLS_NONE",))]
+)
+def test_a_profile_that_this_openssl_lacks_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch, part: str, value: tuple[str, ...]
+) -> None:
+    """Every part of a profile is applied or the program stops with a sentence that says what to install."""
+    fields = {
+        "name": "default",
+        "groups": ("MLKEM768",),
+        "signatures": ("mldsa65",),
+        "ciphers": ("TLS_AES_256_GCM_SHA384",),
+    }
+    monkeypatch.setitem(PROFILES, "default", rtunnel_tls.Profile(**(fields | {part: value})))  # type: ignore[arg-type]
+    refuse("--tls-profile default|pip install", **house.files("server"))
+    assert lib.ERR_peek_error() == 0, "nothing is left for a later call to trip over"
+
+
+@pytest.mark.parametrize("binding", ["SSL_CTX_set1_curves_list", "SSL_CTX_set1_sigalgs_list"])
+def test_a_binding_that_is_gone_is_refused(house: House, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
+    """Where the private binding is gone and pyOpenSSL has no setter, nothing starts."""
+
+    class Without:
+        def __getattr__(self, name: str) -> Any:
+            if name == binding:
+                raise AttributeError(name)
+            return getattr(lib, name)
+
+    monkeypatch.setattr(rtunnel_tls, "lib", Without())
+    refuse(f"--tls-profile default|{binding}", **house.files("server"))
+
+
+@pytest.mark.parametrize(("setter", "names"), [("set_groups", "MLKEM1024"), ("set_sigalgs", "mldsa87")])
+def test_a_setter_of_pyopenssl_is_preferred(
+    big_house: House, monkeypatch: pytest.MonkeyPatch, setter: str, names: str
+) -> None:
+    """A later pyOpenSSL's own setter is called with the profile's list, and the binding is not."""
+    called: list[bytes] = []
+    monkeypatch.setattr(SSL.Context, setter, lambda _, value: called.append(value), raising=False)
+    big_house.server("cnsa2")
+    assert called == [names.encode()]
+
+
+def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
+    """Each of the functions around a private binding has its effect, one at a time."""
+    files = house.files("server")
+    pair = Pair.__new__(Pair)
+    pair.cert, pair.key = files["cert"], files["key"]
+    for restrict, reason in (
+        (lambda context: rtunnel_tls._set_groups(context, ["MLKEM1024"]), "group"),
+        (lambda context: rtunnel_tls._set_signatures(context, ["mldsa87"]), "signature"),
+    ):
+        context = raw_context(pair, house.ca, groups="MLKEM768", signatures="mldsa65:mldsa87")
+        restrict(context)
+        refused, told = meet(house.client("pure"), raw_peer(context, "server"))
+        if reason == "group":
+            assert isinstance(refused, Receipt), "asked for the other group, and agreed"
+            assert refused.group == "MLKEM1024"
+        else:
+            assert isinstance(refused, HandshakeError)
+            assert reason in told
+    for name, good in (
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("localhos", False),
+        ("127.0.0.2", False),
+        ("server", False),  # its common name
+    ):
+        context = raw_context(None, house.ca)
+        rtunnel_tls._set_peer_name(context, rtunnel_tls.parse_name(name))
+        pair.cert, pair.key = (house.files("client")[kind] for kind in ("cert", "key"))
+        context.use_certificate_chain_file(str(pair.cert))
+        context.use_privatekey_file(str(pair.key))
+        outcome, told = meet(house.server("pure"), raw_peer(context, "client"))
+        assert isinstance(outcome, Receipt) == good, (name, told)
+    nameless = root.issue(tmp_path, "nameless", [SERVER_AUTH], subject="localhost")
+    server = make_context("server", "pure", cert=nameless.cert, key=nameless.key, ca=house.ca)
+    context = raw_context(pair, root.save(tmp_path))
+    rtunnel_tls._set_peer_name(context, "localhost")
+    refused, told = meet(server, raw_peer(context, "client"))
+    assert isinstance(refused, HandshakeError), "a common name is no host name"
+    with pytest.raises(SSL.Error):
+        rtunnel_tls._set_peer_name(SSL.Context(SSL.TLS_METHOD), "a\0b")
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        ("LocalHost", "localhost"),
+        ("tunnel.example.org.", "tunnel.example.org"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("a_b.example", "a_b.example"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1"),
+    ],
+)
+def test_names_have_one_form(given: str, parsed: str) -> None:
+    """Hosts are compared and sent in ASCII, lower case, without a final dot; addresses as addresses."""
+    assert str(rtunnel_tls.parse_name(given)) == parsed
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "a..b", "-a", "a b", "a\0b", "a/b", "*", "*.example.org", "a" * 64, "a." * 130]
+)
+def test_what_is_no_name_is_refused(house: House, name: str) -> None:
+    """What is neither a host name nor an address is told at start."""
+    refuse("the server's name", role="client", verify_name=name, **house.files("client"))
+
+
+def test_a_client_without_a_name_to_verify_cannot_be_made(house: House) -> None:
+    """There is no way to leave the check of the server's name out, and none to give a server one."""
+    with pytest.raises(ValueError, match="verifies"):
+        make_context("client", "default", **house.files("client"))
+    with pytest.raises(ValueError, match="verifies"):
+        make_context("server", "default", verify_name="localhost", **house.files("server"))
+
+
+# --- time, lists, secrets -----------------------------------------------------------------------------------
+
+
+def test_what_ends_soon_is_known(root: Signer, tmp_path: Path, house: House) -> None:
+    """A file with 30 days or fewer left is listed with its days, and one with more is not."""
+    day = datetime.timedelta(days=1)
+    for left, listed in ((31 * day + HOUR, False), (30 * day + HOUR, True), (HOUR, True)):
+        pair = root.issue(tmp_path, "soon", [SERVER_AUTH], ["localhost"], after=left)
+        context = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+        assert [(file, days) for file, _, days in context.expiring()] == [(str(pair.cert), left.days)] * listed
+
+
+def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
+    key = rtunnel_tls._load_key(house.folder / "ca.key")
+    subject = x509.load_pem_x509_certificate(house.ca.read_bytes()).subject
+    monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 0)
+    rtunnel_tls._write_revocations(tmp_path / "crl.pem", subject, key, 1, ())
+    refuse("--tls-crl|expired|pki revoke", crl=tmp_path / "crl.pem", **house.files("server"))
+
+
+def test_a_list_of_a_classical_signature_is_refused(house: House, tmp_path: Path) -> None:
+    """A forged list could pardon everybody."""
+    rsa = Signer("rsa", name="rtunnel CA")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateRevocationListBuilder(rsa.certificate.subject, now - HOUR, now + HOUR)
+    (tmp_path / "crl.pem").write_bytes(builder.sign(rsa.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    refuse("--tls-crl|signature", crl=tmp_path / "crl.pem", **house.files("server"))
+
+
+def test_a_list_of_another_authority_lets_nobody_in(house: House, big_house: House) -> None:
+    """With a list that does not cover the peer's authority, nobody is let in: a wrong file is no open door."""
+    server = house.server(crl=big_house.crl)
+    refused, _ = meet(server, lambda sock: _quiet(sock, house.client()))
+    assert isinstance(refused, HandshakeError)
+
+
+def _quiet(sock: Any, context: TlsContext) -> str:
+    transport = shake(sock, context)
+    try:
+        return f"end {transport.receive_into(memoryview(bytearray(1)))}"
+    except (OSError, rtunnel_tls.TransportError) as error:
+        return str(error)
+
+
+def test_an_open_session_can_be_found_revoked(tmp_path: Path) -> None:
+    """A new context tells which open sessions its list revokes, by serial number and not by name."""
+    house = House(tmp_path / "pki")
+    with session(house.server(crl=house.crl), house.client(crl=house.crl)) as (server, _):
+        assert not house.server(crl=house.crl).revokes(server.receipt)
+        rtunnel_tls.revoke(house.folder, "client")
+        assert house.server(crl=house.crl).revokes(server.receipt)
+        rtunnel_tls.issue(house.folder, "client", hosts=None, force=True)
+    with session(house.server(crl=house.crl), house.client(crl=house.crl)) as (server, _):
+        assert not house.server(crl=house.crl).revokes(server.receipt)
+
+
+def test_secrets_go_where_sslkeylogfile_says(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection appends the five lines that Wireshark needs to a file that only its owner can read."""
+    file = tmp_path / "keys.log"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(file))
+    server, client = house.server(), house.client()
+    assert server.keylog == client.keylog == str(file)
+    with session(server, client):
+        pass
+    lines = [line.split() for line in file.read_text().splitlines()]
+    labels = {line[0] for line in lines}
+    assert {"CLIENT_TRAFFIC_SECRET_0", "SERVER_TRAFFIC_SECRET_0", "SERVER_HANDSHAKE_TRAFFIC_SECRET"} <= labels
+    assert all(len(line) == 3 for line in lines)
+    if os.name == "posix":
+        assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.delenv("SSLKEYLOGFILE")
+    assert house.server().keylog is None
+
+
+def test_a_keylog_that_cannot_be_written_is_told_at_start(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the first handshake."""
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "missing" / "keys.log"))
+    refuse("SSLKEYLOGFILE|No such file", **house.files("server"))
+
+
+# --- the second check ---------------------------------------------------------------------------------------
+
+
+def test_the_peer_check_stands_on_its_own(house: House, root: Signer, tmp_path: Path) -> None:
+    """Were OpenSSL to let it pass, each broken rule would still be refused by name."""
+    context = house.client()
+    ca = x509.load_pem_x509_certificate(house.ca.read_bytes())
+    leaf = x509.load_pem_x509_certificate(house.files("server")["cert"].read_bytes())
+    good: dict[str, Any] = {
+        "version": "TLSv1.3",
+        "group": "X25519MLKEM768",
+        "cipher": "TLS_AES_256_GCM_SHA384",
+        "chain": [leaf, ca],
+    }
+
+    def other(**made: Any) -> list[x509.Certificate]:
+        signer = made.pop("signer", root)
+        usual: dict[str, Any] = {"purposes": [SERVER_AUTH], "hosts": ["localhost"]}
+        pair = signer.issue(tmp_path, "x", **(usual | made))
+        return [*x509.load_pem_x509_certificates(pair.cert.read_bytes()), ca]
+
+    assert check_peer(context, **good).identity == "server"
+    assert check_peer(context, **(good | {"chain": other()})).identity == "peer"
+    for rule, change in (
+        ("version", {"version": "TLSv1.2"}),
+        ("group", {"group": "x25519"}),
+        ("group", {"group": "MLKEM512"}),
+        ("group", {"group": "none"}),
+        ("cipher", {"cipher": "TLS_AES_128_GCM_SHA256"}),
+        ("certificate", {"chain": []}),
+        ("key", {"chain": other(algorithm="rsa")}),
+        ("key", {"chain": other(algorithm="ed25519")}),
+        ("signature", {"chain": other(signer=Signer("ecdsa"))}),
+        ("signature", {"chain": [leaf, Signer("rsa").certificate]}),
+        ("purpose", {"chain": other(purposes=[CLIENT_AUTH])}),
+        ("purpose", {"chain": other(purposes=[])}),
+        ("name", {"chain": other(hosts=["example.org", "127.0.0.1"])}),
+        ("name", {"chain": other(hosts=[], subject="localhost")}),
+        ("validity", {"chain": other(before=3 * HOUR, after=-HOUR)}),
+        ("validity", {"chain": other(before=-HOUR)}),
+        ("identity", {"chain": other(subject=None)}),
+        ("identity", {"chain": other(subject="a\nb")}),
+    ):
+        with pytest.raises(HandshakeError) as refused:
+            check_peer(context, **(good | change))
+        assert refused.value.rule == rule, (rule, refused.value)

@@ -1,0 +1,357 @@
+"""Who gets past the handshake and who does not; each bad case has a good one that differs in one thing.
+
+The bad peers are second stacks with settings of their own: Python's `ssl` for what is classical, raw pyOpenSSL for
+the rest. Each row is played against our server and against our client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from OpenSSL import SSL
+from OpenSSL._util import lib
+from tls_peers import (
+    CLIENT_AUTH,
+    HOUR,
+    SERVER_AUTH,
+    House,
+    Pair,
+    Signer,
+    SocketCarrier,
+    Task,
+    meet,
+    python_peer,
+    raw_context,
+    raw_peer,
+    session,
+    shake,
+    tcp_pair,
+    within,
+)
+
+import rtunnel_tls
+from rtunnel_tls import HandshakeError, Receipt, TlsContext, TlsTransport
+
+Peer = Callable[[socket.socket], Any]
+OUR_GROUPS = "X25519MLKEM768:MLKEM768"  # of the peer, where the group is not what it is refused for
+ANY_SIGNATURE = "mldsa65:mldsa44:mldsa87:rsa_pss_rsae_sha256:ecdsa_secp256r1_sha256:ed25519"
+PURPOSE = {"server": SERVER_AUTH, "client": CLIENT_AUTH}
+OTHER = {"server": "client", "client": "server"}
+ANY_PURPOSE = x509.ObjectIdentifier("2.5.29.37.0")
+
+
+class World:
+    """One root, which our contexts trust, and what peers can be made of. Made once for the module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.root = Signer()
+        self.ca = self.root.save(folder)
+        self.stranger = Signer(name="stranger")
+        self.pairs = {role: self.pair(role) for role in ("server", "client")}
+        self.classical = {
+            kind: Signer(kind, name=f"classical {kind}").issue(folder, f"classical-{kind}", [], algorithm=kind)
+            for kind in ("rsa", "ecdsa")
+        }
+
+    def pair(self, role: str, by: Signer | None = None, purposes: Any = None, hosts: Any = None, **kwargs: Any) -> Pair:
+        self.count += 1
+        names = ["localhost", "127.0.0.1"] if hosts is None else hosts
+        extended = [PURPOSE[role]] if purposes is None else purposes
+        return (by or self.root).issue(self.folder, f"pair-{self.count}", extended, names, **kwargs)
+
+    def ours(self, role: str, profile: str = "default", name: str = "localhost") -> TlsContext:
+        pair = self.pairs[role]
+        verify = {"verify_name": name} if role == "client" else {}
+        return rtunnel_tls.make_context(role, profile, cert=pair.cert, key=pair.key, ca=self.ca, **verify)  # type: ignore[arg-type]
+
+    def raw(self, role: str, pair: Pair | None, groups: str = OUR_GROUPS, signatures: str = ANY_SIGNATURE) -> Peer:
+        return raw_peer(raw_context(pair, self.ca, groups=groups, signatures=signatures), role)
+
+    def python(self, role: str, kind: str = "rsa", curve: str = "", tls12: bool = False) -> Peer:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if role == "client" else ssl.PROTOCOL_TLS_SERVER)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.load_cert_chain(self.classical[kind].cert, self.classical[kind].key)
+        if curve:
+            context.set_ecdh_curve(curve)
+        if tls12:
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+        return python_peer(context, role)
+
+    def below(self, kind: str) -> Signer:
+        return Signer(kind, name=f"between {kind}", by=self.root)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+# What differs from a good peer, and the rules that our server and our client name. A server that has no common ground
+# with our client says so itself, and the client's rule is `alert`.
+NO_GROUP = ("group", "alert")
+ROWS: dict[str, tuple[Callable[[World, str], Peer], tuple[str, str]]] = {
+    "TLS 1.2": (lambda w, r: w.python(r, tls12=True), ("version", "alert")),
+    "P-256, other stack": (lambda w, r: w.python(r, curve="prime256v1"), NO_GROUP),
+    "P-384, other stack": (lambda w, r: w.python(r, "ecdsa", "secp384r1"), NO_GROUP),
+    "X25519": (lambda w, r: w.raw(r, w.pairs[r], "X25519"), NO_GROUP),
+    "P-256": (lambda w, r: w.raw(r, w.pairs[r], "P-256"), NO_GROUP),
+    "MLKEM512": (lambda w, r: w.raw(r, w.pairs[r], "MLKEM512"), NO_GROUP),
+    "RSA leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="rsa")), ("certificate", "alert")),
+    "ECDSA leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="ecdsa")), ("certificate", "alert")),
+    "Ed25519 leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="ed25519")), ("certificate", "alert")),
+    "ML-DSA-44 leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="mldsa44")), ("certificate", "alert")),
+    "RSA authority between": (lambda w, r: w.raw(r, w.pair(r, w.below("rsa"))), ("signature", "signature")),
+    "ECDSA authority between": (lambda w, r: w.raw(r, w.pair(r, w.below("ecdsa"))), ("signature", "signature")),
+    "Ed25519 authority between": (lambda w, r: w.raw(r, w.pair(r, w.below("ed25519"))), ("signature", "signature")),
+    "no certificate": (lambda w, r: w.raw(r, None), ("certificate", "alert")),
+    "another authority": (lambda w, r: w.raw(r, w.pair(r, w.stranger)), ("authority", "authority")),
+    "expired": (lambda w, r: w.raw(r, w.pair(r, before=3 * HOUR, after=-HOUR)), ("validity", "validity")),
+    "not yet valid": (lambda w, r: w.raw(r, w.pair(r, before=-HOUR)), ("validity", "validity")),
+    "the other role's": (lambda w, r: w.raw(r, w.pair(OTHER[r])), ("purpose", "purpose")),
+    "no extended key usage": (lambda w, r: w.raw(r, w.pair(r, purposes=[])), ("purpose", "purpose")),
+    "any extended key usage": (lambda w, r: w.raw(r, w.pair(r, purposes=[ANY_PURPOSE])), ("purpose", "purpose")),
+    "no common name": (lambda w, r: w.raw(r, w.pair(r, subject=None)), ("identity", "identity")),
+    "common name with a newline": (lambda w, r: w.raw(r, w.pair(r, subject="a\nb")), ("identity", "identity")),
+    "common name beyond ASCII": (lambda w, r: w.raw(r, w.pair(r, subject="zoë")), ("identity", "identity")),
+    "the root itself": (
+        lambda w, r: w.raw(r, Pair(w.folder, "root-as-leaf", w.root.certificate, w.root.key)),
+        ("purpose", "name"),
+    ),
+}
+TOLD = ("alert", "eof", "reset")  # how a refused peer learns of it: the alert, or a connection that is closed
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize("case", ROWS)
+def test_a_bad_peer_is_refused_by_name(world: World, case: str, ours: str) -> None:
+    """A peer that breaks one rule is refused within the deadline, under that rule's name, and is told."""
+    peer, rules = ROWS[case]
+    start = time.monotonic()
+    refused, told = meet(world.ours(ours), peer(world, OTHER[ours]))
+    assert isinstance(refused, HandshakeError), refused
+    assert refused.rule == rules[ours == "client"], refused
+    assert time.monotonic() - start < 3
+    assert refused.rule == "alert" or any(word in told.lower() for word in TOLD), told
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize("authority", ["root", "between"])
+def test_a_good_peer_passes(world: World, ours: str, authority: str) -> None:
+    """A peer of a second stack with a good certificate passes, one of an ML-DSA authority below the root too."""
+    by = None if authority == "root" else world.below("mldsa87")
+    receipt, _ = meet(world.ours(ours), world.raw(OTHER[ours], world.pair(OTHER[ours], by)))
+    assert isinstance(receipt, Receipt), receipt
+    assert (receipt.version, receipt.signature, receipt.identity) == ("TLSv1.3", "mldsa65", "peer")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "name", "rule"),
+    [
+        (["tunnel.example.org"], "tunnel.example.org", None),
+        (["tunnel.example.org"], "TUNNEL.example.org.", None),
+        (["*.example.org"], "tunnel.example.org", None),
+        (["*.example.org"], "a.tunnel.example.org", "name"),
+        (["*.example.org"], "example.org", "name"),
+        (["tunnel.example.org"], "example.org", "name"),
+        (["localhost", "192.0.2.1"], "192.0.2.1", None),
+        (["localhost", "192.0.2.1"], "::ffff:192.0.2.1", None),
+        (["localhost", "192.0.2.1"], "192.0.2.2", "name"),
+        (["localhost", "2001:db8::1"], "2001:db8::1", None),
+        (["localhost", "2001:db8::1"], "2001:db8::2", "name"),
+        ([], "peer", "name"),
+    ],
+)
+def test_the_server_is_who_was_dialled(world: World, hosts: list[str], name: str, rule: str | None) -> None:
+    """The certificate names the dialled host or address in subjectAltName; its common name does not count."""
+    outcome, _ = meet(world.ours("client", name=name), world.raw("server", world.pair("server", hosts=hosts)))
+    assert (outcome.rule if isinstance(outcome, HandshakeError) else None) == rule
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize(
+    ("profile", "groups"), [("pure", "X25519MLKEM768"), ("hybrid", "MLKEM768"), ("cnsa2", "SecP384r1MLKEM1024")]
+)
+def test_a_group_of_another_profile_is_refused(
+    world: World, big_house: House, ours: str, profile: str, groups: str
+) -> None:
+    """A group of another profile is no common ground."""
+    context = big_house.context(ours, profile)
+    refused, _ = meet(context, world.raw(OTHER[ours], world.pairs[OTHER[ours]], groups))
+    assert isinstance(refused, HandshakeError)
+    assert refused.rule == ("group" if ours == "server" else "alert")
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_the_original_is_met_by_profile_pure(world: World, ours: str) -> None:
+    """The original's groups and signature algorithms, no SNI, one leaf, depth 1: an open session with `pure`."""
+    original = raw_context(world.pairs[OTHER[ours]], world.ca)
+    receipt, _ = meet(world.ours(ours, "pure"), raw_peer(original, OTHER[ours]))
+    assert isinstance(receipt, Receipt), receipt
+    assert (receipt.group, receipt.signature) == ("MLKEM768", "mldsa65")
+
+
+def test_a_revoked_client_is_refused(world: World, tmp_path: Path) -> None:
+    """A certificate on the revocation list is refused under the rule `revoked`, and no other one is."""
+    house = House(tmp_path / "pki")
+    rtunnel_tls.issue(house.folder, "thief", hosts=None)
+    rtunnel_tls.revoke(house.folder, "thief")
+    server = house.server(crl=house.crl)
+    outcomes = {}
+    for name in ("client", "thief"):
+        context = house.client(**house.files(name))
+        outcomes[name], _ = meet(server, lambda sock, context=context: _told_later(sock, context))  # type: ignore[misc]
+    assert isinstance(outcomes["client"], Receipt)
+    assert outcomes["thief"].rule == "revoked"
+
+
+def _told_later(sock: socket.socket, context: TlsContext) -> str:
+    transport = TlsTransport.handshake(SocketCarrier(sock), context, within(5))
+    try:
+        return f"end {transport.receive_into(memoryview(bytearray(10)))}"
+    except (rtunnel_tls.TransportError, OSError) as error:
+        return str(error)
+
+
+def test_a_refused_client_learns_it_from_its_first_read(world: World, house: House) -> None:
+    """In TLS 1.3 the client's handshake ends before the server judges: the alert comes with the first read."""
+    server = house.server(ca=world.ca)  # trusts another root than the client's
+    client = house.client()
+    refused, told = meet(server, lambda sock: _told_later(sock, client))
+    assert refused.rule == "authority"
+    assert told == "alert from the peer: unknown ca"
+
+
+def test_a_client_that_our_own_check_refuses_sees_a_closed_connection(world: World, house: House) -> None:
+    """Where OpenSSL has nothing against the client, the refusal is a connection that is closed."""
+    pair = world.pair("client", purposes=[])
+    carriers: list[SocketCarrier] = []
+    refused, told = meet(world.ours("server"), world.raw("client", pair), carriers)
+    assert refused.rule == "purpose"
+    assert told == "eof"
+    assert carriers[0].finishes == 1, "at once, and not only when we have read on for a second"
+
+
+def test_a_refused_server_never_sees_the_clients_certificate(world: World) -> None:
+    """Our client sends nothing more to a server that its own check refuses, its certificate least of all."""
+    carriers: list[SocketCarrier] = []
+    refused, _ = meet(world.ours("client"), world.raw("server", world.pair("server", purposes=[])), carriers)
+    assert refused.rule == "purpose"
+    assert carriers[0].sent < 1600, "a ClientHello, and no certificate of 5 kB"
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: tunnel\r\n\r\n", "tls"),
+        (bytes(range(256)), "tls"),
+        (b"", "closed"),
+        (b"\x16\x03\x01\x00\x05", "closed"),
+        (b"\x16\x03\x01\xff\xff" + bytes(2000), "tls"),
+    ],
+)
+def test_what_is_no_tls_is_refused(world: World, ours: str, said: bytes, rule: str) -> None:
+    """Bytes that are no handshake, and an end in the middle of one, are refused at once."""
+
+    def peer(sock: socket.socket) -> None:
+        sock.sendall(said)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+    refused, _ = meet(world.ours(ours), peer)
+    assert isinstance(refused, HandshakeError), refused
+    assert refused.rule == rule, refused
+
+
+def test_a_silent_peer_is_refused_at_the_deadline(world: World) -> None:
+    """A peer that says nothing is refused when the time is up."""
+    with tcp_pair() as (near, _far):
+        start = time.monotonic()
+        with pytest.raises(HandshakeError, match="deadline"):
+            TlsTransport.handshake(SocketCarrier(near), world.ours("server"), within(0.2))
+        assert 0.2 <= time.monotonic() - start < 2
+
+
+def test_a_byte_now_and_then_does_not_prolong_the_deadline(world: World) -> None:
+    """One deadline covers the whole handshake, whatever the peer drips into it."""
+    clock = [1.0]
+    begun = b"\x16\x03\x01\x10\x00\x01\x00\x0f\xfc" + bytes(5000)  # a ClientHello that will take its time
+
+    class Dripping(SocketCarrier):
+        def receive_into(self, buffer: memoryview) -> int:
+            buffer[:1] = begun[self.received : self.received + 1]
+            self.received += 1
+            clock[0] -= 0.01
+            return 1
+
+    with tcp_pair() as (near, _far):
+        carrier = Dripping(near)
+        with pytest.raises(HandshakeError, match="deadline"):
+            TlsTransport.handshake(carrier, world.ours("server"), lambda: clock[0])
+        assert 98 <= carrier.received <= 102
+
+
+def test_a_session_that_is_offered_is_not_resumed(world: World) -> None:
+    """A client that offers an old session gets a full handshake; a server that resumes shows that it does offer it."""
+    willing = raw_context(world.pairs["server"], world.ca, groups=OUR_GROUPS)
+    willing.set_session_id(b"willing")
+    ours = world.ours("server")
+
+    def raw_server(sock: socket.socket) -> None:
+        connection = SSL.Connection(willing, sock)
+        connection.set_accept_state()
+        connection.do_handshake()
+        connection.send(b"hi")
+        with contextlib.suppress(SSL.Error):
+            connection.recv(1)
+
+    def our_server(sock: socket.socket) -> None:
+        transport = shake(sock, ours)
+        transport.send(b"hi")
+        assert transport.identity == "peer"
+        with contextlib.suppress(OSError):
+            transport.receive_into(memoryview(bytearray(1)))
+
+    for server, resumed in ((raw_server, [0, 1]), (our_server, [0, 0])):
+        context = raw_context(world.pairs["client"], world.ca, groups=OUR_GROUPS)
+        context.set_session_cache_mode(SSL.SESS_CACHE_CLIENT)
+        session: SSL.Session | None = None
+        reused = []
+        for _ in range(2):
+            with tcp_pair() as (near, far):
+                task = Task(server, far)
+                connection = SSL.Connection(context, near)
+                connection.set_connect_state()
+                if session is not None:
+                    connection.set_session(session)
+                connection.do_handshake()
+                assert connection.recv(2) == b"hi"
+                session = connection.get_session()
+                reused.append(lib.SSL_session_reused(connection._ssl))
+                connection.shutdown()  # or OpenSSL would not offer the session again
+                task.result()
+        assert reused == resumed
+
+
+def test_both_ends_of_ours_meet_in_every_profile(house: House, big_house: House) -> None:
+    """Two ends of the same profile meet, and each receipt tells what the profile prefers."""
+    for profile in rtunnel_tls.PROFILES.values():
+        home = big_house if profile.name == "cnsa2" else house
+        with session(home.server(profile.name), home.client(profile.name)) as (server, client):
+            for receipt, identity in ((server.receipt, "client"), (client.receipt, "server")):
+                assert receipt.identity == identity
+                assert receipt.group == profile.groups[0]
+                assert receipt.cipher == profile.ciphers[0]
+                assert receipt.signature in profile.signatures
+                assert receipt.days_left in (396, 397)
+                assert all(isinstance(value, str) for value in receipt.pairs().values())
