@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import socket
 import string
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,14 +34,15 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting comes from the environment, and the log is left as it was."""
-    import os
-
+    """No setting comes from the environment, no program runs in this process, and all is left as it was."""
+    monkeypatch.setattr(rtunnel, "run", lambda program: 99)
     for name in [name for name in os.environ if name.startswith("RTUNNEL_")]:
         monkeypatch.delenv(name)
     log = rtunnel.LOG
     before = log.level, log.handlers[:], log.propagate, logging.raiseExceptions
+    stack = threading.stack_size()
     yield
+    threading.stack_size(stack)
     log.level, log.handlers[:], log.propagate, logging.raiseExceptions = before
 
 
@@ -74,7 +78,6 @@ def settings(monkeypatch: pytest.MonkeyPatch, command: Command) -> Callable[...,
     monkeypatch.setattr(rtunnel, "Client", note)
     monkeypatch.setattr(rtunnel, "start_log", lambda level: found.update(level=level))
     monkeypatch.setattr(rtunnel, "raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr(rtunnel, "STACK_BYTES", 0)
 
     def run(*arguments: str) -> dict[str, Any]:
         found.clear()
@@ -191,9 +194,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "arguments", WRONG, ids=lambda arguments: " ".join(arguments).encode("unicode-escape").decode()
-)
+def shown(arguments: tuple[str, ...]) -> str:
+    """A test's name."""
+    return " ".join(arguments).encode("unicode-escape").decode()[:70]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=shown)
 def test_wrong_usage(command: Command, arguments: tuple[str, ...]) -> None:
     """A bad address, port, time or level, or a wrong combination, is one printable sentence on standard error and
     status 2."""
@@ -366,8 +372,6 @@ def test_a_client_cannot_forge_a_line(server: Factory) -> None:
 
 def test_a_server_cannot_forge_a_line(client: Factory) -> None:
     """Whatever a server puts into a reason, each event of the client is one line."""
-    import socket
-
     with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
         control.settimeout(10)
         asking = client("--server", text(control.getsockname()), "--local", service.text)
