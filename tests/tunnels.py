@@ -101,6 +101,21 @@ def closed_port() -> Iterator[Address]:
         yield holder.getsockname()
 
 
+BLOCK = os.urandom(1 << 20)
+
+
+def until_full(sock: socket.socket) -> int:
+    """Send blocks until nothing is taken for half a second; how many bytes were taken."""
+    sock.settimeout(0.5)
+    sent = 0
+    try:
+        while sent < 64 * len(BLOCK):
+            sent += sock.send(BLOCK[sent % len(BLOCK) :])
+    except TimeoutError:
+        return sent
+    raise AssertionError("there is no back-pressure")
+
+
 def fill(address: Address) -> list[socket.socket]:
     """Connect until the listener's queue is full: who dials it now waits. The caller closes what is returned."""
     taken: list[socket.socket] = []
