@@ -71,13 +71,15 @@ def open_tunnel(
 
 
 def visit(address: Address, said: bytes = b"") -> str:
-    """How a visitor's connection ends that says something and waits: "eof", or "reset", however early."""
+    """How a visitor fares that says something and waits for the end: "eof", "reset", however early, or "refused"."""
     try:
         with connect(address) as visitor:
             visitor.sendall(said)
             return ends_with(visitor)
     except (ConnectionResetError, ConnectionAbortedError, BrokenPipeError):
         return "reset"
+    except ConnectionRefusedError:
+        return "refused"
 
 
 def tcp_pair(receive_buffer: int = 0) -> tuple[socket.socket, socket.socket]:
