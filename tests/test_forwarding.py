@@ -200,8 +200,7 @@ def test_50_downloads_at_a_time(tunnel: Opened) -> None:
         assert got == [digest_of(1)] * 50
 
 
-@both_paths
-def test_1000_echo_connections(tunnel: Opened, mode: Mode) -> None:
+def test_1000_echo_connections(tunnel: Opened) -> None:
     """1,000 connections are open at the same time, and each gets its own words back."""
     raise_descriptor_limit(8192)
     with echo_service() as service, ExitStack() as stack:
