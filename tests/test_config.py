@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import socket
 import string
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from conftest import Factory
 from hypothesis import given
 from hypothesis import strategies as st
 from naive_peer import CLOSE_CONN, NEW_CONN, NaivePeer
-from support import ROOT, connect, echo_service, free_port, parse_line, reset
+from support import ROOT, connect, echo_service, eventually, free_port, parse_line, reset
 from tunnels import closed_port, open_tunnel, text, visit
 
 import rtunnel
@@ -31,14 +34,15 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting comes from the environment, and the log is left as it was."""
-    import os
-
+    """No setting comes from the environment, no program runs in this process, and all is left as it was."""
+    monkeypatch.setattr(rtunnel, "run", lambda program: 99)
     for name in [name for name in os.environ if name.startswith("RTUNNEL_")]:
         monkeypatch.delenv(name)
     log = rtunnel.LOG
     before = log.level, log.handlers[:], log.propagate, logging.raiseExceptions
+    stack = threading.stack_size()
     yield
+    threading.stack_size(stack)
     log.level, log.handlers[:], log.propagate, logging.raiseExceptions = before
 
 
@@ -74,7 +78,6 @@ def settings(monkeypatch: pytest.MonkeyPatch, command: Command) -> Callable[...,
     monkeypatch.setattr(rtunnel, "Client", note)
     monkeypatch.setattr(rtunnel, "start_log", lambda level: found.update(level=level))
     monkeypatch.setattr(rtunnel, "raise_descriptor_limit", lambda: None)
-    monkeypatch.setattr(rtunnel, "STACK_BYTES", 0)
 
     def run(*arguments: str) -> dict[str, Any]:
         found.clear()
@@ -159,6 +162,32 @@ def test_print_config(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "debug" not in out
 
 
+GOOD = {
+    "192.0.2.1:80": ("192.0.2.1", 80),
+    "example.com:1": ("example.com", 1),
+    "example.com.:65535": ("example.com.", 65535),
+    "[2001:db8::1]:80": ("2001:db8::1", 80),
+    "[fe80::1%eth0]:80": ("fe80::1%eth0", 80),
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_addresses(text: str) -> None:
+    """Names, IPv4 and bracketed IPv6 are addresses, and are shown as they are written."""
+    address = rtunnel.Address.parse(text)
+    assert address == GOOD[text]
+    assert str(address) == text
+    assert rtunnel.Address.parse(text, listen=True) == address
+
+
+def test_listening_addresses() -> None:
+    """A listening address may leave the host away, and may ask for any free port; IPv4-mapped is shown as IPv4."""
+    assert rtunnel.Address.parse(":7000", listen=True) == ("", 7000)
+    assert rtunnel.Address.parse("[::]:0", listen=True) == ("::", 0)
+    assert str(rtunnel.Address("::ffff:192.0.2.1", 80)) == "192.0.2.1:80"
+    assert str(rtunnel.Address("", 80)) == ":80"
+
+
 # --- wrong settings -----------------------------------------------------------------------------------------
 
 ADDRESSES = ["nowhere", "a b:1", "a..b:1", "a:b:1", "[::1]", "[zz]:1", "::1:1", "h:", "h:x", "h:-1", "h:65536", "ü:1"]
@@ -191,9 +220,12 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    "arguments", WRONG, ids=lambda arguments: " ".join(arguments).encode("unicode-escape").decode()
-)
+def shown(arguments: tuple[str, ...]) -> str:
+    """A test's name."""
+    return " ".join(arguments).encode("unicode-escape").decode()[:70]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=shown)
 def test_wrong_usage(command: Command, arguments: tuple[str, ...]) -> None:
     """A bad address, port, time or level, or a wrong combination, is one printable sentence on standard error and
     status 2."""
@@ -229,6 +261,12 @@ def test_wrong_files(command: Command, tmp_path: Path, content: bytes) -> None:
     assert FILES[content] in err
     if "unknown" in err:
         assert str(file) in err
+
+
+def test_systems_without_descriptor_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no such limit to raise, nothing is raised."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    rtunnel.raise_descriptor_limit()
 
 
 def test_no_traceback_from_the_program_itself() -> None:
@@ -342,6 +380,27 @@ def test_the_log_level(program: Factory) -> None:
     assert quiet.lines == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_log_that_cannot_be_written() -> None:
+    """A log on a full disk stops nothing: the server serves, and stops as asked."""
+    address = ("127.0.0.1", free_port())
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(
+            [sys.executable, "rtunnel.py", "server", "--control-listen", text(address), "--log-level", "debug"],
+            cwd=ROOT,
+            stderr=full,
+        ) as started,
+    ):
+        try:
+            eventually(lambda: visit(address, b"nonsense" * 9) != "refused")
+            assert started.poll() is None
+            started.terminate()
+            assert started.wait(10) == 0
+        finally:
+            started.kill()
+
+
 def test_a_client_cannot_forge_a_line(server: Factory) -> None:
     """Whatever a client puts into INIT or a reason, each event is one line, and control characters are escaped."""
     serving = server()
@@ -366,8 +425,6 @@ def test_a_client_cannot_forge_a_line(server: Factory) -> None:
 
 def test_a_server_cannot_forge_a_line(client: Factory) -> None:
     """Whatever a server puts into a reason, each event of the client is one line."""
-    import socket
-
     with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
         control.settimeout(10)
         asking = client("--server", text(control.getsockname()), "--local", service.text)

@@ -458,6 +458,65 @@ def test_a_dial_that_fails(bench: Bench, error: OSError, reason: bytes) -> None:
     eventually(lambda: bench.session.stream_count() == 0)
 
 
+# --- where there is no thread -------------------------------------------------------------------------------
+
+
+def no_thread(*task: object) -> None:
+    """What a pool does where the system gives no thread."""
+    raise RuntimeError("can't start new thread")
+
+
+def test_no_thread_for_a_drainer(bench: Bench, visitor: Ends) -> None:
+    """Where no drainer can be started, that stream alone is reset."""
+    near, far = visitor
+    bench.open(near)
+    start = bench.session.start_thread
+    bench.session.start_thread = no_thread  # type: ignore[method-assign]
+    bench.peer.send_frame(DATA, 1, BIG)
+    assert b"thread" in bench.peer.read_close(1)
+    assert ends_with(far) == "reset"
+    bench.session.start_thread = start  # type: ignore[method-assign]
+    with running_stream(bench) as other:
+        bench.peer.send_frame(DATA, 2, b"fine")
+        assert read_exactly(other, 4) == b"fine"
+
+
+@contextlib.contextmanager
+def running_stream(bench: Bench) -> Iterator[socket.socket]:
+    """One more stream of the bench: its visitor's end."""
+    near, far = tcp_pair()
+    with far:
+        bench.open(near)
+        yield far
+
+
+def test_no_thread_for_a_local_stream(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a client can start no thread for a stream, that stream alone ends, with a reason."""
+    near, far = tcp_pair()
+    with echo_service() as service, NaivePeer(far) as peer:
+        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
+        session = rtunnel.ClientSession(rtunnel.PlainTransport(near), pool, mapping)
+        with running(session.run, lambda: session.end("the test is over")):
+            peer.read_frame()
+            with monkeypatch.context() as patch:
+                patch.setattr(session, "start_thread", no_thread)
+                peer.send_frame(NEW_CONN, 1)
+                assert b"thread" in peer.read_close(1)
+            peer.send_frame(NEW_CONN, 2)
+            peer.send_frame(DATA, 2, b"fine")
+            peer.expect_data(2, b"fine")
+
+
+def test_no_thread_for_a_session(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a session gets no control sender it ends, with the reason, and its connection is closed."""
+    near, far = tcp_pair()
+    with NaivePeer(far) as peer:
+        session = rtunnel.Session(rtunnel.PlainTransport(near), pool)
+        monkeypatch.setattr(session, "start_thread", no_thread)
+        assert "thread" in session.run()
+        peer.expect_end()
+
+
 # --- dialling and waiting -----------------------------------------------------------------------------------
 
 
@@ -475,6 +534,18 @@ def test_a_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         found.pop()
         with pytest.raises(OSError, match=r"none\.example"):
             rtunnel.dial(rtunnel.Address("none.example", 1), 5)
+
+
+def test_dead_peers_are_found(visitor: Ends) -> None:
+    """TCP keepalive finds a dead peer in 60 s, and small messages leave at once."""
+    assert rtunnel.KEEPALIVE_IDLE_S + rtunnel.KEEPALIVE_PROBES * rtunnel.KEEPALIVE_INTERVAL_S == 60
+    near, _ = visitor
+    with near:
+        rtunnel.tune(near, control=True)
+        assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        if sys.platform == "linux":
+            assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == rtunnel.KEEPALIVE_IDLE_S
 
 
 @pytest.mark.parametrize("with_poll", [True, False])
@@ -800,9 +871,11 @@ def test_an_internal_error_of_a_drainer(pair: Pair, log: Log, monkeypatch: pytes
         visitor.settimeout(10)
         pair.peers[0].expect(NEW_CONN, 1)
         monkeypatch.setattr(rtunnel, "wait_ready", fail)
-        with contextlib.suppress(ConnectionError):
+        pair.peers[0].sock.settimeout(0.5)  # who only sends may not notice the end: the window is closed, too
+        with contextlib.suppress(ConnectionError, TimeoutError):
             for _ in range(16):  # more than any socket buffer takes
                 pair.peers[0].send(frame(DATA, 1, bytes(1 << 20)))
+        pair.peers[0].sock.settimeout(10)
         assert ends_with(visitor) == "reset"
     pair.check_only_the_first_ended(log)
 

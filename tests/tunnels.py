@@ -71,13 +71,15 @@ def open_tunnel(
 
 
 def visit(address: Address, said: bytes = b"") -> str:
-    """How a visitor's connection ends that says something and waits: "eof", or "reset", however early."""
+    """How a visitor fares that says something and waits for the end: "eof", "reset", however early, or "refused"."""
     try:
         with connect(address) as visitor:
             visitor.sendall(said)
             return ends_with(visitor)
     except (ConnectionResetError, ConnectionAbortedError, BrokenPipeError):
         return "reset"
+    except ConnectionRefusedError:
+        return "refused"
 
 
 def tcp_pair(receive_buffer: int = 0) -> tuple[socket.socket, socket.socket]:
@@ -99,6 +101,21 @@ def closed_port() -> Iterator[Address]:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))  # bound, never listening
         yield holder.getsockname()
+
+
+BLOCK = os.urandom(1 << 20)
+
+
+def until_full(sock: socket.socket) -> int:
+    """Send blocks until nothing is taken for a quarter of a second; how many bytes were taken."""
+    sock.settimeout(0.25)
+    sent = 0
+    try:
+        while sent < 64 * len(BLOCK):
+            sent += sock.send(BLOCK[sent % len(BLOCK) :])
+    except TimeoutError:
+        return sent
+    raise AssertionError("there is no back-pressure")
 
 
 def fill(address: Address) -> list[socket.socket]:
