@@ -127,7 +127,7 @@ DIAL_TIMEOUT_S = 5.0  # of a local service, all its addresses together; the orig
 CONNECT_TIMEOUT_S = 10.0  # of the server
 LINGER_S = 5.0  # after our FIN, for what a socket still sends: closing earlier would send RST and eat our last bytes
 DRAIN_STEP_S = 0.5  # how long a drainer, or a polled pump, waits before it looks whether its stream was aborted
-STOP_TIMEOUT_S = 1.5  # of the whole stop; what then still dials or resolves a name is a daemon thread
+STOP_TIMEOUT_S = 1.3  # of the whole stop; what then still dials or resolves a name is a daemon thread
 POOL_IDLE_S = 10.0  # a thread without work ends
 STACK_BYTES = 256 * 1024  # per thread; smaller ones save no memory, and overflow ends in SIGSEGV
 ACCEPT_PAUSE_S = 0.25  # after an accept that failed for want of descriptors: the selector would spin
@@ -212,7 +212,7 @@ class Address(NamedTuple):
             if bracketed := re.fullmatch(r"\[(.+)\]", host):
                 host = bracketed[1]
                 ipaddress.IPv6Address(host)
-            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and text.startswith(":"))):
+            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and not host)):
                 raise ValueError
         except ValueError:
             forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
@@ -2430,7 +2430,7 @@ def dial_address(text: str) -> Address | None:
 
 
 def bind_host(text: str) -> str:
-    return Address.parse(f"{text}:0", listen=True).host
+    return Address.parse(f"[{text}]:0" if ":" in text else f"{text}:0", listen=True).host
 
 
 def seconds(text: str) -> float:
@@ -2508,7 +2508,10 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     command = ""  # each command has a subclass
 
     def parse(self, stream: TextIO) -> dict[str, Any]:
-        settings: dict[str, Any] = super().parse(stream)
+        try:
+            settings: dict[str, Any] = super().parse(stream)
+        except UnicodeDecodeError:
+            raise configargparse.ConfigFileParserException(f"{stream.name}: this is no UTF-8 text") from None
         for key in settings:
             if not any(key == option.name for option in OPTIONS[self.command]):
                 raise configargparse.ConfigFileParserException(f"{stream.name}: unknown key {key!r}; --help lists all")
@@ -2519,7 +2522,8 @@ class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Errors are one sentence on stderr, and status 2."""
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {' '.join(message.split())}\n")
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+        sys.stderr.write(f"{self.prog}: {shown}\n")
         sys.exit(2)
 
 
