@@ -441,13 +441,11 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
         return b"PROXY UNKNOWN\r\n"
     hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
     if {host.version for host in hosts} == {4}:
-        family = "TCP4"
-    else:  # one header has one family: an IPv4 address among IPv6 ones is written mapped
-        family, hosts = (
-            "TCP6",
-            [host if host.version == 6 else ipaddress.ip_address(f"::ffff:{host}") for host in hosts],
-        )
-    return f"PROXY {family} {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+        return f"PROXY TCP4 {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+    # One header has one family: an IPv4 address beside an IPv6 one is written mapped, and in groups of hexadecimal
+    # digits, the only form that the specification has.
+    texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version == 4 else str(host) for host in hosts]
+    return f"PROXY TCP6 {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
 
 
 # ---- flow control: arithmetic alone (PROTOCOL.md, "Flow control") -------------------------------------------------
@@ -2379,8 +2377,8 @@ class Client(Program):
             event, level, refused = "connect-failed", 0, False
             session: ClientSession | None = None
             try:
-                with contextlib.closing(PlainTransport(dial(self._server, CONNECT_TIMEOUT_S))) as carrier:
-                    transport = self.secure(carrier, Deadline(HELLO_TIMEOUT_S))
+                with contextlib.closing(dial(self._server, CONNECT_TIMEOUT_S)) as sock:
+                    transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S))
                     session = ClientSession(transport, self._pool, self.settings, self, mapping)
                     with self.registered(session.stop):
                         reason = session.run()
