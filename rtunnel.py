@@ -2428,6 +2428,7 @@ def dial_address(text: str) -> Address | None:
 
 
 def bind_host(text: str) -> str:
+    text = text.strip("[]")
     return Address.parse(f"[{text}]:0" if ":" in text else f"{text}:0", listen=True).host
 
 
@@ -2672,7 +2673,11 @@ def run_pki(settings: argparse.Namespace) -> int:
 
 def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
-        print(settings.parser.format_values(), end="")
+        shown = settings.parser.format_values()
+        print(shown, end="")
+        for option in OPTIONS[settings.command]:  # of the defaults, which stand last, it leaves out the switches
+            if option.action == "switch" and not re.search(rf"\b{option.name}\b(?!-)", shown):
+                print(f"  --{option.name}: {option.default}")
         return 0
     start_log(settings.log_level)
     threading.stack_size(STACK_BYTES)
