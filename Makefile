@@ -20,7 +20,7 @@ test: $(VENV)/installed-test
 check: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
-	$(IN_VENV) -m mypy --strict rtunnel.py
+	$(IN_VENV) -m mypy --strict rtunnel.py rtunnel_tls.py
 	$(IN_VENV) -m pytest
 
 clean:

@@ -22,7 +22,7 @@ DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
 setup(
     name="rtunnel",
     version=version(),
-    description="A reverse TCP tunnel: a service behind NAT, reachable at a public server's port",
+    description="A reverse TCP tunnel under post-quantum mutual TLS: a service behind NAT, at a public server's port",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     author="the rtunnel authors",
@@ -34,12 +34,13 @@ setup(
         "Intended Audience :: System Administrators",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Security :: Cryptography",
         "Topic :: System :: Networking",
     ],
     python_requires=">=3.10",
     # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
     install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
     extras_require={"test": TEST, "dev": DEV},
-    py_modules=["rtunnel"],
+    py_modules=["rtunnel", "rtunnel_tls"],
     entry_points={"console_scripts": ["rtunnel = rtunnel:main"]},
 )
