@@ -5,34 +5,38 @@ A client behind NAT dials out to a public server and holds one control connectio
 ports for the client; each visitor's connection crosses the control connection as frames (PROTOCOL.md) and reaches
 a local service beside the client.
 
-The promise: from this file a reader can say which bytes may arrive, which thread handles them, how much memory
-they can cost, and which lock guards what.
+The promise: from this file a reader can say which bytes may arrive, which thread handles them, how much memory they
+can cost, and which lock guards what; and from rtunnel_tls.py, why a peer that is not post-quantum, or not known, never
+gets past the handshake.
 
 Threads
 -------
     thread           how many                 does                                    waits only in
     main             1                        signals, the order of the stop          an Event, in steps of 0.5 s
     control acceptor 1 (server)               accepts control connections             its selector
-    public acceptor  1 per public port        accepts visitors                        its selector
-    session reader   1 per control connection decodes and dispatches frames; never    the transport; at level 0 also
-                     (client: the mapping's)  writes to the transport, never dials    a stream's full queue, 20 s
-    control sender   1 per control connection sends control frames; its wait is the   its queue with a timeout,
-                                              session's clock                         the writer
-    stream pump      1 per stream (client:    socket to DATA frames; at last it       the socket, the writer, its
-                     it dials first)          alone closes the socket                 own drainer's end
+    public acceptor  1 per lease              accepts visitors                        its selector; while the lease
+                                                                                      lingers an Event, 0.5 s at a time
+    session reader   1 per control connection the handshake under one deadline; then  the transport; at level 0 also
+                     (client: the mapping's)  decodes and dispatches frames. Never    a stream's full queue, 20 s
+                                              writes to the transport, never dials
+    control sender   1 per control connection sends control frames; its wait is the   the writer's queue with a
+                                              session's clock                         timeout, the transport's send
+    stream pump      1 per stream (client:    socket to DATA frames; at last it       the socket, credit (1 s at a
+                     it dials first)          alone closes the socket                 time), the writer, its drainer
     stream drainer   0 or 1 per stream, while queue to socket                         the socket, 0.5 s at a time
                      its socket is slow
 
 Locks
 -----
 Taken in this order, each for a few statements; nothing that can wait is done under one.
-    Server._lock   the connections, the clients of the global port, `_stopping`
-    Session._lock  the streams, the last id, the timers, the first cause of the end
-    Writer._lock   the frames to send, who waits for the turn. The *turn* itself is no lock but a flag under
+    Program._lock  what the stop has to end; on the server also the leases, with their sessions. Ports are bound under
+                   it: bind and listen wait for nobody
+    Session._lock  the streams, the last id, the PINGs, the timers, the first cause of the end
+    Writer._lock   the frames to send, who waits for the turn. The *turn* itself is no lock but a field under
                    `_lock`: its holder alone calls the transport's `send`, and that may wait
-    Stream._lock   one stream's queue and state, and each call on its socket but the pump's `recv` and its final
-                   `close`. Taken alone: nothing else is locked under it
-    Pool._lock     the idle count and the set of threads
+    Stream._lock   one stream's queue, windows and state, and each call on its socket but the pump's `recv` and its
+                   final `close`. Never taken under another, nor another under it but Budget._lock
+    Budget._lock, Pool._lock   a number; the idle count and the set of threads
 
 Errors
 ------
@@ -43,7 +47,7 @@ Errors
     +-- SessionEnded     this session has ended; carries the first cause
     +-- PoolClosed       the program stops: no new work
 
-Exit status: 0 stopped as asked; 1 failed; 2 wrong usage, configuration or file.
+Exit status: 0 stopped as asked; 1 failed; 2 wrong usage, configuration or file; 3 the server refused for good.
 """
 
 from __future__ import annotations
@@ -2024,6 +2028,7 @@ class Server(Program):
         self._public_address = public
         self._public_bind = public_bind
         self._control: Listener | None = None  # main's
+        self._joined = threading.Condition(self._lock)  # a session has joined a lease
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
@@ -2099,6 +2104,7 @@ class Server(Program):
             if session.level:  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
             replaced = lease.join(session)
+            self._joined.notify_all()
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
             local=init.local,
@@ -2191,8 +2197,10 @@ class Server(Program):
 
     def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
-        with self._lock:
-            session = lease.choose()
+        deadline = Deadline(LEASE_LINGER_S)
+        with self._lock:  # one that was accepted just before its session ended waits as those in the queue do
+            while (session := lease.choose()) is None and lease.lingers_until is not None and deadline.remaining():
+                self._joined.wait(deadline.remaining())
         try:
             if session is None:
                 raise SessionEnded("no client is connected")
