@@ -1962,7 +1962,15 @@ class ServerSession(Session):
             payload = str(visitor).encode("ascii") if self.level else b""
             self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
             self._add_locked(stream)
+        if stream.number == MAX_STREAM_ID:
+            self.retire("stream ids are used up")
         self.guarded(stream.run)
+
+    def retire(self, reason: str) -> None:
+        """No new streams; those that are open go on, and a client of level 1 connects anew. Raises SessionEnded."""
+        self._server.leave_lease(self, reason, linger=self.level > 0)
+        if self.level:
+            self.writer.post(encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
 
 
 class Lease:
@@ -2028,7 +2036,7 @@ class Server(Program):
         self._public_address = public
         self._public_bind = public_bind
         self._control: Listener | None = None  # main's
-        self._joined = threading.Condition(self._lock)  # a session has joined a lease
+        self._changed = threading.Condition(self._lock)  # a session has joined a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
@@ -2064,6 +2072,8 @@ class Server(Program):
         for listener in listeners:
             listener.ask_to_stop()
         self.stop_connections()
+        with self._lock:
+            self._changed.notify_all()
         for listener in listeners:
             listener.join()
         self._pool.close(deadline)
@@ -2104,7 +2114,7 @@ class Server(Program):
             if session.level:  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
             replaced = lease.join(session)
-            self._joined.notify_all()
+            self._changed.notify_all()
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
             local=init.local,
@@ -2199,8 +2209,9 @@ class Server(Program):
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
         with self._lock:  # one that was accepted just before its session ended waits as those in the queue do
-            while (session := lease.choose()) is None and lease.lingers_until is not None and deadline.remaining():
-                self._joined.wait(deadline.remaining())
+            while (session := lease.choose()) is None and lease.lingers_until is not None and not self._stopping:
+                if not self._changed.wait(deadline.remaining()):
+                    break
         try:
             if session is None:
                 raise SessionEnded("no client is connected")

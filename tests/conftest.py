@@ -16,6 +16,8 @@ from support import ROOT, Program, eventually
 
 sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
 
+from tls_peers import House
+
 Factory = Callable[..., Program]
 
 
@@ -98,3 +100,15 @@ def client(program: Factory) -> Factory:
         return program("client", "--log-level", "debug", *flags, **options)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """The usual certificates: ML-DSA-65, for every profile but cnsa2."""
+    return House(tmp_path_factory.mktemp("house") / "pki")
+
+
+@pytest.fixture(scope="session")
+def big_house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """The same with ML-DSA-87, for every profile."""
+    return House(tmp_path_factory.mktemp("big") / "pki", "mldsa87", ("localhost", "127.0.0.1", "::1"))

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, rsa
@@ -144,18 +143,6 @@ class House:
 
     def context(self, role: str, profile: str = "default", **settings: Any) -> TlsContext:
         return self.server(profile, **settings) if role == "server" else self.client(profile, **settings)
-
-
-@pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    """The usual certificates: ML-DSA-65, for every profile but cnsa2."""
-    return House(tmp_path_factory.mktemp("house") / "pki")
-
-
-@pytest.fixture(scope="session")
-def big_house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    """The same with ML-DSA-87, for every profile."""
-    return House(tmp_path_factory.mktemp("big") / "pki", "mldsa87", ("localhost", "127.0.0.1", "::1"))
 
 
 # --- carrying bytes -----------------------------------------------------------------------------------------
