@@ -1,11 +1,11 @@
 """The whole tunnel on one machine, told step by step. `make demo` runs it.
 
-    visitor (urllib) -> public port | server <= control connection => client | -> local service
+    visitor (urllib) -> public port | server <= post-quantum TLS => client | -> local service
 
 The server and the client are processes of their own, started from conf/server.ini and conf/client.ini; flags
-override the files only where a port is taken or an address is not this machine's. All that is written goes to
-a temporary folder, all that is started is stopped. Exit status: 0, or 1 where a step failed (then the ends of
-the logs are shown).
+override the files only where a port is taken. They run in a temporary folder, so that conf/pki, the certificates
+and keys, is there and not in the checkout; all that is written goes with it, all that is started is stopped.
+Exit status: 0, or 1 where a step failed (then the ends of the logs are shown).
 """
 
 import hashlib
@@ -28,6 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = b"<h1>Hello from behind the tunnel</h1>"
 FILE_BYTES = 50_000_000
+SERVER_NAMES = ["localhost", "127.0.0.1", "::1"]
+RECEIPT = {  # what is shown, of the client's `handshake` line
+    "version": "{version}",
+    "key exchange": "{group}",
+    "cipher": "{cipher}",
+    "signature": "{signature}",
+    "peer": "{identity}, by {issuer}",
+    "certificate": "SHA-256 {sha256}",
+    "expiry": "{expiry}, {days_left} days left",
+}
 WAIT_S = 20.0  # for each step that depends on another process
 # Windows: to stop is asked with Ctrl+Break, which goes to a whole group, so each gets its own.
 INTERRUPT = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
@@ -38,18 +48,22 @@ class Failed(Exception):
     """A step did not end as it should; the message says how."""
 
 
-class Program:
-    """`rtunnel.py ROLE -c conf/ROLE.ini FLAGS...` as a process, and all that it has logged."""
+def environment() -> dict[str, str]:
+    """This process's, without what would change the demo or leave files in the checkout."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def __init__(self, role: str, flags: list[str]) -> None:
-        arguments = ["rtunnel.py", role, "-c", f"conf/{role}.ini", *flags]
-        self.role, self.command, self.log = role, " ".join(["python", *arguments]), list[str]()
+
+class Program:
+    """`rtunnel.py ROLE -c conf/ROLE.ini FLAGS...` as a process in a folder, and all that it has logged."""
+
+    def __init__(self, folder: Path, role: str, flags: list[str]) -> None:
+        self.role, self.log = role, list[str]()
+        self.command = " ".join(["python rtunnel.py", role, "-c", f"conf/{role}.ini", *flags])
         self._unread: queue.SimpleQueue[str] = queue.SimpleQueue()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         self.process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, creationflags=OWN_GROUP,
-            stderr=subprocess.PIPE, encoding="utf-8",
+            [sys.executable, ROOT / "rtunnel.py", role, "-c", ROOT / "conf" / f"{role}.ini", *flags],
+            cwd=folder, env=environment(), creationflags=OWN_GROUP, stderr=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         threading.Thread(target=self._read_log, daemon=True).start()
 
@@ -60,12 +74,12 @@ class Program:
             self._unread.put(line)
         self._unread.put("")
 
-    def wait_for(self, event: str, key: str) -> str:
-        """The value of `key` in the next log line that tells this event."""
+    def wait_for(self, event: str) -> dict[str, str]:
+        """The `key=value` pairs of the next log line that tells this event."""
         try:
             while line := self._unread.get(timeout=WAIT_S):
-                if match := re.search(rf" {event} (?:.* )?{key}=(\S+)", line):
-                    return match[1]
+                if f" {event} " in line:
+                    return {key: value.strip('"') for key, value in re.findall(r' (\w+)=("[^"]*"|\S+)', line)}
                 if " ERROR " in line:
                     raise Failed(f"the {self.role} logged an error: {line.rstrip()}")
         except queue.Empty:
@@ -81,6 +95,13 @@ class Program:
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """No line on stderr for each request."""
+
+
+def pki(folder: Path, *arguments: str) -> str:
+    """Runs `rtunnel.py pki ARGUMENTS` in that folder; returns the command."""
+    command = [sys.executable, str(ROOT / "rtunnel.py"), "pki", *arguments]
+    subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=WAIT_S)
+    return " ".join(["python rtunnel.py pki", *arguments])
 
 
 def settings(role: str) -> dict[str, str]:
@@ -114,22 +135,27 @@ def fetch(url: str) -> bytes:
 def demonstrate(folder: Path, programs: list[Program]) -> None:
     """All steps. Each program is put into `programs` as it starts."""
     server_file, client_file = settings("server"), settings("client")
-
+    site = folder / "site"
+    site.mkdir()
     content = os.urandom(FILE_BYTES)
-    (folder / "index.html").write_bytes(PAGE)
-    (folder / "file").write_bytes(content)
+    (site / "index.html").write_bytes(PAGE)
+    (site / "file").write_bytes(content)
     port = port_of(client_file["local"])
-    handler = partial(QuietHandler, directory=str(folder))
+    handler = partial(QuietHandler, directory=str(site))
     service = ThreadingHTTPServer(("127.0.0.1", port if is_free(port) else 0), handler)
     threading.Thread(target=service.serve_forever, daemon=True).start()
     local = f"127.0.0.1:{service.server_port}"
     print(f"1. Local service: http://{local} serves a page and a file of {FILE_BYTES / 1e6:.0f} MB.")
 
+    print(f"2. Certificates, in conf/pki of {folder} for as long as the demo lasts:")
+    for arguments in (["init"], ["issue", "server", "--server", *SERVER_NAMES], ["issue", "client", "--client"]):
+        print(f"   {pki(folder, *arguments)}")
+
     taken = not is_free(port_of(server_file["control-listen"]))
-    server = Program("server", ["--control-listen", "127.0.0.1:0"] if taken else [])
+    server = Program(folder, "server", ["--control-listen=127.0.0.1:0"] if taken else [])
     programs.append(server)
-    control = server.wait_for("listening kind=control", "address")
-    print(f"2. Server: {server.command}\n   It waits for clients at its control port, {control}.")
+    control = server.wait_for("listening")["address"]
+    print(f"3. Server: {server.command}\n   It waits for clients at its control port, {control}.")
 
     wanted = {
         "server": f"127.0.0.1:{port_of(control)}",
@@ -139,25 +165,29 @@ def demonstrate(folder: Path, programs: list[Program]) -> None:
     if not is_free(int(wanted["remote-port"])):
         wanted["remote-port"] = "0"  # the server takes a free one
     flags = [f"--{key}={value}" for key, value in wanted.items() if value != client_file[key]]
-    client = Program("client", flags)
+    client = Program(folder, "client", flags)
     programs.append(client)
-    client.wait_for("session-opened", "server")
-    lease = server.wait_for("lease-opened", "address")
-    print(f"3. Client: {client.command}\n   It is connected, and the server has opened {lease} for it.")
+    receipt = client.wait_for("handshake")
+    print(f"4. Client: {client.command}\n   The receipt of its handshake:")
+    for title, value in RECEIPT.items():
+        print(f"     {title:<14}{value.format_map(receipt)}")
+    if "MLKEM" not in receipt["group"] or not receipt["signature"].startswith("mldsa"):
+        raise Failed("the handshake was not post-quantum")
 
-    public = f"http://127.0.0.1:{port_of(lease)}"
-    if (page := fetch(f"{public}/")) != PAGE:
+    public = client.wait_for("session-opened")["public"]
+    print(f"5. Tunnel: the server has opened port {port_of(public)} for the client.")
+    if (page := fetch(f"http://{public}/")) != PAGE:
         raise Failed(f"through the tunnel came another page than the one that is served: {page[:80]!r}")
-    print(f"4. Page: {public}/ brings {PAGE.decode()}")
+    print(f"   http://{public}/ brings {PAGE.decode()}")
 
     start = time.monotonic()
-    received = fetch(f"{public}/file")
+    received = fetch(f"http://{public}/file")
     seconds = time.monotonic() - start
     digest = hashlib.sha256(received).hexdigest()
     if digest != hashlib.sha256(content).hexdigest():
         raise Failed(f"the file arrived changed: {len(received)} bytes with SHA-256 {digest}")
-    print(f"5. File: {FILE_BYTES / 1e6:.0f} MB in {seconds:.2f} s = {FILE_BYTES / 1e6 / seconds:.0f} MB/s;")
-    print(f"   the SHA-256 is that of the file served, {digest}.")
+    print(f"   http://{public}/file brings {FILE_BYTES / 1e6:.0f} MB in {seconds:.2f} s", end=" ")
+    print(f"= {FILE_BYTES / 1e6 / seconds:.0f} MB/s;\n   its SHA-256 is that of the file served, {digest}.")
 
     client.stop()
     server.stop()
@@ -171,7 +201,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rtunnel-demo-") as folder:
         try:
             demonstrate(Path(folder), programs)
-        except (Failed, OSError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
+        except (Failed, OSError, http.client.HTTPException, subprocess.SubprocessError) as error:
             print(f"FAILED: {error}", file=sys.stderr)
             for program in programs:
                 print(f"\nThe {program.role}'s last lines:", *program.log[-20:], sep="\n  ", file=sys.stderr)
