@@ -1,0 +1,502 @@
+"""Flow control: a stream that nobody reads costs its window and nothing else, and no other stream a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from level1 import Ends, Peer, PeerServer, in_threads, mapping
+from support import Address, Program, Service, connect, eventually, read_exactly, running
+from tunnels import fill, text
+
+import rtunnel
+from rtunnel import MAX_CREDIT_BYTES, MAX_WINDOW_BYTES, WINDOW_BYTES, Budget, FrameType, ReceiveWindow, SendWindow
+
+KIB = 1024
+
+
+# --- the arithmetic alone ----------------------------------------------------------------------------------------
+
+
+def test_credit_is_spent_and_granted() -> None:
+    """DATA spends credit, WINDOW adds to it."""
+    window = SendWindow(100)
+    window.spend(60)
+    window.grant(10)
+    assert window.credit == 50
+    window.spend(50)
+    assert window.credit == 0
+
+
+@pytest.mark.parametrize(
+    ("held", "granted"),
+    [(0, 0), (5, 0), (1, MAX_CREDIT_BYTES), (MAX_CREDIT_BYTES, 1), (WINDOW_BYTES, 2**32 - 1)],
+)
+def test_a_grant_that_is_none_or_too_much(held: int, granted: int) -> None:
+    """A WINDOW of 0, and one that takes the credit past 2^31 - 1, is a protocol error and adds nothing."""
+    window = SendWindow(held)
+    with pytest.raises(rtunnel.ProtocolError, match=str(MAX_CREDIT_BYTES)):
+        window.grant(granted)
+    assert window.credit == held
+
+
+def test_the_largest_credit_is_legal() -> None:
+    """A WINDOW may take the credit to exactly 2^31 - 1."""
+    window = SendWindow(1)
+    window.grant(MAX_CREDIT_BYTES - 1)
+    assert window.credit == MAX_CREDIT_BYTES
+
+
+def test_data_beyond_the_credit() -> None:
+    """One byte of DATA past the credit is a protocol error."""
+    window = ReceiveWindow(WINDOW_BYTES)
+    window.receive(WINDOW_BYTES)
+    with pytest.raises(rtunnel.ProtocolError, match="credit was 0"):
+        window.receive(1)
+
+
+def test_credit_returns_at_half_a_window() -> None:
+    """What has left for the socket is granted again when it is half a window, all at once."""
+    window = ReceiveWindow(WINDOW_BYTES)
+    window.receive(WINDOW_BYTES)
+    assert window.drain(WINDOW_BYTES // 2 - 1) == (0, 0)
+    assert window.drain(1) == (WINDOW_BYTES // 2, 0)
+    assert window.credit == WINDOW_BYTES // 2
+
+
+def test_a_window_grows_to_its_double_and_no_further_than_16_mib() -> None:
+    """Each growth doubles the window, up to 16 MiB, and grants it at once with all that was owed."""
+    window = ReceiveWindow(WINDOW_BYTES)
+    window.receive(WINDOW_BYTES)
+    window.drain(1000)
+    assert window.grow(window.growth()) == WINDOW_BYTES + 1000
+    sizes = [window.size]
+    while count := window.growth():
+        window.grow(count)
+        sizes.append(window.size)
+    assert sizes == [2**n * WINDOW_BYTES for n in range(1, 9)]
+    assert sizes[-1] == MAX_WINDOW_BYTES == 16 * 1024 * KIB
+
+
+def test_a_growth_that_is_taken_back_is_a_debt() -> None:
+    """After the growth is taken back nothing is granted until what leaves has paid for it, and nothing grows."""
+    window = ReceiveWindow(WINDOW_BYTES)
+    window.grow(3 * WINDOW_BYTES)
+    window.receive(4 * WINDOW_BYTES)
+    window.shrink()
+    assert (window.size, window.debt, window.growth()) == (WINDOW_BYTES, 3 * WINDOW_BYTES, 0)
+    assert window.drain(WINDOW_BYTES) == (0, WINDOW_BYTES)
+    assert window.drain(2 * WINDOW_BYTES + 10) == (0, 2 * WINDOW_BYTES)
+    assert (window.grown, window.owed) == (0, 10)
+    assert window.drain(WINDOW_BYTES - 10) == (WINDOW_BYTES, 0)
+    assert window.growth() == WINDOW_BYTES
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["receive", "drain", "grow", "shrink"]), st.integers(0, 2**22)), max_size=60)
+
+
+@given(steps=STEPS)
+@settings(max_examples=300, deadline=None)
+def test_the_invariant_of_a_window(steps: list[tuple[str, int]]) -> None:
+    """Bytes queued + credit + owed == size + debt, after any steps; the sender holds exactly the receiver's credit,
+    what is queued never exceeds size + debt, and the growth that it costs the budget is paid back to the byte."""
+    receiver, sender, queued, growth = ReceiveWindow(WINDOW_BYTES), SendWindow(WINDOW_BYTES), 0, 0
+    for step, amount in steps:
+        granted = 0
+        if step == "receive":
+            count = min(amount, receiver.credit)
+            if count:
+                sender.spend(count)
+            receiver.receive(count)
+            queued += count
+        elif step == "drain":
+            count = min(amount, queued)
+            queued -= count
+            granted, paid = receiver.drain(count)
+            growth -= paid
+        elif step == "grow":
+            count = min(amount, receiver.growth())
+            if count:
+                granted = receiver.grow(count)
+                growth += count
+        else:
+            receiver.shrink()
+        if granted:
+            sender.grant(granted)
+        assert queued + receiver.credit + receiver.owed == receiver.size + receiver.debt
+        assert sender.credit == receiver.credit >= 0
+        assert queued <= receiver.size + receiver.debt
+        assert receiver.grown == growth >= 0
+        assert WINDOW_BYTES <= receiver.size <= MAX_WINDOW_BYTES
+        assert receiver.owed >= 0 <= receiver.debt
+
+
+@given(steps=STEPS)
+@settings(max_examples=100, deadline=None)
+def test_a_sender_is_never_left_without_credit_for_ever(steps: list[tuple[str, int]]) -> None:
+    """Whatever has happened, when all that is queued has left the sender holds over half a window."""
+    window, queued = ReceiveWindow(WINDOW_BYTES), 0
+    for step, amount in steps:
+        if step == "receive":
+            count = min(amount, window.credit)
+            window.receive(count)
+            queued += count
+        elif step == "grow":
+            window.grow(min(amount, window.growth()))
+        elif step == "shrink":
+            window.shrink()
+        else:
+            count = min(amount, queued)
+            window.drain(count)
+            queued -= count
+    window.drain(queued)
+    assert 2 * window.credit > window.size
+
+
+def test_a_budget_gives_no_more_than_it_has() -> None:
+    """Of a budget each gets what is left, at most what is asked; what comes back can be had again."""
+    budget = Budget(100)
+    assert [budget.take(60), budget.take(60), budget.take(1)] == [60, 40, 0]
+    budget.give(30)
+    assert budget.take(100) == 30
+
+
+@given(amounts=st.lists(st.integers(0, 50), min_size=8, max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_a_budget_that_many_threads_draw_on(amounts: list[int]) -> None:
+    """However many draw at once, they never hold more than the budget, and all of it is there in the end."""
+    budget, total = Budget(100), sum(amounts)
+    taken = [0] * len(amounts)
+
+    def draw(at: int) -> None:
+        taken[at] = budget.take(amounts[at])
+
+    in_threads([lambda at=at: draw(at) for at in range(len(amounts))])  # type: ignore[misc]
+    assert sum(taken) == min(total, 100)
+    for count in taken:
+        budget.give(count)
+    assert budget.take(1000) == 100
+
+
+# --- one stream, frame by frame, both roles ------------------------------------------------------------------------
+
+
+class Rig:
+    """A real end in this process, the peer that the test plays, and the socket at the far side of stream 1.
+
+    The sockets between the tunnel and `app` are as small as the system allows, so that what waits, waits in the queue.
+    """
+
+    def __init__(self, ends: Ends, peer: Peer, app: socket.socket, session: rtunnel.Session) -> None:
+        self.ends = ends
+        self.peer = peer
+        self.app = app
+        self.session = session
+
+    @property
+    def stream(self) -> rtunnel.Stream:
+        return self.session._streams[1]
+
+    @property
+    def window(self) -> ReceiveWindow:
+        return self.stream._receive_window
+
+    def budget_left(self) -> int:
+        return self.session.budget._left
+
+    def grow(self, size: int) -> None:
+        """Say BLOCKED on an empty queue until the window has this size; all credit is held by the peer then."""
+        while (before := self.window.size) < size:
+            count = self.peer.credit[1]
+            self.peer.send_data(1, bytes(count))
+            read_exactly(self.app, count)
+            self.peer.send_frame(FrameType.BLOCKED, 1)
+            eventually(lambda before=before: self.window.size > before)  # type: ignore[misc]
+            while self.peer.credit[1] < self.window.credit:
+                self.peer.hear(FrameType.WINDOW)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Ends in this process, stopped after the test."""
+    with Ends() as made:
+        yield made
+
+
+@pytest.fixture
+def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tunnel's stream sockets hold as little as the system allows."""
+    tune = rtunnel.tune
+
+    def small(sock: socket.socket, *, control: bool = False) -> None:
+        tune(sock, control=control)
+        if not control:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    monkeypatch.setattr(rtunnel, "tune", small)
+
+
+def small_listener() -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.settimeout(10)
+    return listener
+
+
+def small_visitor(address: Address) -> socket.socket:
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(10)
+    sock.connect(address)
+    return sock
+
+
+@pytest.fixture(params=["server", "client"])
+def rig(
+    request: pytest.FixtureRequest, ends: Ends, small_sockets: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Rig]:
+    """A server or a client with one stream."""
+    monkeypatch.setattr(rtunnel, "STALL_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        if request.param == "server":
+            peer = stack.enter_context(Peer.as_client(ends.open_server()))
+            app = stack.enter_context(small_visitor(peer.public))
+            peer.hear(FrameType.NEW_CONN)
+            [session] = ends.sessions()
+            yield Rig(ends, peer, app, session)
+        else:
+            server = stack.enter_context(PeerServer())
+            listener = stack.enter_context(small_listener())
+            client = ends.open_client(server.address, mapping(listener.getsockname()))
+            peer = server.accept()
+            peer.send_frame(FrameType.NEW_CONN, 1, b"203.0.113.7:51234")
+            peer.credit[1] = WINDOW_BYTES
+            app, _ = listener.accept()
+            stack.enter_context(app)
+            app.settimeout(10)
+            yield Rig(ends, peer, app, client._ends[0].__self__)  # type: ignore[attr-defined]
+
+
+def test_a_sender_stops_at_exactly_its_credit(rig: Rig) -> None:
+    """An end with no credit left sends not one byte more, says BLOCKED, and goes on by exactly what is granted."""
+
+    def pour() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                rig.app.sendall(bytes(100_000))
+
+    with running(pour, lambda: rig.peer.sock.shutdown(socket.SHUT_RDWR)):
+        received, credit = 0, WINDOW_BYTES
+        for granted in (1, 1000, 300_000, 0):
+            blocked = False
+            while not blocked or received < credit:
+                kind, _, payload = rig.peer.hear(FrameType.DATA, FrameType.BLOCKED)
+                assert kind == FrameType.DATA or not blocked, "BLOCKED comes once"
+                blocked = blocked or kind == FrameType.BLOCKED
+                received += len(payload)
+            assert received == credit
+            if granted:
+                rig.peer.send_frame(FrameType.WINDOW, 1, granted.to_bytes(4, "big"))
+                credit += granted
+
+
+def test_one_byte_beyond_the_credit_ends_the_session(rig: Rig) -> None:
+    """DATA past the credit is a protocol error, with what the socket has not taken still queued."""
+    while rig.window.credit or rig.peer.credit[1]:
+        rig.peer.send_data(1, bytes(rig.peer.credit[1]))
+        rig.peer.take()
+    rig.peer.send_frame(FrameType.DATA, 1, b"x")
+    rig.ends.log.wait_for("session-closed", level=1, reason="1 bytes of DATA, the credit was 0")
+
+
+def test_blocked_on_an_empty_queue_doubles_the_window(rig: Rig) -> None:
+    """BLOCKED that finds nothing queued doubles the window, and a WINDOW comes back at once; the budget pays."""
+    before = rig.budget_left()
+    rig.grow(16 * WINDOW_BYTES)
+    assert rig.budget_left() == before - 15 * WINDOW_BYTES
+    assert rig.window.credit + rig.window.owed == 16 * WINDOW_BYTES
+
+
+def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
+    """BLOCKED while bytes are queued says that the socket is the brake: nothing grows."""
+    rig.peer.send_data(1, bytes(WINDOW_BYTES))
+    eventually(lambda: rig.stream._queued)
+    for _ in range(10):
+        rig.peer.send_frame(FrameType.BLOCKED, 1)
+    rig.peer.send_frame(FrameType.PING, 0, b"are done")
+    while rig.peer.hear(FrameType.PONG, FrameType.WINDOW)[0] != FrameType.PONG:
+        pass
+    assert rig.window.size == WINDOW_BYTES
+
+
+def test_a_stalled_stream_gives_its_growth_back(rig: Rig) -> None:
+    """A queue that has not moved for STALL_S takes its window back to 64 KiB; nothing is granted until the debt is
+    paid; then the stream goes on with 64 KiB, the budget is whole again, and no byte is lost."""
+    whole = rig.budget_left()
+    rig.grow(16 * WINDOW_BYTES)
+    size = rig.window.size
+    sent = bytes(range(256)) * (size // 256)
+    rig.peer.send_data(1, sent[: rig.peer.credit[1]])
+    eventually(lambda: rig.window.size == WINDOW_BYTES, what="the window is 64 KiB again")
+    assert rig.window.debt >= size - WINDOW_BYTES - rig.window.owed
+    assert rig.window.grown > 0, "the budget is not given back before the debt is paid"
+    assert rig.peer.credit[1] == 0
+
+    received = bytearray()
+    with running(lambda: received.extend(read_exactly(rig.app, size))):
+        while rig.peer.credit[1] <= WINDOW_BYTES // 2:
+            rig.peer.hear(FrameType.WINDOW)
+            assert rig.window.debt == 0, "granted before the debt was paid"
+    assert received == sent
+    assert WINDOW_BYTES // 2 < rig.peer.credit[1] <= WINDOW_BYTES
+    assert (rig.window.size, rig.window.grown, rig.budget_left()) == (WINDOW_BYTES, 0, whole)
+    rig.grow(2 * WINDOW_BYTES)  # and may grow again
+
+
+def test_a_stream_that_ends_gives_its_growth_back(rig: Rig) -> None:
+    """The end of a stream gives back all that its window has grown by, also in debt."""
+    whole = rig.budget_left()
+    rig.grow(4 * WINDOW_BYTES)
+    rig.peer.send_data(1, bytes(rig.peer.credit[1]))
+    eventually(lambda: rig.window.debt)
+    rig.peer.send_frame(FrameType.CLOSE_CONN, 1, b"reset")
+    eventually(lambda: rig.budget_left() == whole)
+
+
+def test_a_budget_that_is_used_up(ends: Ends, small_sockets: None) -> None:
+    """A session queues at most streams x 64 KiB + budget, whatever its peer sends and its visitors do not read."""
+    streams, budget = 20, 1024 * KIB
+    bound = streams * WINDOW_BYTES + budget
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(Peer.as_client(ends.open_server(session_budget_bytes=budget)))
+        [session] = ends.sessions()
+        for _ in range(streams):
+            stack.enter_context(small_visitor(peer.public))
+            peer.hear(FrameType.NEW_CONN)
+        for _ in range(4):  # 15 x 64 KiB for each would be 19 MB
+            for number in range(1, streams + 1):
+                peer.send_frame(FrameType.BLOCKED, number)
+        windows = [stream._receive_window for stream in session._streams.values()]
+        eventually(lambda: sum(window.size for window in windows) == bound, what="the budget is used up")
+
+        highest = 0
+        while any(window.credit for window in windows):
+            for number, credit in peer.credit.items():
+                if credit:
+                    peer.send_data(number, bytes(credit))
+            highest = max(highest, sum(stream._queued for stream in session._streams.values()))
+            peer.take()
+        assert session.budget._left == 0
+        assert bound // 2 < highest <= bound
+
+
+# --- others beside it, through whole tunnels --------------------------------------------------------------------
+
+
+def echo_or_pour(sock: socket.socket) -> None:
+    """A service that echoes; to a connection that begins with `pour` it sends without end, from `hang` it reads
+    nothing more."""
+    first = sock.recv(4)
+    if first == b"pour":
+        while True:
+            sock.sendall(bytes(1 << 18))
+    if first == b"hang":
+        end = select.poll()
+        end.register(sock, 0)
+        end.poll()  # until it is reset, or shut down by the service's own end
+        return
+    while first:
+        sock.sendall(first)
+        first = sock.recv(1 << 16)
+
+
+def echo_times_s(address: Address, count: int = 100) -> list[float]:
+    """So many round trips of 64 bytes, one after the other on one connection."""
+    times = []
+    with connect(address) as visitor:
+        visitor.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for number in range(count):
+            word = b"%063d" % number + b"\n"
+            begun = time.monotonic()
+            visitor.sendall(word)
+            assert read_exactly(visitor, 64) == word
+            times.append(time.monotonic() - begun)
+    return times
+
+
+def rests(end: Program) -> bool:
+    """It has used no processor time for a tenth of a second."""
+    before = end.cpu_seconds()
+    time.sleep(0.1)
+    return end.cpu_seconds() == before
+
+
+Factory = Callable[..., Program]
+
+
+@pytest.mark.parametrize("stalled", [1, 100])
+@pytest.mark.parametrize("asked", [b"pour", b"hang"])
+def test_defect_11_visitors_that_never_read(
+    server: Factory, client: Factory, capsys: pytest.CaptureFixture[str], stalled: int, asked: bytes
+) -> None:
+    """Beside visitors that never read, and beside local services that hang, others are served as without them, and
+    the memory of both ends stays within streams x 64 KiB + budget."""
+    budget_mib, bound = 8, stalled * WINDOW_BYTES + (8 << 20)
+    with Service(echo_or_pour) as service, contextlib.ExitStack() as stack:
+        serving = server("--session-budget", str(budget_mib), limits={"STALL_S": 0.5})
+        asking = client(
+            *("--server", text(serving.control_address), "--local", service.text, "--session-budget", str(budget_mib)),
+            limits={"STALL_S": 0.5},
+        )  # fmt: skip
+        public = serving.lease_address()
+        alone = echo_times_s(public)
+        before = serving.memory_bytes(), asking.memory_bytes()
+        for _ in range(stalled):
+            visitor = stack.enter_context(connect(public))
+            visitor.sendall(asked)
+            if asked == b"hang":
+                visitor.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while visitor.send(bytes(1 << 20)):
+                        pass
+        eventually(lambda: rests(serving) and rests(asking), what="nothing moves any more")
+        beside = echo_times_s(public)
+        grown = [end.memory_bytes() - first for end, first in zip((serving, asking), before, strict=True)]
+        ratio = statistics.median(beside) / statistics.median(alone)
+        with capsys.disabled():
+            print(
+                f"\n  echo beside {stalled:3} x {asked.decode()}: median {1000 * statistics.median(beside):.3f} ms, "
+                f"ratio {ratio:.2f}; memory +{grown[0] >> 20} / +{grown[1] >> 20} MiB, bound {bound >> 20} MiB",
+            )
+        # Beside what is queued each stream costs two threads and their buffers.
+        assert max(grown) < bound + stalled * 512 * KIB + (16 << 20)
+        assert not asking.events("session-closed")
+
+
+def test_defect_11_a_dial_that_hangs(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the client dials a local service that does not answer, its other streams go on."""
+    monkeypatch.setattr(rtunnel, "DIAL_TIMEOUT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        public = ends.open_tunnel(listener.getsockname())
+        visitor = stack.enter_context(connect(public))
+        local = stack.enter_context(listener.accept()[0])
+        for sock in fill(listener.getsockname()):
+            stack.enter_context(sock)
+        waiting = [stack.enter_context(connect(public)) for _ in range(10)]
+        ends.log.wait_for("stream-opened", 22)
+        for number in range(100):
+            visitor.sendall(b"%04d" % number)
+            assert read_exactly(local, 4) == b"%04d" % number
+        assert not ends.log.events("dial-failed"), "they still dial"
+        for sock in waiting:
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
