@@ -125,6 +125,15 @@ ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
+MAX_STRANGERS = 64  # connections that are no client yet: each may cost a thread and 300 kB. sshd: 100
+MAX_STRANGERS_PER_HOST = 16  # the same from one address; beyond, its oldest goes: the silent cannot lock others out
+MAX_CLIENTS = 256  # each may cost its budget: 64 MiB
+MAX_LEASES_PER_HOLDER = 64  # each costs a port, a thread and a listen queue
+MAX_STREAMS = 16384  # on the server in all, on a client in a session: two threads or so and a descriptor each
+STUCK_S = 600.0  # a stream whose other direction has ended may live so long without a byte
+STUCK_CHECK_S = 60.0
+STATE_STEP_S = 0.25  # how often main looks for SIGHUP and SIGUSR1
+
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
 SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port
 DIAL_TIMEOUT_S = 5.0  # of a local service, all its addresses together; the original's value
@@ -229,6 +238,56 @@ def parse_port(text: str, *, lowest: int = 0) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or not lowest <= int(text) <= 65535:
         raise ConfigError(f"{text!r} is no port: write a number from {lowest} to 65535")
     return int(text)
+
+
+class Rules:
+    """Which identity may open which ports. A name that has rules of its own is not given those of `*`."""
+
+    def __init__(self, rules: Sequence[tuple[str, list[range]]]) -> None:
+        self._rules = rules
+
+    @staticmethod
+    def parse(text: str) -> tuple[str, list[range]]:
+        """`NAME=PORT,PORT-PORT`; an item of a list may leave out the name of the one before. Raises ConfigError."""
+        name, equals, ports = text.rpartition("=")
+        if bool(name) != bool(equals):
+            raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
+        spans = []
+        for span in ports.split(","):
+            first, _, last = span.partition("-")
+            spans.append(range(parse_port(first), parse_port(last or first) + 1))
+        return name, spans
+
+    @classmethod
+    def join(cls, items: Sequence[tuple[str, list[range]]]) -> Rules:
+        """Raises ConfigError where the first item has no name."""
+        rules: list[tuple[str, list[range]]] = []
+        for name, spans in items:
+            if not name and not rules:
+                raise ConfigError("--allow begins without a name: write NAME=PORTS")
+            rules.append((name or rules[-1][0], spans))
+        return cls(rules or [cls.parse("*=0,1024-65535")])
+
+    def allow(self, identity: str, port: int) -> bool:
+        own = [spans for name, spans in self._rules if name == identity]
+        spans = own or [spans for name, spans in self._rules if name == "*"]
+        return any(port in span for some in spans for span in some)
+
+
+class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
+    """Whose visits are welcome; none: everybody's."""
+
+    @classmethod
+    def parse(cls, text: str) -> Networks:
+        """`CIDR,CIDR`. Raises ConfigError."""
+        try:
+            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",") if cidr.strip())
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
+
+    def admit(self, visitor: Address) -> bool:
+        address = ipaddress.ip_address(visitor.shown_host)
+        return not self or any(address in network for network in self)
 
 
 # ---- frames: no socket, no thread, no clock, no log (PROTOCOL.md, "Frames") ---------------------------------------
@@ -552,6 +611,29 @@ def quoted(value: object) -> str:
     return text if PLAIN_VALUE.fullmatch(text) else json.dumps(text)
 
 
+class LimitLog:
+    """A line about a limit at most once a second, each with the count of those that it stands for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._next: dict[str, float] = {}
+        self._held_back: dict[str, int] = {}
+
+    def __call__(self, event: str, /, **pairs: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next.get(event, 0.0):
+                self._held_back[event] = self._held_back.get(event, 0) + 1
+                return
+            self._next[event] = now + 1.0
+            held_back = self._held_back.pop(event, 0)
+        log_event(WARNING, event, **pairs, **({"more_like_it": held_back} if held_back else {}))
+
+
+log_limit = LimitLog()
+
+
 def log_internal_error() -> None:
     """The exception that is being handled, in one line too: its text may hold what a peer sent."""
     log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
@@ -664,6 +746,11 @@ class Budget:
         with self._lock:
             self._left += count
 
+    @property
+    def left(self) -> int:
+        with self._lock:
+            return self._left
+
 
 # ---- sockets ----------------------------------------------------------------------------------------------------
 
@@ -759,8 +846,10 @@ class Listener(socketserver.ThreadingTCPServer):
         pool: Pool,
         handle: Callable[[socket.socket, Address], None],
         tick: Callable[[], None] = lambda: None,
+        admit: Callable[[Address], bool] = lambda peer: True,
     ) -> None:
         """Bind and listen; what comes waits until `resume`. Raises OSError."""
+        self._admit = admit
         self._pool = pool
         self._handle = handle
         self._tick = tick
@@ -816,16 +905,23 @@ class Listener(socketserver.ThreadingTCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_RESOURCES:
-                log_event(ERROR, "accept-failed", address=self.address, reason=reason_of(error))
+                log_limit("accept-failed", address=self.address, reason=reason_of(error))
                 self._asked.wait(ACCEPT_PAUSE_S)
             raise  # socketserver goes on with the next
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        peer = Address(*client_address[:2])
+        admitted = self._admit(peer)
+        if not admitted:
+            log_limit("visitor-not-admitted", peer=peer, address=self.address)
+        return admitted  # else it is closed, before a byte is read
 
     def process_request(self, request: Any, client_address: Any) -> None:
         address = Address(*client_address[:2])
         try:
             self._pool.run(f"connection {address}", self.process_request_thread, request, address)
         except (PoolClosed, RuntimeError) as error:
-            log_event(ERROR, "connection-dropped", peer=address, reason=reason_of(error))
+            log_limit("connection-dropped", peer=address, reason=reason_of(error))
             self.shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -1167,7 +1263,8 @@ class Stream:
         self.visitor = visitor
         self._level = session.level
         self._opened = time.monotonic()
-        self._sent = 0  # bytes from the socket to the tunnel; the pump's
+        self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
+        self._sent_at = self._opened
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # less queued, more credit, a drainer gone, an end
         # guarded by _lock
@@ -1295,6 +1392,23 @@ class Stream:
                 return
         self._session.after(wait, self._check_stalled)
 
+    def check_stuck(self) -> None:
+        """A stream whose other direction has ended may live 10 minutes more without a byte."""
+        with self._lock:
+            half_open = self._outbound_ended or self._inbound is not Inbound.OPEN
+            if half_open and time.monotonic() - max(self._moved, self._sent_at) > STUCK_S:
+                self._abort_locked("stuck")
+
+    def state(self) -> dict[str, object]:
+        """For the log: what a line about this stream says."""
+        with self._lock:
+            return {
+                "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
+                "queued": self._queued, "inbound": self._inbound.value, "outbound_ended": self._outbound_ended,
+                "send_credit": min(self._send_window.credit, MAX_CREDIT_BYTES),
+                "window": min(self._receive_window.size, MAX_WINDOW_BYTES),
+            }  # fmt: skip
+
     # -- called by any thread
 
     def abort(self, reason: str) -> None:
@@ -1376,6 +1490,7 @@ class Stream:
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
             self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
+            self._sent_at = time.monotonic()
             if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
                 buffer = memoryview(bytearray(FRAME_SENT_BYTES))
 
@@ -1567,6 +1682,9 @@ class Settings(NamedTuple):
     heartbeat_s: float = HEARTBEAT_S
     session_budget_bytes: int = SESSION_BUDGET_BYTES
     proxy_protocol: bool = False
+    allow: Rules = Rules.join(())
+    visitors: Networks = Networks()
+    drain_s: float = 0.0
 
 
 class Session:
@@ -1602,6 +1720,7 @@ class Session:
         self._pings: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=PINGS_REMEMBERED)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._cause: str | None = None
+        self.after(STUCK_CHECK_S, self._check_stuck)
 
     # -- the session reader
 
@@ -1748,6 +1867,11 @@ class Session:
         self.after(0, self._beat)
         self.after(HEARTBEATS_TO_DEATH * self.settings.heartbeat_s, self._check_alive)
 
+    def _check_stuck(self) -> None:
+        for stream in self.streams():
+            stream.check_stuck()
+        self.after(STUCK_CHECK_S, self._check_stuck)
+
     def _beat(self) -> None:
         ping = os.urandom(8)
         with self._lock:
@@ -1783,8 +1907,30 @@ class Session:
         """`part` with a GOAWAY, at level 0 without."""
         self.part(reason, encode(FrameType.GOAWAY, 0, reason.encode("ascii")) if self.level else b"")
 
-    def stop(self) -> None:
+    def shutdown(self) -> None:
+        """What the stop does to it."""
         self.say_goodbye("stopping")
+
+    def retire(self, reason: str) -> None:
+        """No new streams here; those that are open go on, and a client of level 1 connects anew."""
+        if self.level:
+            with contextlib.suppress(SessionEnded):
+                self.writer.post(encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
+
+    def streams(self) -> list[Stream]:
+        with self._lock:
+            return list(self._streams.values())
+
+    def state(self) -> dict[str, object]:
+        """For the log: what a line about this session says."""
+        receipt = self.transport.receipt
+        streams = [stream.state() for stream in self.streams()]
+        return {
+            "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
+            "streams": len(streams), "queued": sum(int(str(state["queued"])) for state in streams),
+            "budget_left": self.budget.left, "rtt_ms": None if self.rtt_s is None else 1000 * self.rtt_s,
+            "certificate_days_left": None if receipt is None else receipt.days_left,
+        }  # fmt: skip
 
     def stream_count(self) -> int:
         with self._lock:
@@ -1834,7 +1980,7 @@ class Program:
         self._pool = Pool()
         self._lock = threading.Lock()
         # guarded by _lock
-        self._ends: list[Callable[[], None]] = []
+        self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
         self._stopping = False
 
     def secure(self, carrier: PlainTransport, deadline: Deadline) -> Transport:
@@ -1842,35 +1988,73 @@ class Program:
 
         Raises HandshakeError, OSError, SessionEnded.
         """
-        if self._context is None:
+        context = self._context
+        if context is None:
             return carrier
-        with self.registered(carrier.shutdown):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
+        with self.registered(carrier):
+            transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
         log_event(INFO, "handshake", peer=carrier.peer, **transport.receipt.pairs())
         if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
             warn_of_expiry(transport.identity, transport.receipt.days_left)
         return transport
 
     @contextlib.contextmanager
-    def registered(self, end: Callable[[], None]) -> Iterator[None]:
-        """While it lasts the stop calls `end`. Raises SessionEnded where the stop has begun."""
+    def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
+        """While it lasts the stop shuts it down. Raises SessionEnded where the stop has begun."""
         with self._lock:
             if self._stopping:
                 raise SessionEnded("stopping")
-            self._ends.append(end)
+            self._connections.append(connection)
         try:
             yield
         finally:
             with self._lock:
-                self._ends.remove(end)
+                self._connections.remove(connection)
 
     def stop_connections(self) -> None:
         """No new ones; all that are there end."""
         with self._lock:
             self._stopping = True
-            ends = list(self._ends)
-        for end in ends:
-            end()
+            connections = list(self._connections)
+        for connection in connections:
+            connection.shutdown()
+
+    def sessions(self) -> list[Session]:
+        with self._lock:
+            return [connection for connection in self._connections if isinstance(connection, Session)]
+
+    def drain(self, hurry: threading.Event) -> None:
+        """Let the open streams finish, as long as `--drain` says, or until `hurry`."""
+        deadline = Deadline(self.settings.drain_s)
+        for session in self.sessions():
+            session.retire("stopping")
+        while any(session.stream_count() for session in self.sessions()) and deadline.remaining():
+            if hurry.wait(min(DRAIN_STEP_S, deadline.remaining())):
+                break
+
+    def reload(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
+        """New handshakes and new ports go by these; sessions whose certificate is revoked now are cut."""
+        self.settings, self._context = settings, context
+        for session in self.sessions():
+            receipt = session.transport.receipt
+            if context is not None and receipt is not None and context.revokes(receipt):
+                log_event(WARNING, "certificate-revoked", peer=session.transport.peer, identity=receipt.identity)
+                session.end("its certificate is revoked")
+        log_event(INFO, "reloaded")
+
+    def log_state(self) -> None:
+        """A line each about this process, its sessions and their streams."""
+        own = (
+            {} if self._context is None else {file: rtunnel_tls._days_left(end) for file, end in self._context.expiries}
+        )
+        log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), certificate_days_left=own)
+        for session in self.sessions():
+            log_event(INFO, "state-session", **session.state())
+            for stream in session.streams():
+                log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
+
+    def limits_used(self) -> dict[str, object]:
+        return {"sessions": len(self.sessions())}
 
 
 # ---- server -----------------------------------------------------------------------------------------------------
@@ -1882,10 +2066,17 @@ class ServerSession(Session):
     role = "server"
 
     def __init__(
-        self, transport: Transport, pool: Pool, settings: Settings, server: Server, deadline: Deadline
+        self,
+        transport: Transport,
+        pool: Pool,
+        settings: Settings,
+        server: Server,
+        deadline: Deadline,
+        carrier: PlainTransport,
     ) -> None:
         super().__init__(transport, pool, settings)
         self._server = server
+        self.carrier = carrier
         self._heard = False  # any byte; the reader's
         self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
@@ -1967,10 +2158,8 @@ class ServerSession(Session):
         self.guarded(stream.run)
 
     def retire(self, reason: str) -> None:
-        """No new streams; those that are open go on, and a client of level 1 connects anew. Raises SessionEnded."""
         self._server.leave_lease(self, reason, linger=self.level > 0)
-        if self.level:
-            self.writer.post(encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
+        super().retire(reason)
 
 
 class Lease:
@@ -2039,6 +2228,8 @@ class Server(Program):
         self._changed = threading.Condition(self._lock)  # a session has joined a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
+        self._strangers: dict[PlainTransport, str] = {}  # no clients yet, with their hosts; the oldest first
+        self._visitors = 0
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
 
     @property
@@ -2063,12 +2254,20 @@ class Server(Program):
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
+    def drain(self, hurry: threading.Event) -> None:
+        for listener in self._listeners():
+            listener.ask_to_stop()
+        super().drain(hurry)
+
+    def _listeners(self) -> list[Listener]:
+        with self._lock:
+            listeners = [lease.listener for lease in self._leases.values()]
+        return listeners + ([self._control] if self._control else [])
+
     def stop(self) -> None:
         """No more connections, all streams reset, all threads joined that do not resolve or dial."""
         deadline = Deadline(STOP_TIMEOUT_S)
-        with self._lock:
-            listeners = [lease.listener for lease in self._leases.values()]
-        listeners += [self._control] if self._control else []
+        listeners = self._listeners()
         for listener in listeners:
             listener.ask_to_stop()
         self.stop_connections()
@@ -2083,18 +2282,44 @@ class Server(Program):
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
+        level, opened = 0, False
         try:
-            transport = self.secure(PlainTransport(sock), deadline)
-            session = ServerSession(transport, self._pool, self.settings, self, deadline)
-            with self.registered(session.stop):
-                cause = session.run()
-                self.leave_lease(session, cause, linger=session.level > 0)
+            carrier = PlainTransport(sock)
+            with self._stranger(carrier, address.shown_host):
+                transport = self.secure(carrier, deadline)
+                session = ServerSession(transport, self._pool, self.settings, self, deadline, carrier)
+                with self.registered(session):
+                    reason = session.run()
+                    level, opened = session.level, session.is_client
+                    self.leave_lease(session, reason, linger=level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
-            log_event(WARNING, "refused", peer=address, reason=reason_of(error))
+            reason = reason_of(error)
+        if not opened:
+            log_event(WARNING, "refused", peer=address, level=level, reason=reason)
             return
-        event, level = ("session-closed", INFO) if session.is_client else ("refused", WARNING)
         rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
-        log_event(level, event, peer=address, level=session.level, reason=cause, **rtt_ms)
+        log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **rtt_ms)
+
+    @contextlib.contextmanager
+    def _stranger(self, carrier: PlainTransport, host: str) -> Iterator[None]:
+        """A connection that is no client yet has a place among the strangers; where there is none, the oldest goes."""
+        with self._lock:
+            self._strangers[carrier] = host
+            theirs = [other for other, other_host in self._strangers.items() if other_host == host]
+            crowd = theirs if len(theirs) > MAX_STRANGERS_PER_HOST else list(self._strangers)
+            oldest = crowd[0] if crowd is theirs or len(crowd) > MAX_STRANGERS else None
+            if oldest is not None:
+                del self._strangers[oldest]
+        if oldest is not None:
+            log_limit(
+                "too-many-strangers", peer=oldest.peer, limit=MAX_STRANGERS, limit_per_host=MAX_STRANGERS_PER_HOST
+            )
+            oldest.shutdown()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._strangers.pop(carrier, None)
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
@@ -2103,7 +2328,9 @@ class Server(Program):
             if self._stopping:
                 raise Refused("shutting-down", "the server stops")
             try:
-                lease = self._find_locked(session, init) or self._bind_free_locked(session, init)
+                lease = self._find_locked(session, init)
+                self._check_limits_locked(session, init, lease)
+                lease = lease or self._bind_free_locked(session, init)
             except OSError as error:
                 log_event(
                     ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error)
@@ -2114,6 +2341,7 @@ class Server(Program):
             if session.level:  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
             replaced = lease.join(session)
+            self._strangers.pop(session.carrier, None)
             self._changed.notify_all()
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
@@ -2137,6 +2365,32 @@ class Server(Program):
             raise Refused("port-in-use", f"port {port} belongs to another client")
         return lease
 
+    def _check_limits_locked(self, session: ServerSession, init: Init, lease: Lease | None) -> None:
+        """Where a port is opened, its rules are checked. Raises Refused."""
+        assert self._lock.locked()
+        identity = session.transport.identity
+        if not self.has_global_port and not self.settings.allow.allow(identity, init.port):
+            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
+        clients = [client for other in self._leases.values() for client in other.sessions]
+        if len(clients) >= MAX_CLIENTS and not (lease and lease.sessions):
+            raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
+        held = sum(other.holder == session.holder is not None for other in self._leases.values())
+        if lease is None and held >= MAX_LEASES_PER_HOLDER:
+            raise Refused("too-many-clients", f"{identity} has {MAX_LEASES_PER_HOLDER} ports open")
+
+    def reload(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
+        super().reload(settings, context)
+        for session in self.sessions():
+            asked = session.init if isinstance(session, ServerSession) and not self.has_global_port else None
+            if asked is not None and not settings.allow.allow(session.transport.identity, asked.port):
+                session.retire("no longer allowed")
+                session.say_goodbye("no longer allowed")
+
+    def limits_used(self) -> dict[str, object]:
+        with self._lock:
+            used = {"strangers": len(self._strangers), "leases": len(self._leases), "visitors": self._visitors}
+        return super().limits_used() | used
+
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         key = (session.holder or "", init.instance)
         if not init.port and (port := self._assigned.get(key)):
@@ -2156,7 +2410,10 @@ class Server(Program):
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
 
-        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease)), holder, shared=shared)
+        def admit(visitor: Address) -> bool:
+            return self.settings.visitors.admit(visitor)
+
+        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease), admit), holder, shared=shared)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         if not shared:
@@ -2170,6 +2427,7 @@ class Server(Program):
             if session.lease is not None or lease is None:
                 return  # its INIT was faster, or the server stops
             lease.join(session)
+            self._strangers.pop(session.carrier, None)
         log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
@@ -2212,16 +2470,21 @@ class Server(Program):
             while (session := lease.choose()) is None and lease.lingers_until is not None and not self._stopping:
                 if not self._changed.wait(deadline.remaining()):
                     break
+            full = self._visitors >= MAX_STREAMS
+            self._visitors += 1
         try:
             if session is None:
                 raise SessionEnded("no client is connected")
+            if full:
+                raise SessionEnded(f"{MAX_STREAMS} streams are open")
             tune(sock)
             session.serve_visitor(sock, visitor)
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
-            log_event(WARNING, "visitor-refused", peer=visitor, reason=reason_of(error))
+            log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
         finally:
             with self._lock:
+                self._visitors -= 1
                 if session is not None:
                     session.visitors -= 1
 
@@ -2324,13 +2587,17 @@ class ClientSession(Session):
             if not frame.stream or frame.stream in self._streams or (self.level and frame.stream <= self._last_stream):
                 raise ProtocolError(f"NEW_CONN for stream {frame.stream} after stream {self._last_stream}")
             stream = Stream(self, frame.stream, None, visitor)
+            full = len(self._streams) >= MAX_STREAMS
             self._add_locked(stream)
         try:
+            if full:
+                raise RuntimeError("too many streams")
             self.start_thread(f"pump {stream.number}", stream.run, lambda: self._dial_local(stream))
-        except RuntimeError as error:  # no thread to be had: that stream alone ends
+        except RuntimeError as error:  # that stream alone ends
             stream.abort(reason_of(error))
             self.forget(stream)
-            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, b"no thread"), provoked=True)
+            log_limit("stream-refused", peer=visitor, reason=reason_of(error))
+            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, b"no room"), provoked=True)
 
     @staticmethod
     def _visitor(payload: bytes) -> Address:
@@ -2369,8 +2636,10 @@ class Client(Program):
         reconnect_max_s: float,
         settings: Settings,
         context: rtunnel_tls.TlsContext | None,
+        reload_context: Callable[[], rtunnel_tls.TlsContext | None],
     ) -> None:
         super().__init__(settings, context)
+        self._reload_context = reload_context
         self._server = server
         self._mappings = mappings
         self._reconnect_max_s = reconnect_max_s
@@ -2383,23 +2652,35 @@ class Client(Program):
         """Start the mapping's thread."""
         self._pool.run(f"mapping {mapping.local}", self._run_mapping, mapping)
 
+    def drain(self, hurry: threading.Event) -> None:
+        self.stop_asked.set()
+        super().drain(hurry)
+
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
         self.stop_asked.set()
         self.stop_connections()
         self._pool.close(Deadline(STOP_TIMEOUT_S))
 
+    def _renew_context(self) -> None:
+        """Each connection is made with the certificate that is there now; with the old one where the new is broken."""
+        try:
+            self._context = self._reload_context()
+        except rtunnel_tls.TlsConfigError as error:
+            log_event(ERROR, "reload-failed", reason=error)
+
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
         while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
+            self._renew_context()
             event, level, refused = "connect-failed", 0, False
             session: ClientSession | None = None
             try:
                 with contextlib.closing(dial(self._server, CONNECT_TIMEOUT_S)) as sock:
                     transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S))
                     session = ClientSession(transport, self._pool, self.settings, self, mapping)
-                    with self.registered(session.stop):
+                    with self.registered(session):
                         reason = session.run()
                 event, level = "session-closed", session.level
             except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
@@ -2457,6 +2738,10 @@ def seconds(text: str) -> float:
     return float(text)
 
 
+def seconds_or_none(text: str) -> float:
+    return 0.0 if text == "0" else seconds(text)
+
+
 def mebibytes(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", text):
         raise ConfigError(f"{text!r} is no size: write a number of MiB")
@@ -2482,12 +2767,15 @@ def tls_options(role: str) -> list[Option]:
                "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
         Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE", "our certificate, and those below the root"),
         Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only"),
+        Option("TLS", "tls-crl", "", str, "FILE", "the revocation list of those authorities; empty: none is looked at"),
         Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
         Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
     ]
 
 
 SHARED_OPTIONS = [
+    Option("limits", "drain", "0", seconds_or_none, "SECONDS",
+           "at SIGTERM open streams have so long to finish; 0: they are reset"),
     Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
     Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
@@ -2499,6 +2787,11 @@ OPTIONS = {
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
+        Option("ports", "allow", [], Rules.parse, "NAME=PORTS",
+               "the ports that an identity may open, 0: one of the server's choice; repeatable, in a file a list; "
+               "none: *=0,1024-65535", "append"),
+        Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
+               "the networks whose visitors are served, others are closed at once; empty: all"),
         *tls_options("server"),
         *SHARED_OPTIONS,
     ],
@@ -2537,12 +2830,11 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
 
 
 class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
-    """Errors are one sentence on stderr, and status 2."""
+    """Errors are one sentence, and `main` decides what becomes of it."""
 
     def error(self, message: str) -> NoReturn:
         shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
-        sys.stderr.write(f"{self.prog}: {shown}\n")
-        sys.exit(2)
+        raise ConfigError(f"{self.prog}: {shown}")
 
 
 def add_command(commands: Any, command: str, summary: str) -> None:
@@ -2568,11 +2860,23 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
+def shared_settings(settings: argparse.Namespace) -> Settings:
+    """Raises ConfigError."""
+    if settings.command == "client":
+        return Settings(
+            settings.heartbeat, settings.session_budget, settings.proxy_protocol, drain_s=settings.drain
+        )  # fmt: skip
+    return Settings(
+        settings.heartbeat, settings.session_budget, allow=Rules.join(settings.allow), visitors=settings.visitors,
+        drain_s=settings.drain,
+    )  # fmt: skip
+
+
 def make_server(settings: argparse.Namespace) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
-    shared = Settings(settings.heartbeat, settings.session_budget)
-    context = make_context("server", settings, settings.control_listen, None)
+    shared, context = shared_settings(settings), make_context(settings)
+    warn(settings, context)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
 
@@ -2584,54 +2888,87 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.proxy_protocol)
-    context = make_context("client", settings, settings.server, settings.tls_server_name or settings.server.host)
-    return Client(settings.server, mappings, settings.reconnect_max, shared, context)
+    shared, context = shared_settings(settings), make_context(settings)
+    warn(settings, context)
+    return Client(
+        settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings)
+    )  # fmt: skip
 
 
-def make_context(
-    role: rtunnel_tls.Role, settings: argparse.Namespace, address: Address, verify_name: str | None
-) -> rtunnel_tls.TlsContext | None:
-    """None in plain mode. Logs what is worth a warning. Raises TlsConfigError."""
+def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
+    """None in plain mode. Raises TlsConfigError."""
     if not settings.tls:
+        return None
+    name = (settings.tls_server_name or settings.server.host) if settings.command == "client" else None
+    return rtunnel_tls.make_context(
+        settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
+        crl=settings.tls_crl or None, verify_name=name,
+    )  # fmt: skip
+
+
+def warn(settings: argparse.Namespace, context: rtunnel_tls.TlsContext | None) -> None:
+    """Log what is worth a warning at the start and at each reload."""
+    address = settings.server if settings.command == "client" else settings.control_listen
+    if context is None:
         if not address.is_loopback:
             log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
-        return None
-    context = rtunnel_tls.make_context(
-        role,
-        settings.tls_profile,
-        cert=settings.tls_cert,
-        key=settings.tls_key,
-        ca=settings.tls_ca,
-        verify_name=verify_name,
-    )
+        return
     for file, _, days_left in context.expiring():
         warn_of_expiry(file, days_left)
     if context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
-    return context
 
 
-def run(program: Server | Client) -> int:
-    """Run until SIGINT, SIGTERM or Ctrl+Break; a second one ends at once."""
-    names: list[str] = []
+def run(program: Server | Client, parse: Callable[[], argparse.Namespace]) -> int:
+    """Run until SIGINT, SIGTERM or Ctrl+Break; SIGHUP reloads by what `parse` returns, SIGUSR1 logs the state.
+
+    The first SIGTERM drains, where `--drain` says so; SIGINT and a second signal do not wait; another one ends at once.
+    """
+    signals: queue.SimpleQueue[str] = queue.SimpleQueue()  # `put` may be called by a handler at any time
+    hurry = threading.Event()
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
-        if names:
+        name = signal.Signals(number).name
+        if name in ("SIGHUP", "SIGUSR1"):
+            signals.put(name)
+        elif hurry.is_set():
             os._exit(1)
-        names.append(signal.Signals(number).name)
-        program.stop_asked.set()
+        else:
+            if program.stop_asked.is_set() or name != "SIGTERM" or not program.settings.drain_s:
+                hurry.set()
+            stopped_by.append(name)
+            program.stop_asked.set()
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+    stopped_by: list[str] = []
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     program.start()
-    while not program.stop_asked.wait(0.5):  # in steps: on Windows a wait without end hides the signal
-        pass
-    log_event(INFO, "stopping", signal=names[0] if names else "none")
+    while not program.stop_asked.wait(STATE_STEP_S):  # in steps: on Windows a wait without end hides the signal
+        with contextlib.suppress(queue.Empty):
+            if signals.get_nowait() == "SIGUSR1":
+                program.log_state()
+            else:
+                reload(program, parse)
+    log_event(INFO, "stopping", signal=stopped_by[0] if stopped_by else "none")
+    if not hurry.is_set() and stopped_by:
+        program.drain(hurry)
+    hurry.set()
     program.stop()
     log_event(INFO, "stopped", status=program.status)
     return program.status
+
+
+def reload(program: Server | Client, parse: Callable[[], argparse.Namespace]) -> None:
+    """What is broken is refused with one line, and the old stays."""
+    try:
+        settings = parse()
+        shared, context = shared_settings(settings), make_context(settings)
+    except (ConfigError, rtunnel_tls.TlsConfigError) as error:
+        log_event(ERROR, "reload-failed", reason=error)
+    else:
+        warn(settings, context)
+        program.reload(shared, context)
 
 
 def raise_descriptor_limit() -> None:
@@ -2676,7 +3013,7 @@ def add_pki(commands: Any) -> None:
     pki.set_defaults(run=run_pki, parser=pki)
 
 
-def run_pki(settings: argparse.Namespace) -> int:
+def run_pki(settings: argparse.Namespace, parse: Callable[[], argparse.Namespace]) -> int:
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
@@ -2690,7 +3027,7 @@ def run_pki(settings: argparse.Namespace) -> int:
     return 0
 
 
-def run_program(settings: argparse.Namespace) -> int:
+def run_program(settings: argparse.Namespace, parse: Callable[[], argparse.Namespace]) -> int:
     if settings.print_config:
         shown = settings.parser.format_values()
         print(shown, end="")
@@ -2701,7 +3038,7 @@ def run_program(settings: argparse.Namespace) -> int:
     start_log(settings.log_level)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
-    return run(make_server(settings) if settings.command == "server" else make_client(settings))
+    return run(make_server(settings) if settings.command == "server" else make_client(settings), parse)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2712,11 +3049,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_command(commands, "server", "open public ports for clients")
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
-    settings = top.parse_args(arguments)
     try:
-        return settings.run(settings)  # type: ignore[no-any-return]
+        settings = top.parse_args(arguments)
+        return settings.run(settings, lambda: top.parse_args(arguments))  # type: ignore[no-any-return]
     except (ConfigError, rtunnel_tls.TlsConfigError) as error:
-        return settings.parser.error(str(error))  # type: ignore[no-any-return]
+        prefix = "" if str(error).startswith("rtunnel") else "rtunnel: "
+        sys.stderr.write(f"{prefix}{error}\n")
+        return 2
     except RtunnelError as error:
         log_event(ERROR, "failed", reason=error)
         return 1
