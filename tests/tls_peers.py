@@ -135,6 +135,11 @@ class House:
     def files(self, name: str) -> dict[str, Path]:
         return {"cert": self.folder / f"{name}.crt", "key": self.folder / f"{name}.key", "ca": self.ca}
 
+    def flags(self, role: str, profile: str = "default", **other: Path) -> tuple[str, ...]:
+        """What makes `rtunnel.py ROLE` use these files, or `other` ones."""
+        files = self.files(role) | other
+        return ("--tls", f"--tls-profile={profile}", *(f"--tls-{option}={file}" for option, file in files.items()))
+
     def server(self, profile: str = "default", **settings: Any) -> TlsContext:
         return rtunnel_tls.make_context("server", profile, **(self.files("server") | settings))
 
@@ -311,6 +316,44 @@ def raw_peer(context: SSL.Context, role: str) -> Callable[[socket.socket], str]:
         return "data"
 
     return play
+
+
+class RawSocket:
+    """A socket under the second stack's TLS, with the methods of one that a peer of the tunnel needs."""
+
+    def __init__(self, sock: socket.socket, context: SSL.Context, role: str) -> None:
+        self._sock, self._connection = sock, SSL.Connection(context, sock)
+        self.settimeout(10)
+        self._connection.set_connect_state() if role == "client" else self._connection.set_accept_state()
+        self._connection.do_handshake()
+
+    def settimeout(self, seconds: float) -> None:
+        """Of each wait, by the kernel: Python's own timeout would make the socket non-blocking under OpenSSL."""
+        self._sock.settimeout(None)
+        whole, fraction = divmod(seconds, 1)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(whole), int(1e6 * fraction)))
+
+    def sendall(self, data: bytes) -> None:
+        self._connection.sendall(data)
+
+    def recv(self, count: int) -> bytes:
+        """Empty at close_notify. Raises TimeoutError, SSL.Error."""
+        try:
+            return bytes(self._connection.recv(count))
+        except SSL.ZeroReturnError:
+            return b""
+        except SSL.WantReadError:
+            raise TimeoutError from None
+
+    def group(self) -> str | None:
+        return self._connection.get_group_name()
+
+    def close(self) -> None:
+        """close_notify, then the end."""
+        with contextlib.suppress(SSL.Error):
+            self._connection.shutdown()
+        self._sock.close()
 
 
 def python_peer(context: ssl.SSLContext, role: str) -> Callable[[socket.socket], str]:
