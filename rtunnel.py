@@ -125,13 +125,15 @@ ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
-MAX_STRANGERS = 64  # connections that are no client yet: each may cost a thread and 300 kB. sshd: 100
-MAX_STRANGERS_PER_HOST = 16  # the same from one address; beyond, its oldest goes: the silent cannot lock others out
-MAX_CLIENTS = 256  # each may cost its budget: 64 MiB
-MAX_LEASES_PER_HOLDER = 64  # each costs a port, a thread and a listen queue
-MAX_STREAMS = 16384  # on the server in all, on a client in a session: two threads or so and a descriptor each
-STUCK_S = 600.0  # a stream whose other direction has ended may live so long without a byte
-STUCK_CHECK_S = 60.0
+MAX_STRANGERS = 64  # connections that are no client yet: each costs a thread or two and, with TLS, some 300 kB.
+# Beyond that the oldest goes, so that the silent cannot lock others out; sshd (100) drops the newest, at random
+MAX_STRANGERS_PER_SITE = 16  # the same for one IPv4 address, or one IPv6 network of 64 bits
+MAX_CLIENTS = 256  # each may cost its budget
+MAX_LEASES = 64  # of one identity; in plain mode all are one. Each costs a port, a thread, a listen queue
+MAX_STREAMS = 16384  # of one process: each costs a descriptor, a thread or two, and 64 KiB where it is stalled
+STUCK_S = 600.0  # a stream whose other direction has ended lives so long at most without a byte
+STUCK_CHECK_S = 10.0
+LOG_EVERY_S = 1.0  # a line about a limit, at most
 STATE_STEP_S = 0.25  # how often main looks for SIGHUP and SIGUSR1
 
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
@@ -208,6 +210,12 @@ class Address(NamedTuple):
         return self.host.removeprefix("::ffff:") if "." in self.host else self.host.partition("%")[0]
 
     @property
+    def site(self) -> str:
+        """Whose connections are counted together: an IPv4 address, or an IPv6 network of 64 bits, one house's."""
+        address = ipaddress.ip_address(self.shown_host)
+        return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
+
+    @property
     def is_loopback(self) -> bool:
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(self.shown_host).is_loopback
@@ -240,48 +248,49 @@ def parse_port(text: str, *, lowest: int = 0) -> int:
     return int(text)
 
 
-class Rules:
-    """Which identity may open which ports. A name that has rules of its own is not given those of `*`."""
+class PortRules:
+    """Which identity may open which ports: those of `*`, unless it has rules of its own. 0: one that we choose."""
 
-    def __init__(self, rules: Sequence[tuple[str, list[range]]]) -> None:
-        self._rules = rules
+    DEFAULT = "*=0,1024-65535"
+
+    def __init__(self, items: Sequence[tuple[str, list[range]]]) -> None:
+        """`items` as `parse` gives them; none: DEFAULT. Raises ConfigError where the first has no name."""
+        self._ports: dict[str, list[range]] = {}
+        name = ""
+        for named, ports in items or [self.parse(self.DEFAULT)]:
+            name = named or name
+            if not name:
+                raise ConfigError("--allow begins without a name: write NAME=PORTS")
+            self._ports.setdefault(name, []).extend(ports)
 
     @staticmethod
     def parse(text: str) -> tuple[str, list[range]]:
-        """`NAME=PORT,PORT-PORT`; an item of a list may leave out the name of the one before. Raises ConfigError."""
-        name, equals, ports = text.rpartition("=")
+        """`NAME=PORT,PORT-PORT`. In a file's list a comma ends the item: what has no name belongs to the one before.
+
+        Raises ConfigError.
+        """
+        name, equals, spans = text.rpartition("=")
         if bool(name) != bool(equals):
             raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
-        spans = []
-        for span in ports.split(","):
-            first, _, last = span.partition("-")
-            spans.append(range(parse_port(first), parse_port(last or first) + 1))
-        return name, spans
-
-    @classmethod
-    def join(cls, items: Sequence[tuple[str, list[range]]]) -> Rules:
-        """Raises ConfigError where the first item has no name."""
-        rules: list[tuple[str, list[range]]] = []
-        for name, spans in items:
-            if not name and not rules:
-                raise ConfigError("--allow begins without a name: write NAME=PORTS")
-            rules.append((name or rules[-1][0], spans))
-        return cls(rules or [cls.parse("*=0,1024-65535")])
+        ports = []
+        for span in spans.split(","):
+            first, dash, last = span.strip().partition("-")
+            lowest = parse_port(first)
+            ports.append(range(lowest, parse_port(last if dash else first, lowest=lowest) + 1))
+        return name.strip(), ports
 
     def allow(self, identity: str, port: int) -> bool:
-        own = [spans for name, spans in self._rules if name == identity]
-        spans = own or [spans for name, spans in self._rules if name == "*"]
-        return any(port in span for some in spans for span in some)
+        return any(port in ports for ports in self._ports.get(identity, self._ports.get("*", ())))
 
 
 class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
-    """Whose visits are welcome; none: everybody's."""
+    """From where visitors are served; empty: from everywhere."""
 
     @classmethod
     def parse(cls, text: str) -> Networks:
         """`CIDR,CIDR`. Raises ConfigError."""
         try:
-            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",") if cidr.strip())
+            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",")) if text else cls()
         except ValueError as error:
             raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
 
@@ -612,22 +621,21 @@ def quoted(value: object) -> str:
 
 
 class LimitLog:
-    """A line about a limit at most once a second, each with the count of those that it stands for."""
+    """A line of its event at most once a second; it counts those that it stands for. For what strangers can cause."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._next: dict[str, float] = {}
-        self._held_back: dict[str, int] = {}
+        self._last: dict[str, tuple[float, int]] = {}  # event: when it was logged, and how many have come since
 
     def __call__(self, event: str, /, **pairs: object) -> None:
         now = time.monotonic()
         with self._lock:
-            if now < self._next.get(event, 0.0):
-                self._held_back[event] = self._held_back.get(event, 0) + 1
+            at, held_back = self._last.get(event, (-LOG_EVERY_S, 0))
+            if now < at + LOG_EVERY_S:
+                self._last[event] = at, held_back + 1
                 return
-            self._next[event] = now + 1.0
-            held_back = self._held_back.pop(event, 0)
+            self._last[event] = now, 0
         log_event(WARNING, event, **pairs, **({"more_like_it": held_back} if held_back else {}))
 
 
@@ -910,11 +918,7 @@ class Listener(socketserver.ThreadingTCPServer):
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        peer = Address(*client_address[:2])
-        admitted = self._admit(peer)
-        if not admitted:
-            log_limit("visitor-not-admitted", peer=peer, address=self.address)
-        return admitted  # else it is closed, before a byte is read
+        return self._admit(Address(*client_address[:2]))  # else it is closed, before a byte is read
 
     def process_request(self, request: Any, client_address: Any) -> None:
         address = Address(*client_address[:2])
@@ -923,6 +927,7 @@ class Listener(socketserver.ThreadingTCPServer):
         except (PoolClosed, RuntimeError) as error:
             log_limit("connection-dropped", peer=address, reason=reason_of(error))
             self.shutdown_request(request)
+            self._asked.wait(ACCEPT_PAUSE_S)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         self._handle(request, client_address)
@@ -957,8 +962,10 @@ class PlainTransport:
     """What a session reads and writes: a TCP connection.
 
     Threads: `receive_into` and `close` from the session reader; `send`, `flush` and `finish` from the holder of the
-    writer's turn; `shutdown` from any. The socket carries no Python timeout: it would bound a whole `send`, be shared
-    by reader and writer, and turn each receive into poll and receive.
+    writer's turn; `shutdown` from any, also when it is closed. The socket carries no Python timeout: it would bound a
+    whole `send`, be shared by reader and writer, and turn each receive into poll and receive.
+    Locking: `_lock` is held in `shutdown` and `close`, or the one could meet a descriptor that the other has just
+    closed, and that a new connection has got.
     """
 
     identity = ANONYMOUS
@@ -967,6 +974,7 @@ class PlainTransport:
     def __init__(self, sock: socket.socket) -> None:
         """Raises OSError where the peer is gone already."""
         self._sock = sock
+        self._lock = threading.Lock()
         self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
@@ -1005,11 +1013,12 @@ class PlainTransport:
 
     def shutdown(self) -> None:
         """End it both ways; whoever waits in it wakes."""
-        with contextlib.suppress(OSError):  # the peer may have been faster
+        with self._lock, contextlib.suppress(OSError):  # the peer may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._sock.close()
+        with self._lock:
+            self._sock.close()
 
 
 Transport = PlainTransport | rtunnel_tls.TlsTransport
@@ -1264,14 +1273,14 @@ class Stream:
         self._level = session.level
         self._opened = time.monotonic()
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
-        self._sent_at = self._opened
+        self._sent_at = self._opened  # the last of them, or the end
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # less queued, more credit, a drainer gone, an end
         # guarded by _lock
         self._sock: socket.socket | None = None
         self._queue = bytearray()
         self._queued = 0
-        self._moved = self._opened  # when the queue last got shorter
+        self._moved = self._opened  # when the queue last got shorter, or the end came
         self._draining = False
         self._send_window = SendWindow(session.peer_window if self._level else UNLIMITED)
         self._receive_window = ReceiveWindow(WINDOW_BYTES if self._level else UNLIMITED)
@@ -1396,18 +1405,17 @@ class Stream:
         """A stream whose other direction has ended may live 10 minutes more without a byte."""
         with self._lock:
             half_open = self._outbound_ended or self._inbound is not Inbound.OPEN
-            if half_open and time.monotonic() - max(self._moved, self._sent_at) > STUCK_S:
+            if half_open and time.monotonic() - max(self._moved, self._sent_at) > STUCK_S - STUCK_CHECK_S:
                 self._abort_locked("stuck")
 
     def state(self) -> dict[str, object]:
-        """For the log: what a line about this stream says."""
+        """What a line of the log says about it."""
         with self._lock:
-            return {
-                "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
-                "queued": self._queued, "inbound": self._inbound.value, "outbound_ended": self._outbound_ended,
-                "send_credit": min(self._send_window.credit, MAX_CREDIT_BYTES),
-                "window": min(self._receive_window.size, MAX_WINDOW_BYTES),
-            }  # fmt: skip
+            state: dict[str, object] = {"stream": self.number, "peer": self.visitor, "received": self._received}
+            state |= {"sent": self._sent, "queued": self._queued, "seconds": time.monotonic() - self._opened}
+            if self._level:
+                state |= {"window": self._receive_window.size, "credit": self._send_window.credit}
+            return state | {"ended": self._inbound is Inbound.ENDED, "outbound_ended": self._outbound_ended}
 
     # -- called by any thread
 
@@ -1534,6 +1542,7 @@ class Stream:
             if self._aborted is not None or self._close_sent:
                 return
             self._outbound_ended = True
+            self._sent_at = time.monotonic()
             if not self._level:
                 self._close_sent = True
                 self._end_inbound_locked()  # the first end of file ends both directions
@@ -1670,6 +1679,7 @@ class Stream:
         assert self._lock.locked()
         if self._inbound is Inbound.OPEN:
             self._inbound = Inbound.ENDING
+            self._moved = time.monotonic()
             self._settle_locked()
 
 
@@ -1681,10 +1691,10 @@ class Settings(NamedTuple):
 
     heartbeat_s: float = HEARTBEAT_S
     session_budget_bytes: int = SESSION_BUDGET_BYTES
-    proxy_protocol: bool = False
-    allow: Rules = Rules.join(())
-    visitors: Networks = Networks()
     drain_s: float = 0.0
+    proxy_protocol: bool = False  # the client's
+    allow: PortRules = PortRules(())  # this and the next are the server's
+    visitors: Networks = Networks()
 
 
 class Session:
@@ -1911,6 +1921,11 @@ class Session:
         """What the stop does to it."""
         self.say_goodbye("stopping")
 
+    def expel(self, reason: str) -> None:
+        """End it: its peer is no longer allowed."""
+        log_event(WARNING, "expelled", peer=self.transport.peer, identity=self.transport.identity, reason=reason)
+        self.end(reason)
+
     def retire(self, reason: str) -> None:
         """No new streams here; those that are open go on, and a client of level 1 connects anew."""
         if self.level:
@@ -1922,15 +1937,13 @@ class Session:
             return list(self._streams.values())
 
     def state(self) -> dict[str, object]:
-        """For the log: what a line about this session says."""
+        """What a line of the log says about it."""
         receipt = self.transport.receipt
-        streams = [stream.state() for stream in self.streams()]
-        return {
-            "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
-            "streams": len(streams), "queued": sum(int(str(state["queued"])) for state in streams),
-            "budget_left": self.budget.left, "rtt_ms": None if self.rtt_s is None else 1000 * self.rtt_s,
-            "certificate_days_left": None if receipt is None else receipt.days_left,
-        }  # fmt: skip
+        state = {"peer": self.transport.peer, "identity": self.transport.identity, "level": self.level}
+        state |= {"streams": self.stream_count(), "budget_left": self.budget.left}
+        if self.rtt_s is not None:
+            state["rtt_ms"] = 1000 * self.rtt_s
+        return state if receipt is None else state | {"certificate_days_left": receipt.days_left}
 
     def stream_count(self) -> int:
         with self._lock:
@@ -2000,12 +2013,14 @@ class Program:
 
     @contextlib.contextmanager
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
-        """While it lasts the stop shuts it down. Raises SessionEnded where the stop has begun."""
+        """While it lasts the stop and a reload find it. Raises SessionEnded where the stop has begun."""
         with self._lock:
             if self._stopping:
                 raise SessionEnded("stopping")
             self._connections.append(connection)
         try:
+            if isinstance(connection, Session):
+                self.judge(connection)  # from now on a reload does
             yield
         finally:
             with self._lock:
@@ -2023,38 +2038,50 @@ class Program:
         with self._lock:
             return [connection for connection in self._connections if isinstance(connection, Session)]
 
+    def stream_count(self) -> int:
+        return sum(session.stream_count() for session in self.sessions())
+
     def drain(self, hurry: threading.Event) -> None:
-        """Let the open streams finish, as long as `--drain` says, or until `hurry`."""
+        """Nothing new, and the open streams may finish: as long as `--drain` says, or until `hurry`."""
         deadline = Deadline(self.settings.drain_s)
+        with self._lock:
+            self._stopping = True
         for session in self.sessions():
             session.retire("stopping")
-        while any(session.stream_count() for session in self.sessions()) and deadline.remaining():
+        while self.stream_count() and deadline.remaining():
             if hurry.wait(min(DRAIN_STEP_S, deadline.remaining())):
                 break
 
-    def reload(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
-        """New handshakes and new ports go by these; sessions whose certificate is revoked now are cut."""
-        self.settings, self._context = settings, context
+    def reload(self, fresh: Program) -> None:
+        """New handshakes and ports go by the settings of `fresh`; sessions that they do not allow are cut.
+
+        Sessions, streams and listening addresses stay. Raises ConfigError.
+        """
+        if (self._context is None) != (fresh._context is None):
+            raise ConfigError("--tls is neither turned on nor off by a reload: restart the program")
+        self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
-            receipt = session.transport.receipt
-            if context is not None and receipt is not None and context.revokes(receipt):
-                log_event(WARNING, "certificate-revoked", peer=session.transport.peer, identity=receipt.identity)
-                session.end("its certificate is revoked")
-        log_event(INFO, "reloaded")
+            self.judge(session)
+
+    def judge(self, session: Session) -> None:
+        """End a session that is no longer allowed."""
+        context, receipt = self._context, session.transport.receipt
+        if context is not None and receipt is not None and context.revokes(receipt):
+            session.expel("its certificate is revoked")
 
     def log_state(self) -> None:
-        """A line each about this process, its sessions and their streams."""
-        own = (
-            {} if self._context is None else {file: rtunnel_tls._days_left(end) for file, end in self._context.expiries}
-        )
-        log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), certificate_days_left=own)
+        """A line about this process, and one for each session and each stream."""
+        context = self._context
+        days = {} if context is None else {"certificate_days_left": min(context.days_left().values())}
+        log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
                 log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
 
-    def limits_used(self) -> dict[str, object]:
-        return {"sessions": len(self.sessions())}
+    def limits_used(self) -> dict[str, str]:
+        """Of what is limited, `used/limit`."""
+        return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
 
 
 # ---- server -----------------------------------------------------------------------------------------------------
@@ -2071,12 +2098,12 @@ class ServerSession(Session):
         pool: Pool,
         settings: Settings,
         server: Server,
+        sock: socket.socket,
         deadline: Deadline,
-        carrier: PlainTransport,
     ) -> None:
         super().__init__(transport, pool, settings)
         self._server = server
-        self.carrier = carrier
+        self.sock = sock  # whose place among the strangers it has
         self._heard = False  # any byte; the reader's
         self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
@@ -2135,8 +2162,7 @@ class ServerSession(Session):
 
     def _join_silent(self) -> None:
         if not self.is_client and not self._heard:
-            self.is_client = True
-            self._server.join_silent(self)
+            self.is_client = self._server.join_silent(self) or self.is_client
 
     def _check_hello(self) -> None:
         if not self.is_client:
@@ -2161,6 +2187,10 @@ class ServerSession(Session):
         self._server.leave_lease(self, reason, linger=self.level > 0)
         super().retire(reason)
 
+    def expel(self, reason: str) -> None:
+        self._server.leave_lease(self, reason, linger=False)
+        super().expel(reason)
+
 
 class Lease:
     """A public port, and the sessions that serve it: one, the newest of its holder; on the global port all.
@@ -2168,9 +2198,10 @@ class Lease:
     Guarded by Server._lock.
     """
 
-    def __init__(self, listener: Listener, holder: str | None, *, shared: bool = False) -> None:
+    def __init__(self, listener: Listener, holder: str | None, identity: str, *, shared: bool = False) -> None:
         self.listener = listener
         self.holder = holder
+        self.identity = identity  # the holder's; it counts for MAX_LEASES
         self.shared = shared
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until: float | None = None  # its visitors wait in the listen queue for the holder's return
@@ -2191,6 +2222,12 @@ class Lease:
         self.lingers_until = None
         self.listener.resume()
         return replaced
+
+    def state(self) -> dict[str, object]:
+        """What a line of the log says about it."""
+        peers = ",".join(session.transport.peer for session in self.sessions)
+        lingers = self.lingers_until is not None
+        return {"address": self.listener.address, "identity": self.identity, "sessions": peers, "lingers": lingers}
 
     def choose(self) -> ServerSession | None:
         """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
@@ -2228,8 +2265,8 @@ class Server(Program):
         self._changed = threading.Condition(self._lock)  # a session has joined a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
-        self._strangers: dict[PlainTransport, str] = {}  # no clients yet, with their hosts; the oldest first
-        self._visitors = 0
+        self._strangers: dict[socket.socket, str] = {}  # no clients yet, with their sites; the oldest first
+        self._visitors = 0  # all of them, those that wait for a session too
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
 
     @property
@@ -2242,7 +2279,7 @@ class Server(Program):
             if self._public_address is not None:
                 option, address = "public", self._public_address
                 with self._lock:
-                    lease = self._bind_locked(address, None, shared=True)
+                    lease = self._bind_locked(address, None, "", shared=True)
                 lease.listener.resume()
                 log_event(INFO, "listening", kind="public", address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2283,43 +2320,40 @@ class Server(Program):
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
         level, opened = 0, False
+        self._greet_stranger(sock, address)
         try:
-            carrier = PlainTransport(sock)
-            with self._stranger(carrier, address.shown_host):
-                transport = self.secure(carrier, deadline)
-                session = ServerSession(transport, self._pool, self.settings, self, deadline, carrier)
-                with self.registered(session):
-                    reason = session.run()
-                    level, opened = session.level, session.is_client
-                    self.leave_lease(session, reason, linger=level > 0)
+            transport = self.secure(PlainTransport(sock), deadline)
+            session = ServerSession(transport, self._pool, self.settings, self, sock, deadline)
+            with self.registered(session):
+                reason = session.run()
+                level, opened = session.level, session.is_client
+                self.leave_lease(session, reason, linger=level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
-        if not opened:
-            log_event(WARNING, "refused", peer=address, level=level, reason=reason)
-            return
-        rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
-        log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **rtt_ms)
-
-    @contextlib.contextmanager
-    def _stranger(self, carrier: PlainTransport, host: str) -> Iterator[None]:
-        """A connection that is no client yet has a place among the strangers; where there is none, the oldest goes."""
-        with self._lock:
-            self._strangers[carrier] = host
-            theirs = [other for other, other_host in self._strangers.items() if other_host == host]
-            crowd = theirs if len(theirs) > MAX_STRANGERS_PER_HOST else list(self._strangers)
-            oldest = crowd[0] if crowd is theirs or len(crowd) > MAX_STRANGERS else None
-            if oldest is not None:
-                del self._strangers[oldest]
-        if oldest is not None:
-            log_limit(
-                "too-many-strangers", peer=oldest.peer, limit=MAX_STRANGERS, limit_per_host=MAX_STRANGERS_PER_HOST
-            )
-            oldest.shutdown()
-        try:
-            yield
         finally:
-            with self._lock:
-                self._strangers.pop(carrier, None)
+            with self._lock:  # before the socket is closed: `_greet_stranger` may shut it until then
+                gave_way = self._strangers.pop(sock, None) is None
+        if opened:
+            rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
+            log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **rtt_ms)
+        elif gave_way:
+            reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
+            log_limit("refused", peer=address, level=0, reason=reason)
+        else:
+            log_event(WARNING, "refused", peer=address, level=level, reason=reason)
+
+    def _greet_stranger(self, sock: socket.socket, address: Address) -> None:
+        """A connection that is no client yet takes a place among the strangers; without a free one the oldest goes."""
+        with self._lock:
+            self._strangers[sock] = address.site
+            neighbours = [other for other, site in self._strangers.items() if site == address.site]
+            everybody = list(self._strangers)
+            for crowd, limit in ((neighbours, MAX_STRANGERS_PER_SITE), (everybody, MAX_STRANGERS)):
+                if len(crowd) > limit:
+                    del self._strangers[crowd[0]]
+                    with contextlib.suppress(OSError):
+                        crowd[0].shutdown(socket.SHUT_RDWR)  # its reader wakes, and closes it
+                    break
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
@@ -2341,7 +2375,7 @@ class Server(Program):
             if session.level:  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
             replaced = lease.join(session)
-            self._strangers.pop(session.carrier, None)
+            self._strangers.pop(session.sock, None)
             self._changed.notify_all()
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
@@ -2369,41 +2403,61 @@ class Server(Program):
         """Where a port is opened, its rules are checked. Raises Refused."""
         assert self._lock.locked()
         identity = session.transport.identity
-        if not self.has_global_port and not self.settings.allow.allow(identity, init.port):
+        if not self._may_open(session):
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
-        clients = [client for other in self._leases.values() for client in other.sessions]
-        if len(clients) >= MAX_CLIENTS and not (lease and lease.sessions):
+        replaces = lease is not None and not lease.shared and lease.sessions
+        asked = [client for client in self._clients_locked() if client.init is not None and client is not session]
+        if not replaces and len(asked) >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
-        held = sum(other.holder == session.holder is not None for other in self._leases.values())
-        if lease is None and held >= MAX_LEASES_PER_HOLDER:
-            raise Refused("too-many-clients", f"{identity} has {MAX_LEASES_PER_HOLDER} ports open")
+        if lease is None and sum(other.identity == identity for other in self._leases.values()) >= MAX_LEASES:
+            raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
 
-    def reload(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
-        super().reload(settings, context)
-        for session in self.sessions():
-            asked = session.init if isinstance(session, ServerSession) and not self.has_global_port else None
-            if asked is not None and not settings.allow.allow(session.transport.identity, asked.port):
-                session.retire("no longer allowed")
-                session.say_goodbye("no longer allowed")
+    def _may_open(self, session: ServerSession) -> bool:
+        """By the rules of now. The global port is open to all clients."""
+        asked = session.init
+        return (
+            asked is None or self.has_global_port or self.settings.allow.allow(session.transport.identity, asked.port)
+        )
 
-    def limits_used(self) -> dict[str, object]:
+    def _clients_locked(self) -> list[ServerSession]:
+        assert self._lock.locked()
+        return [session for lease in self._leases.values() for session in lease.sessions]
+
+    def judge(self, session: Session) -> None:
+        super().judge(session)
+        if isinstance(session, ServerSession) and not self._may_open(session):
+            session.expel("its port is no longer allowed")
+
+    def log_state(self) -> None:
+        super().log_state()
         with self._lock:
-            used = {"strangers": len(self._strangers), "leases": len(self._leases), "visitors": self._visitors}
+            lines = [lease.state() for lease in self._leases.values()]
+        for line in lines:
+            log_event(INFO, "state-lease", **line)
+
+    def limits_used(self) -> dict[str, str]:
+        with self._lock:
+            used = {
+                "strangers": f"{len(self._strangers)}/{MAX_STRANGERS}",
+                "clients": f"{len(self._clients_locked())}/{MAX_CLIENTS}",
+                "leases": str(len(self._leases)),
+                "visitors": f"{self._visitors}/{MAX_STREAMS}",
+            }
         return super().limits_used() | used
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
-        key = (session.holder or "", init.instance)
+        key, owner = (session.holder or "", init.instance), (session.holder, session.transport.identity)
         if not init.port and (port := self._assigned.get(key)):
             with contextlib.suppress(OSError):
-                return self._bind_locked(Address(self._public_bind, port), session.holder)
-        lease = self._bind_locked(Address(self._public_bind, init.port), session.holder)
+                return self._bind_locked(Address(self._public_bind, port), *owner)
+        lease = self._bind_locked(Address(self._public_bind, init.port), *owner)
         if not init.port and init.instance:
             self._assigned[key] = lease.listener.address.port
             while len(self._assigned) > MAX_ASSIGNED_PORTS:
                 self._assigned.popitem(last=False)
         return lease
 
-    def _bind_locked(self, address: Address, holder: str | None, *, shared: bool = False) -> Lease:
+    def _bind_locked(self, address: Address, holder: str | None, identity: str, *, shared: bool = False) -> Lease:
         """A new lease, whose visitors wait until it is resumed. Raises OSError."""
         assert self._lock.locked()
 
@@ -2411,24 +2465,29 @@ class Server(Program):
             self._serve_visitor(lease, sock, visitor)
 
         def admit(visitor: Address) -> bool:
-            return self.settings.visitors.admit(visitor)
+            admitted = self.settings.visitors.admit(visitor)
+            if not admitted:
+                log_limit("visitor-refused", peer=visitor, reason="it is not of --visitors")
+            return admitted
 
-        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease), admit), holder, shared=shared)
+        listener = Listener(address, self._pool, serve, lambda: self._tick(lease), admit)
+        lease = Lease(listener, holder, identity, shared=shared)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         if not shared:
             log_event(INFO, "lease-opened", address=lease.listener.address, holder=(holder or "nobody").split()[0])
         return lease
 
-    def join_silent(self, session: ServerSession) -> None:
-        """A connection without INIT becomes a client of the global port."""
+    def join_silent(self, session: ServerSession) -> bool:
+        """Whether a connection without INIT has become a client of the global port."""
         with self._lock:
             lease = next((lease for lease in self._leases.values() if lease.shared), None)
-            if session.lease is not None or lease is None:
-                return  # its INIT was faster, or the server stops
+            if session.lease is not None or lease is None or len(lease.sessions) >= MAX_CLIENTS:
+                return session.lease is not None  # its INIT was faster; or there is no place, then it stays a stranger
             lease.join(session)
-            self._strangers.pop(session.carrier, None)
+            self._strangers.pop(session.sock, None)
         log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
+        return True
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
         """No more visitors for this session; without another its port closes, after 5 s where it may linger."""
@@ -2575,23 +2634,28 @@ class ClientSession(Session):
         self.end(str(refused))
 
     def on_goaway(self, reason: str) -> None:
-        self.goaway = reason
+        if self.goaway is not None:
+            return  # another thread has the mapping already
         log_event(INFO, "goaway", server=self.transport.peer, level=self.level, reason=reason)
         if reason != REPLACED:
-            self._client.connect(self._mapping)  # anew; the streams of this session go on
+            try:
+                self._client.connect(self._mapping)  # anew; the streams of this session go on
+            except RuntimeError as error:
+                raise SessionEnded(reason_of(error)) from error  # then this thread connects anew
+        self.goaway = reason
 
     def _on_new_conn(self, frame: Frame) -> None:
         visitor = self._visitor(frame.payload) if self.level else None
+        full = self._client.stream_count() >= MAX_STREAMS
         with self._lock:
             # At level 0 any order: the original numbers its visitors before it takes their turn to write.
             if not frame.stream or frame.stream in self._streams or (self.level and frame.stream <= self._last_stream):
                 raise ProtocolError(f"NEW_CONN for stream {frame.stream} after stream {self._last_stream}")
             stream = Stream(self, frame.stream, None, visitor)
-            full = len(self._streams) >= MAX_STREAMS
             self._add_locked(stream)
         try:
             if full:
-                raise RuntimeError("too many streams")
+                raise RuntimeError(f"{MAX_STREAMS} streams are open")
             self.start_thread(f"pump {stream.number}", stream.run, lambda: self._dial_local(stream))
         except RuntimeError as error:  # that stream alone ends
             stream.abort(reason_of(error))
@@ -2636,10 +2700,10 @@ class Client(Program):
         reconnect_max_s: float,
         settings: Settings,
         context: rtunnel_tls.TlsContext | None,
-        reload_context: Callable[[], rtunnel_tls.TlsContext | None],
+        load_context: Callable[[], rtunnel_tls.TlsContext | None] = lambda: None,
     ) -> None:
         super().__init__(settings, context)
-        self._reload_context = reload_context
+        self._load_context = load_context
         self._server = server
         self._mappings = mappings
         self._reconnect_max_s = reconnect_max_s
@@ -2652,20 +2716,21 @@ class Client(Program):
         """Start the mapping's thread."""
         self._pool.run(f"mapping {mapping.local}", self._run_mapping, mapping)
 
-    def drain(self, hurry: threading.Event) -> None:
-        self.stop_asked.set()
-        super().drain(hurry)
-
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
         self.stop_asked.set()
         self.stop_connections()
         self._pool.close(Deadline(STOP_TIMEOUT_S))
 
+    def reload(self, fresh: Program) -> None:
+        assert isinstance(fresh, Client)
+        super().reload(fresh)
+        self._load_context = fresh._load_context
+
     def _renew_context(self) -> None:
-        """Each connection is made with the certificate that is there now; with the old one where the new is broken."""
+        """Connect with the certificate that is there now; where that is broken, with the one of before."""
         try:
-            self._context = self._reload_context()
+            self._context = self._load_context()
         except rtunnel_tls.TlsConfigError as error:
             log_event(ERROR, "reload-failed", reason=error)
 
@@ -2767,17 +2832,17 @@ def tls_options(role: str) -> list[Option]:
                "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
         Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE", "our certificate, and those below the root"),
         Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only"),
-        Option("TLS", "tls-crl", "", str, "FILE", "the revocation list of those authorities; empty: none is looked at"),
         Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
+        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; empty: none is looked at"),
         Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
     ]
 
 
 SHARED_OPTIONS = [
-    Option("limits", "drain", "0", seconds_or_none, "SECONDS",
-           "at SIGTERM open streams have so long to finish; 0: they are reset"),
     Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
+    Option("limits", "drain", "0", seconds_or_none, "SECONDS",
+           "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
     Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
 ]
 OPTIONS = {
@@ -2787,11 +2852,11 @@ OPTIONS = {
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
-        Option("ports", "allow", [], Rules.parse, "NAME=PORTS",
-               "the ports that an identity may open, 0: one of the server's choice; repeatable, in a file a list; "
-               "none: *=0,1024-65535", "append"),
+        Option("ports", "allow", [], PortRules.parse, "NAME=PORTS",
+               "the ports that an identity may open, 0 is one of the server's choice, * whoever has no rule; "
+               f"repeatable, in a file list [a, b]; none: {PortRules.DEFAULT}", "append"),
         Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
-               "the networks whose visitors are served, others are closed at once; empty: all"),
+               "the networks whose visitors are served; empty: all"),
         *tls_options("server"),
         *SHARED_OPTIONS,
     ],
@@ -2860,22 +2925,21 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def shared_settings(settings: argparse.Namespace) -> Settings:
-    """Raises ConfigError."""
-    if settings.command == "client":
-        return Settings(
-            settings.heartbeat, settings.session_budget, settings.proxy_protocol, drain_s=settings.drain
-        )  # fmt: skip
-    return Settings(
-        settings.heartbeat, settings.session_budget, allow=Rules.join(settings.allow), visitors=settings.visitors,
-        drain_s=settings.drain,
-    )  # fmt: skip
+def make_program(settings: argparse.Namespace) -> Server | Client:
+    """What the settings ask for, not started. Raises ConfigError, TlsConfigError."""
+    return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
 def make_server(settings: argparse.Namespace) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
-    shared, context = shared_settings(settings), make_context(settings)
+    if settings.public_listen and settings.allow:
+        raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
+    shared = Settings(
+        settings.heartbeat, settings.session_budget, drain_s=settings.drain, allow=PortRules(settings.allow),
+        visitors=settings.visitors,
+    )  # fmt: skip
+    context = make_context(settings)
     warn(settings, context)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
@@ -2888,7 +2952,8 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    shared, context = shared_settings(settings), make_context(settings)
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
+    context = make_context(settings)
     warn(settings, context)
     return Client(
         settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings)
@@ -2919,39 +2984,39 @@ def warn(settings: argparse.Namespace, context: rtunnel_tls.TlsContext | None) -
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
 
 
-def run(program: Server | Client, parse: Callable[[], argparse.Namespace]) -> int:
-    """Run until SIGINT, SIGTERM or Ctrl+Break; SIGHUP reloads by what `parse` returns, SIGUSR1 logs the state.
+def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
+    """Run until SIGINT, SIGTERM or Ctrl+Break; SIGHUP reloads what `remake` makes, SIGUSR1 logs the state.
 
-    The first SIGTERM drains, where `--drain` says so; SIGINT and a second signal do not wait; another one ends at once.
+    The first SIGTERM drains where `--drain` says so; SIGINT, and a second signal, do not wait; one more ends at once.
     """
-    signals: queue.SimpleQueue[str] = queue.SimpleQueue()  # `put` may be called by a handler at any time
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()  # its `put` may interrupt its `get`
+    stopped_by: list[str] = []
     hurry = threading.Event()
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
         name = signal.Signals(number).name
         if name in ("SIGHUP", "SIGUSR1"):
-            signals.put(name)
+            asked.put(name)
         elif hurry.is_set():
             os._exit(1)
         else:
-            if program.stop_asked.is_set() or name != "SIGTERM" or not program.settings.drain_s:
+            if stopped_by or name != "SIGTERM" or not program.settings.drain_s:
                 hurry.set()
             stopped_by.append(name)
             program.stop_asked.set()
 
-    stopped_by: list[str] = []
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     program.start()
     while not program.stop_asked.wait(STATE_STEP_S):  # in steps: on Windows a wait without end hides the signal
         with contextlib.suppress(queue.Empty):
-            if signals.get_nowait() == "SIGUSR1":
+            if asked.get_nowait() == "SIGUSR1":
                 program.log_state()
             else:
-                reload(program, parse)
+                reload(program, remake)
     log_event(INFO, "stopping", signal=stopped_by[0] if stopped_by else "none")
-    if not hurry.is_set() and stopped_by:
+    if stopped_by and not hurry.is_set():
         program.drain(hurry)
     hurry.set()
     program.stop()
@@ -2959,16 +3024,14 @@ def run(program: Server | Client, parse: Callable[[], argparse.Namespace]) -> in
     return program.status
 
 
-def reload(program: Server | Client, parse: Callable[[], argparse.Namespace]) -> None:
-    """What is broken is refused with one line, and the old stays."""
+def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> None:
+    """What is broken is refused, all of it, and the old stays."""
     try:
-        settings = parse()
-        shared, context = shared_settings(settings), make_context(settings)
+        program.reload(remake())
     except (ConfigError, rtunnel_tls.TlsConfigError) as error:
         log_event(ERROR, "reload-failed", reason=error)
     else:
-        warn(settings, context)
-        program.reload(shared, context)
+        log_event(INFO, "reloaded")
 
 
 def raise_descriptor_limit() -> None:
@@ -3013,7 +3076,7 @@ def add_pki(commands: Any) -> None:
     pki.set_defaults(run=run_pki, parser=pki)
 
 
-def run_pki(settings: argparse.Namespace, parse: Callable[[], argparse.Namespace]) -> int:
+def run_pki(settings: argparse.Namespace) -> int:
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
@@ -3027,7 +3090,7 @@ def run_pki(settings: argparse.Namespace, parse: Callable[[], argparse.Namespace
     return 0
 
 
-def run_program(settings: argparse.Namespace, parse: Callable[[], argparse.Namespace]) -> int:
+def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
         shown = settings.parser.format_values()
         print(shown, end="")
@@ -3038,7 +3101,7 @@ def run_program(settings: argparse.Namespace, parse: Callable[[], argparse.Names
     start_log(settings.log_level)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
-    return run(make_server(settings) if settings.command == "server" else make_client(settings), parse)
+    return run(make_program(settings), lambda: make_program(settings.parse_again()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -3050,8 +3113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
     try:
+        top.set_defaults(parse_again=lambda: top.parse_args(arguments))
         settings = top.parse_args(arguments)
-        return settings.run(settings, lambda: top.parse_args(arguments))  # type: ignore[no-any-return]
+        return settings.run(settings)  # type: ignore[no-any-return]
     except (ConfigError, rtunnel_tls.TlsConfigError) as error:
         prefix = "" if str(error).startswith("rtunnel") else "rtunnel: "
         sys.stderr.write(f"{prefix}{error}\n")

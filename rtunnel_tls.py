@@ -196,6 +196,10 @@ class TlsContext:
         """File, end and days left of whatever has WARN_DAYS or fewer."""
         return [(file, end, _days_left(end)) for file, end in self.expiries if _days_left(end) <= WARN_DAYS]
 
+    def days_left(self) -> dict[str, int]:
+        """Of each of our files."""
+        return {file: _days_left(end) for file, end in self.expiries}
+
     def revokes(self, receipt: Receipt) -> bool:
         """Whether an open session's certificate is revoked here: by issuer and serial, for a name lives on renewed."""
         return any(
