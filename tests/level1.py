@@ -145,6 +145,7 @@ class Peer(NaivePeer):
         peer.send_init(init(port, instance or new_instance(), window))
         welcome = dict(line.split("=", 1) for line in peer.hear(FrameType.WELCOME)[2].decode().split("\n"))
         if "error" in welcome:
+            peer.sock.close()
             raise Unwelcome(welcome["error"], welcome["message"])
         peer.port = int(welcome["port"])
         return peer

@@ -1,0 +1,355 @@
+"""The budget for strangers and the other limits (README, "Limits"; SECURITY.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from level1 import Log, Peer, Unwelcome
+from support import Address, Program, Service, connect, echo_service, ends_with, eventually, read_exactly
+from tls_peers import House
+from tunnels import Factory, open_tunnel, text, visit
+
+import rtunnel
+
+
+def stranger(server: Address, source: str = "127.0.0.1") -> socket.socket:
+    """A connection to the control port that says nothing."""
+    return socket.create_connection(server, 10.0, (source, 0))
+
+
+def is_open(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def is_served(public: Address) -> bool:
+    """Whether a visitor is answered, within 2 s."""
+    with connect(public, 2.0) as visitor, contextlib.suppress(OSError, EOFError):
+        visitor.sendall(b"polo")
+        return read_exactly(visitor, 4) == b"polo"
+    return False
+
+
+def count_open(socks: list[socket.socket]) -> int:
+    return sum(is_open(sock) for sock in socks)
+
+
+# --- strangers ----------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_stranger_of_a_site_gives_way(server: Factory) -> None:
+    """Of one address 16 connections may be no client yet; the next one makes the oldest of them go. Others stay."""
+    serving = server()
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(stranger(serving.control_address, "127.0.0.2"))
+        socks = []
+        for _ in range(20):
+            socks.append(stack.enter_context(stranger(serving.control_address)))
+            eventually(lambda: count_open(socks) == min(len(socks), 16))
+        assert [is_open(sock) for sock in socks] == [False] * 4 + [True] * 16
+        assert is_open(other)
+        told = serving.wait_for("refused")
+        assert "no clients yet" in told["reason"]
+        Peer.as_client(serving.control_address).sock.close()  # who speaks gets in beside them
+
+
+def test_the_oldest_stranger_of_all_gives_way(server: Factory) -> None:
+    """Of all addresses together 64 connections may be no client yet; the next one makes the oldest of all go."""
+    serving = server()
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for number in range(70):
+            source = f"127.0.1.{number // 10 + 1}"
+            socks.append(stack.enter_context(stranger(serving.control_address, source)))
+            eventually(lambda: count_open(socks) == min(len(socks), 64))
+        assert [is_open(sock) for sock in socks] == [False] * 6 + [True] * 64
+        assert serving.threads() < 64 * 2 + 20
+
+
+@pytest.mark.parametrize(
+    ("address", "site"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_sites(address: str, site: str) -> None:
+    """Of IPv6 a whole /64 counts as one: whoever has one address there has them all."""
+    assert rtunnel.Address(address, 1).site == site
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_the_silent_do_not_lock_others_out(server: Factory, client: Factory, house: House, tls: bool) -> None:
+    """With all places taken by the silent of five addresses a client connects at once; in TLS they are in the
+    middle of their handshake."""
+    flags = {role: house.flags(role) if tls else () for role in ("server", "client")}
+    serving = server(*flags["server"])
+    with contextlib.ExitStack() as stack:
+        for number in range(80):
+            stack.enter_context(stranger(serving.control_address, f"127.0.1.{number % 5 + 1}"))
+        started = time.monotonic()
+        asking = client(*flags["client"], "--server", text(serving.control_address), "--local=127.0.0.1:1")
+        asking.wait_for("session-opened")
+        assert time.monotonic() - started < 5.0
+
+
+def test_one_deadline_for_all(server: Factory, house: House) -> None:
+    """From accept to INIT there is one deadline, for TLS and INIT together; a byte now and then does not move it."""
+    serving = server(*house.flags("server"), limits={"HELLO_TIMEOUT_S": 1.0})
+    with connect(serving.control_address) as slow:
+        started = time.monotonic()
+        with contextlib.suppress(OSError):
+            for byte in b"\x16\x03\x01\x02\x00" + bytes(100):
+                slow.send(bytes([byte]))
+                if not is_open(slow):
+                    break
+                time.sleep(0.05)
+        assert 0.5 < time.monotonic() - started < 2.5
+    assert serving.wait_for("refused")["reason"].startswith("deadline")
+
+
+def test_lines_about_a_limit() -> None:
+    """A line about a limit comes at most once a second, and counts those that it stands for."""
+    log_limit = rtunnel.LimitLog()
+    with Log() as log, pytest.MonkeyPatch.context() as patch:
+        now = [0.0]
+        patch.setattr(rtunnel.time, "monotonic", lambda: now[0])
+        for tenth in range(25):
+            now[0] = tenth / 10
+            log_limit("full", number=tenth)
+        log_limit("other")
+    assert [(line["number"], line.get("more_like_it")) for line in log.events("full")] == [
+        ("0", None),
+        ("10", "9"),
+        ("20", "9"),
+    ]
+    assert len(log.events("other")) == 1
+
+
+# --- clients, leases, streams -------------------------------------------------------------------------------
+
+
+def codes(server: Address, count: int, port: int = 0) -> tuple[list[Peer], list[str]]:
+    """Up to `count` clients, and the codes of those that were refused."""
+    peers, refused = [], []
+    for _ in range(count):
+        try:
+            peers.append(Peer.as_client(server, port))
+        except Unwelcome as unwelcome:
+            refused.append(str(unwelcome.args[0]))
+    return peers, refused
+
+
+GLOBAL_PORT = ("--public-listen", "127.0.0.1:0")
+
+
+@pytest.mark.parametrize(
+    ("limit", "public"), [("MAX_CLIENTS", ()), ("MAX_CLIENTS", GLOBAL_PORT), ("MAX_LEASES", ())]
+)  # fmt: skip
+def test_clients_and_leases(server: Factory, limit: str, public: tuple[str, ...]) -> None:
+    """So many clients there may be, and so many leases of one identity; the next is told to try again later, and a
+    place is free when one has left."""
+    serving = server(*public, limits={limit: 3, "LEASE_LINGER_S": 0.1})
+    peers, refused = codes(serving.control_address, 5)
+    assert refused == ["too-many-clients"] * 2
+    peers.pop().sock.close()
+    serving.wait_for("session-closed")
+
+    def again() -> list[Peer]:
+        return codes(serving.control_address, 1)[0]
+
+    peers += eventually(again)
+    for peer in peers:
+        peer.sock.close()
+
+
+def test_a_client_that_comes_back_needs_no_place(server: Factory) -> None:
+    """Who replaces a session of its own is no further client and no further lease."""
+    serving = server(limits={"MAX_CLIENTS": 1, "MAX_LEASES": 1})
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            peer = Peer.as_client(serving.control_address, instance="ab" * 16)
+            stack.enter_context(peer.sock)
+        assert len(serving.events("lease-opened")) == 1
+
+
+def test_streams_of_the_server(server: Factory, client: Factory) -> None:
+    """So many visitors the server serves; the next one is reset, those that are there stay, and places come back."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        serving = server(limits={"MAX_STREAMS": 3})
+        client("--server", text(serving.control_address), "--local", service.text)
+        public = serving.lease_address()
+        visitors = [stack.enter_context(connect(public)) for _ in range(3)]
+        for visitor in visitors:
+            visitor.sendall(b"marco")
+            assert read_exactly(visitor, 5) == b"marco"
+        for _ in range(3):
+            assert visit(public) == "reset"
+        assert "3 streams are open" in serving.wait_for("visitor-refused")["reason"]
+        visitors.pop().close()
+        eventually(lambda: is_served(public))
+
+
+def test_streams_of_the_client(server: Factory, client: Factory) -> None:
+    """A client does not open more streams than that, whatever its server asks for: they are reset."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        serving = server()
+        asking = client(
+            "--server", text(serving.control_address), "--local", service.text, limits={"MAX_STREAMS": 2}
+        )  # fmt: skip
+        public = serving.lease_address()
+        for _ in range(2):
+            visitor = stack.enter_context(connect(public))
+            visitor.sendall(b"marco")
+            assert read_exactly(visitor, 5) == b"marco"
+        assert visit(public) == "reset"
+        assert "2 streams are open" in asking.wait_for("stream-refused")["reason"]
+
+
+# --- descriptors and threads --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited(program: Factory) -> Callable[..., Program]:
+    """Starts a program that may have 64 descriptors."""
+    if not hasattr(pytest.importorskip("resource"), "prlimit"):
+        pytest.skip("this system has no prlimit")
+
+    def start(*arguments: str) -> Program:
+        import resource
+
+        started = program(*arguments)
+        resource.prlimit(started.pid, resource.RLIMIT_NOFILE, (64, 64))
+        return started
+
+    return start
+
+
+def test_out_of_descriptors(limited: Callable[..., Program], client: Factory) -> None:
+    """A server that is out of descriptors stops accepting, serves on without spinning, and recovers."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        serving = limited("server", "--control-listen", "127.0.0.1:0", "--public-bind", "127.0.0.1")
+        client("--server", text(serving.control_address), "--local", service.text)
+        public = serving.lease_address()
+        first = stack.enter_context(connect(public))
+        first.sendall(b"marco")
+        assert read_exactly(first, 5) == b"marco"
+        others = [stack.enter_context(connect(public)) for _ in range(100)]
+        assert serving.wait_for("accept-failed")["reason"] == "Too many open files"
+        cpu, started = serving.cpu_seconds(), time.monotonic()
+        for _ in range(10):
+            first.sendall(b"still")
+            assert read_exactly(first, 5) == b"still"
+            time.sleep(0.05)
+        assert serving.cpu_seconds() - cpu < 0.5 * (time.monotonic() - started)
+        assert len(serving.events("accept-failed")) <= 3
+        for each in others:
+            each.close()
+        eventually(lambda: is_served(public))
+
+
+def test_a_client_without_descriptors(limited: Callable[..., Program], server: Factory) -> None:
+    """A client that is out of descriptors resets the visitors that it cannot serve, serves on, and recovers."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        serving = server()
+        asking = limited("client", "--server", text(serving.control_address), "--local", service.text)
+        public = serving.lease_address()
+        first = stack.enter_context(connect(public))
+        others = [stack.enter_context(connect(public)) for _ in range(80)]
+        asking.wait_for("dial-failed")
+        first.sendall(b"marco")
+        assert read_exactly(first, 5) == b"marco"
+        for each in others:
+            each.close()
+        eventually(lambda: is_served(public))
+
+
+def test_out_of_threads() -> None:
+    """A listener that can start no thread closes the connection, waits before it takes another, and recovers."""
+
+    class Poor(rtunnel.Pool):
+        rich = False
+
+        def run(self, name: str, task: Callable[..., None], *args: object) -> None:
+            if not self.rich:
+                raise RuntimeError("can't start new thread")
+            super().run(name, task, *args)
+
+    pool = Poor()
+    with Log() as log:
+        loopback = rtunnel.Address("127.0.0.1", 0)
+        listener = rtunnel.Listener(loopback, pool, lambda sock, peer: sock.sendall(b"hello"))
+        listener.start()
+        listener.resume()
+        started = time.monotonic()
+        for _ in range(3):
+            with connect(listener.address) as sock:
+                assert ends_with(sock) in ("eof", "reset")
+        assert time.monotonic() - started >= 2 * rtunnel.ACCEPT_PAUSE_S - 0.05
+        assert len(log.events("connection-dropped")) == 1
+        pool.rich = True
+        with connect(listener.address) as sock:
+            assert read_exactly(sock, 5) == b"hello"
+        listener.ask_to_stop()
+        listener.join()
+    pool.close(rtunnel.Deadline(2.0))
+
+
+# --- stuck --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["visitor", "local service"])
+def test_a_stuck_stream(server: Factory, client: Factory, side: str) -> None:
+    """A stream whose other direction has ended lives on while bytes come; without one it is reset after a time. Streams
+    that are open both ways stay, however idle."""
+    limits = {"STUCK_S": 1.0, "STUCK_CHECK_S": 0.1}
+    ended, go_on = threading.Event(), threading.Event()
+
+    def half(sock: socket.socket) -> None:
+        word = sock.recv(5)
+        if word == b"close":
+            sock.shutdown(socket.SHUT_WR)
+        elif word == b"marco":
+            sock.sendall(word)
+        while sock.recv(100):
+            continue
+        ended.set()
+        go_on.wait(10)
+
+    with Service(half) as service, contextlib.ExitStack() as stack:
+        stack.callback(go_on.set)
+        tunnel = open_tunnel(server, client, service, **limits)
+        idle = stack.enter_context(tunnel.connect())
+        idle.sendall(b"marco")
+        assert read_exactly(idle, 5) == b"marco"
+        visitor = stack.enter_context(tunnel.connect())
+        started = time.monotonic()
+        if side == "visitor":
+            visitor.sendall(b"stays")
+            visitor.shutdown(socket.SHUT_WR)
+            ended.wait(10)
+        else:
+            visitor.sendall(b"close")
+            assert visitor.recv(1) == b""
+            for _ in range(5):  # each byte is life
+                time.sleep(0.3)
+                visitor.sendall(b"x")
+            started += 1.5
+        tunnel.server.wait_for("stream-closed", stream=2)
+        assert time.monotonic() - started > 0.8
+        assert "stuck" in tunnel.server.events("stream-closed", stream=2)[0]["reason"]
+        idle.sendall(b"alive")
+        eventually(lambda: is_open(idle))
+        assert not tunnel.server.events("stream-closed", stream=1)
