@@ -1,0 +1,165 @@
+"""SIGTERM with `--drain`, GOAWAY, and the restart of a server (README, "Stopping")."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+
+import pytest
+from level1 import Ends, PeerServer, mapping
+from load import Load, answering
+from support import Program, connect, echo_service, ends_with, eventually, free_port, read_exactly
+from tunnels import Factory, Tunnel, open_tunnel, text, visit
+
+import rtunnel
+from rtunnel import FrameType
+
+
+def check_echo(sock: socket.socket) -> None:
+    sock.sendall(b"marco")
+    assert read_exactly(sock, 5) == b"marco"
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_open_streams_finish(server: Factory, client: Factory, role: str) -> None:
+    """With `--drain` SIGTERM takes nothing new, lets the open streams finish, and ends as soon as they have."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        tunnel, stopping = drained(server, client, service.address, role, 8.0)
+        visitor = stack.enter_context(tunnel.connect())
+        check_echo(visitor)
+        started = time.monotonic()
+        stopping.send_signal(signal.SIGTERM)
+        tunnel.server.wait_for("lease-closed")
+        assert visit(tunnel.public) == "refused"
+        for _ in range(5):
+            check_echo(visitor)
+        visitor.shutdown(socket.SHUT_WR)
+        assert ends_with(visitor) == "eof"
+        assert stopping.wait() == 0
+        assert time.monotonic() - started < 4.0
+
+
+def drained(
+    server: Factory, client: Factory, local: tuple[str, int], role: str, seconds: float
+) -> tuple[Tunnel, Program]:
+    """A tunnel, and that end of it which has `--drain`."""
+    drain = (f"--drain={seconds}",)
+    serving = server(*(drain if role == "server" else ()))
+    where = ("--server", text(serving.control_address), "--local", text(local), "--reconnect-max=0.2")
+    asking = client(*where, *(drain if role == "client" else ()))
+    tunnel = Tunnel(serving, asking, serving.lease_address())
+    return tunnel, serving if role == "server" else asking
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_the_end_of_the_drain(server: Factory, client: Factory, signals: list[int]) -> None:
+    """A stream that does not finish is reset when the seconds are over; SIGINT and a second signal do not wait."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        seconds = 1.0 if signals == [signal.SIGTERM] else 30.0
+        tunnel, stopping = drained(server, client, service.address, "server", seconds)
+        visitor = stack.enter_context(tunnel.connect())
+        check_echo(visitor)
+        started = time.monotonic()
+        stopping.send_signal(signals[0])
+        stopping.wait_for("stopping")
+        for number in signals[1:]:
+            stopping.send_signal(number)
+        assert ends_with(visitor) == "reset"
+        assert stopping.wait() == 0
+        took = time.monotonic() - started
+        assert (1.0 <= took < 3.0) if signals == [signal.SIGTERM] else took < 2.0
+
+
+def test_nobody_new_while_it_drains(server: Factory, client: Factory) -> None:
+    """A client that connects while the server drains is not served: its port would be missed by the next server."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        tunnel, stopping = drained(server, client, service.address, "server", 5.0)
+        visitor = stack.enter_context(tunnel.connect())
+        check_echo(visitor)
+        early = stack.enter_context(connect(tunnel.server.control_address))
+        eventually(lambda: len(tunnel.server.events("session-opened")) == 1)
+        stopping.send_signal(signal.SIGTERM)
+        stopping.wait_for("lease-closed")
+        early.sendall(rtunnel.encode(FrameType.INIT, 0, rtunnel.Init(0, "x:1", "ab" * 16, 1).payload()))
+        assert b"shutting-down" in early.recv(1000)
+        assert len(tunnel.server.events("lease-opened")) == 1
+        visitor.close()
+        assert stopping.wait() == 0
+
+
+def test_a_client_between_two_servers(server: Factory, client: Factory) -> None:
+    """A client that gets GOAWAY keeps its streams and connects anew at once: to the next server on the same port,
+    which serves its visitors while the old one lets the old streams finish."""
+    control, public = free_port(), free_port()
+    flags = (f"--control-listen=127.0.0.1:{control}", "--drain=10")
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        old = server(*flags)
+        old.wait_for("listening")
+        asking = client(f"--server=127.0.0.1:{control}", f"--forward={public}:{service.text}", "--reconnect-max=0.2")
+        old.wait_for("session-opened")
+        before = stack.enter_context(connect(("127.0.0.1", public)))
+        check_echo(before)
+        old.send_signal(signal.SIGTERM)
+        old.wait_for("lease-closed")
+        new = server(*flags)
+        new.wait_for("session-opened")
+        after = stack.enter_context(connect(("127.0.0.1", public)))
+        check_echo(after)
+        check_echo(before)
+        before.close()
+        assert old.wait() == 0
+        check_echo(after)
+        asking.wait_for("session-closed")
+        assert len(asking.events("session-opened")) == 2
+
+
+def test_a_second_goaway() -> None:
+    """GOAWAY counts once: a client does not connect twice for two of them."""
+    with PeerServer() as server, Ends() as ends:
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 1), 8080))
+        first = server.accept()
+        for reason in (b"stopping", b"stopping", b"stopping"):
+            first.send_frame(FrameType.GOAWAY, 0, reason)
+        server.accept()
+        first.send_frame(FrameType.PING, 0, b"12345678")
+        first.hear(FrameType.PONG)
+        assert len(client.sessions()) == 2
+
+
+def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that can start no thread when GOAWAY comes ends that session, and connects anew all the same."""
+
+    def fail(mapping: rtunnel.Mapping) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with PeerServer() as server, Ends() as ends:
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 1), 8080))
+        first = server.accept()
+        ends.log.wait_for("session-opened")
+        monkeypatch.setattr(client, "connect", fail)
+        first.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        server.accept()
+
+
+def test_a_restart_under_load(server: Factory, client: Factory) -> None:
+    """Drained and started anew, again and again under load, a server loses no request of visitors that try again where
+    the connection failed or was reset before the first byte."""
+    control, public = free_port(), free_port()
+    flags = (f"--control-listen=127.0.0.1:{control}", "--drain=10")
+    with answering() as (service, answers):
+        serving = server(*flags)
+        serving.wait_for("listening")
+        client(f"--server=127.0.0.1:{control}", f"--forward={public}:{service.text}", "--reconnect-max=0.2")
+        serving.wait_for("session-opened")
+        with Load(("127.0.0.1", public), 8, patient=True) as load:
+            for _ in range(2):
+                eventually(lambda before=len(load.seconds): len(load.seconds) > before + 100)  # type: ignore[misc]
+                assert serving.stop(signal.SIGTERM) == 0
+                serving = server(*flags)
+                serving.wait_for("session-opened")
+            eventually(lambda before=len(load.seconds): len(load.seconds) > before + 100)  # type: ignore[misc]
+    assert not load.failed
+    assert not load.wrong + answers.wrong
+    assert load.retried
