@@ -11,7 +11,7 @@ import threading
 import time
 from types import TracebackType
 
-from support import Address, Service
+from support import Address, Service, eventually
 
 HEADER = struct.Struct(">III")  # seed, bytes up, bytes down
 BLOCK = random.Random(20261122).randbytes(1 << 20) * 2
@@ -35,7 +35,7 @@ class Checker:
         received = bytearray()
         while part := sock.recv(1 << 16):
             received += part
-            if not pattern(seed, count)[: len(received)] == received:
+            if pattern(seed, count)[: len(received)] != received:
                 self.wrong.append(f"wrong byte within {len(received)} of {count}")
                 raise ConnectionAbortedError
         if len(received) < count:
@@ -95,6 +95,11 @@ class Load(Checker):
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+    def wait_for(self, count: int) -> None:
+        """Wait for so many more answered requests."""
+        before = len(self.seconds)
+        eventually(lambda: len(self.seconds) >= before + count, 20.0)
 
     def quantile_ms(self, share: float) -> float:
         """Of the answered requests' times."""
