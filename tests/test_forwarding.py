@@ -44,14 +44,18 @@ from tunnels import (
 
 HUNDRED_MB = 100 * len(BLOCK)
 
-both_paths = pytest.mark.parametrize("mode", ["plain", "polled"], indirect=True)
+both_paths = pytest.mark.parametrize("mode", ["plain", "polled", "tls"], indirect=True)
 Opened = Callable[..., Tunnel]
 
 
 @pytest.fixture
 def mode(request: pytest.FixtureRequest) -> Mode:
     """What the tunnel runs on; plain TCP where a test does not say."""
-    return MODES[getattr(request, "param", "plain")]
+    name = getattr(request, "param", "plain")
+    if name == "tls":
+        house = request.getfixturevalue("house")
+        return Mode(house.flags("server"), house.flags("client"))
+    return MODES[name]
 
 
 @pytest.fixture
