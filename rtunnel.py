@@ -2003,10 +2003,11 @@ class Lease:
         self.listener.resume()
         return replaced
 
-    def choose(self) -> ServerSession | None:
+    def choose(self, ended: list[ServerSession]) -> ServerSession | None:
         """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
-        asked = [session for session in self.sessions if session.init is not None]
-        session = min(asked or self.sessions, key=lambda client: client.visitors, default=None)
+        alive = [session for session in self.sessions if session not in ended]
+        asked = [session for session in alive if session.init is not None]
+        session = min(asked or alive, key=lambda client: client.visitors, default=None)
         if session is not None:
             session.visitors += 1
             self.sessions.remove(session)
@@ -2036,7 +2037,7 @@ class Server(Program):
         self._public_address = public
         self._public_bind = public_bind
         self._control: Listener | None = None  # main's
-        self._changed = threading.Condition(self._lock)  # a session has joined a lease, or the stop has begun
+        self._changed = threading.Condition(self._lock)  # a session has joined or left a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
@@ -2179,6 +2180,7 @@ class Server(Program):
             if lease is None:
                 return
             lease.sessions.remove(session)
+            self._changed.notify_all()
             if lease.sessions or (lease.shared and not linger):
                 return
             if linger and not self._stopping:
@@ -2208,22 +2210,30 @@ class Server(Program):
     def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
-        with self._lock:  # one that was accepted just before its session ended waits as those in the queue do
-            while (session := lease.choose()) is None and lease.lingers_until is not None and not self._stopping:
-                if not self._changed.wait(deadline.remaining()):
-                    break
+        ended: list[ServerSession] = []
         try:
-            if session is None:
-                raise SessionEnded("no client is connected")
             tune(sock)
-            session.serve_visitor(sock, visitor)
+            while session := self._choose(lease, ended, deadline):
+                try:
+                    return session.serve_visitor(sock, visitor)
+                except SessionEnded:
+                    ended.append(session)
+                finally:
+                    with self._lock:
+                        session.visitors -= 1
+            raise SessionEnded("no client is connected")
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
             log_event(WARNING, "visitor-refused", peer=visitor, reason=reason_of(error))
-        finally:
-            with self._lock:
-                if session is not None:
-                    session.visitors -= 1
+
+    def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
+        """A session for a visitor. One who was accepted just before a session ended waits as those in the queue do."""
+        with self._lock:
+            while (session := lease.choose(ended)) is None and not self._stopping:
+                may_return = lease.sessions or lease.lingers_until is not None
+                if not may_return or not self._changed.wait(deadline.remaining()):
+                    break
+            return session
 
 
 # ---- client -----------------------------------------------------------------------------------------------------
