@@ -178,6 +178,10 @@ class Program:
         """Where a visitor reaches the next lease that is opened."""
         return reachable(self.wait_for("lease-opened", timeout, **fields)["address"])
 
+    def session_address(self, timeout: float = DEADLINE_S, **fields: object) -> Address:
+        """Where a visitor reaches the next session that is opened, on loopback."""
+        return "127.0.0.1", int(self.wait_for("session-opened", timeout, **fields)["port"])
+
     def send_signal(self, number: int) -> None:
         self.process.send_signal(number)
 

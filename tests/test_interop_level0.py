@@ -42,7 +42,7 @@ def leased(program: Program, init: bytes = b"0:127.0.0.1:80") -> Iterator[tuple[
     """The original's client with a lease of its own on our server, and where its visitors go."""
     with NaivePeer.connect(program.control_address) as peer:
         peer.send_init(init)
-        yield peer, program.lease_address(peer=name_of(peer.sock))
+        yield peer, program.session_address(peer=name_of(peer.sock))
 
 
 def check_serves(peer: NaivePeer, public: Address, stream: int) -> None:
@@ -210,7 +210,7 @@ def test_two_clients_ask_for_one_port(server: Factory) -> None:
         with NaivePeer.connect(program.control_address) as second:
             second.send_init(f"{public[1]}:127.0.0.1:80".encode())
             second.expect_end()
-            assert program.wait_for("lease-failed", peer=name_of(second.sock))["reason"]
+            assert "port-in-use" in program.wait_for("refused", peer=name_of(second.sock))["reason"]
         check_serves(peer, public, 1)
 
 
