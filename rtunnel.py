@@ -116,7 +116,7 @@ SMALL_FRAME_BYTES = 16 * 1024  # up to this size a frame may be queued behind an
 SMALL_QUEUE_BYTES = 256 * 1024  # of queued small frames; then their threads wait too, which is the back-pressure
 SMALL_QUEUE_FRAMES = 1024  # the same for tiny frames, whose objects cost more than their bytes
 
-FIRST_BUFFER_BYTES = 4 * 1024  # receive buffers start small and grow where they are filled: 10,000 streams are idle
+FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow, four times, where they are filled: 10,000 are idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which the reader's next feed of that stream has to wait for
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames wait behind megabytes of others'
@@ -141,7 +141,6 @@ REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: two clones must not evict ea
 LEASE_LINGER_S = 5.0  # a port waits so long for its client's return: two attempts of a client
 HEARTBEAT_S = 15.0  # yamux: 30 s
 HEARTBEATS_TO_DEATH = 3  # without a byte received
-PINGS_REMEMBERED = 4  # a PONG may be as late as that
 WRITE_TIMEOUT_S = 30.0  # level 1: a transport that takes no byte for so long is dead; yamux: 10 s
 FAREWELL_S = 1.0  # for the peer to read our last frame, and for us to read why a write failed
 FIRST_RETRY_S = 1.0
@@ -1359,7 +1358,7 @@ class Stream:
         """Socket to DATA frames, until its end, an abort, or the end of the session (raises SessionEnded)."""
         sock = self._sock
         assert sock is not None
-        buffer = memoryview(bytearray(HEADER_BYTES + FIRST_BUFFER_BYTES))
+        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while self._wait_for_credit(sock):
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
@@ -1377,7 +1376,7 @@ class Stream:
             self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
             if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
-                buffer = memoryview(bytearray(FRAME_SENT_BYTES))
+                buffer = memoryview(bytearray(4 * len(buffer)))
 
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
@@ -1599,7 +1598,7 @@ class Session:
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
-        self._pings: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=PINGS_REMEMBERED)
+        self._ping: tuple[bytes, float] | None = None  # ours that is not answered yet, and when it was sent
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._cause: str | None = None
 
@@ -1679,10 +1678,9 @@ class Session:
 
     def _on_pong(self, payload: bytes) -> None:
         with self._lock:
-            sent = next((entry for entry in self._pings if entry[0] == payload), None)
-            if sent is None:
+            sent, self._ping = self._ping, None
+            if sent is None or sent[0] != payload:
                 raise ProtocolError("PONG without a PING")
-            self._pings.remove(sent)
         self.rtt_s = time.monotonic() - sent[1]
 
     def on_goaway(self, reason: str) -> None:
@@ -1749,10 +1747,12 @@ class Session:
         self.after(HEARTBEATS_TO_DEATH * self.settings.heartbeat_s, self._check_alive)
 
     def _beat(self) -> None:
-        ping = os.urandom(8)
         with self._lock:
-            self._pings.append((ping, time.monotonic()))
-        self.writer.post(encode(FrameType.PING, 0, ping))
+            due, ping = self._ping is None, os.urandom(8)  # one at a time: an answer may be slower than the heartbeat
+            if due:
+                self._ping = ping, time.monotonic()
+        if due:
+            self.writer.post(encode(FrameType.PING, 0, ping))
         self.after(self.settings.heartbeat_s, self._beat)
 
     def _check_alive(self) -> None:
