@@ -183,7 +183,7 @@ class PoolClosed(RtunnelError):
 # ---- addresses --------------------------------------------------------------------------------------------------
 
 
-LABEL = r"[!-\-/-9;-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.' and ':'
+LABEL = r"[!-\-/-9;-Z^-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.', ':' and brackets
 
 
 class Address(NamedTuple):
