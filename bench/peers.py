@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RELAY = ROOT / "tests/relay.py"  # plays distance
 HOST = "127.0.0.1"
 READY_S = 20.0  # for a program to listen, or a tunnel to answer
 STOP_S = 5.0  # for a program to end when it is asked
@@ -56,7 +55,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._started: list[subprocess.Popen[str]] = []
+        self.started: list[subprocess.Popen[str]] = []
         self._foreign: list[int] = []  # started by a script
 
     def start(self, arguments: Sequence[object], **options: object) -> subprocess.Popen[str]:
@@ -67,7 +66,7 @@ class Processes:
                 [str(word) for word in arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 text=True, **{"env": environment, **options},
             )  # type: ignore[call-overload]  # fmt: skip
-        self._started.append(process)
+        self.started.append(process)
         return process
 
     def adopt(self, pids: Sequence[int]) -> None:
@@ -79,7 +78,7 @@ class Processes:
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        found = [process.pid for process in self._started if process.poll() is None] + self._foreign
+        found = [process.pid for process in self.started if process.poll() is None] + self._foreign
         for pid in found:
             found += [child for child, parent in parents.items() if parent == pid]
         return found
@@ -88,12 +87,12 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._started):
+        for process in reversed(self.started):
             process.terminate()
         for pid in self._foreign:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        for process in self._started:
+        for process in self.started:
             with process:
                 try:
                     process.communicate(timeout=STOP_S)
@@ -104,6 +103,9 @@ class Processes:
                 eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), str(pid), STOP_S)  # type: ignore[misc]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+Relay = Callable[[int], contextlib.AbstractContextManager[int]]  # from a port to the one that leads there
 
 
 class Tunnel:
@@ -142,22 +144,17 @@ class Peer:
         return None
 
     @contextlib.contextmanager
-    def open(self, folder: Path, local: int, probe: bytes, one_way_s: float = 0.0) -> Iterator[Tunnel]:
-        """A tunnel to a local port, ready for visitors: it answers `probe`. With `one_way_s` its ends are far apart."""
+    def open(self, folder: Path, local: int, probe: bytes, relay: Relay | None = None) -> Iterator[Tunnel]:
+        """A tunnel to a local port, ready for visitors: it answers `probe`. A relay stands between its ends."""
         place = folder / f"{self.name}-{time.monotonic_ns()}".replace(" ", "-")
         place.mkdir()
         with contextlib.ExitStack() as stack:
             processes = stack.enter_context(Processes(place))
-            relays = stack.enter_context(Processes(place))  # not a part of what is measured
 
             def dialled(port: int, *, listens: bool = True) -> int:
                 if listens:
                     eventually(lambda: is_listening(port), f"{self.name}'s server does not listen")
-                if not one_way_s:
-                    return port
-                relay = relays.start([sys.executable, RELAY, f"{HOST}:{port}", one_way_s])
-                assert relay.stdout is not None
-                return int(relay.stdout.readline().rpartition(":")[2])
+                return stack.enter_context(relay(port)) if relay else port
 
             try:
                 port = self._start(processes, local, dialled)

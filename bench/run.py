@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -23,7 +24,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
-from peers import HOST, Direct, Failed, Ours, Peer, Processes, Script, Ssh, Tunnel, eventually, free_port, is_listening
+from peers import (
+    HOST,
+    ROOT,
+    Direct,
+    Failed,
+    Ours,
+    Peer,
+    Processes,
+    Script,
+    Ssh,
+    Tunnel,
+    eventually,
+    free_port,
+    is_listening,
+)
 
 HERE = Path(__file__).resolve().parent
 ECHO_PROBE = b"Ea"  # load.c: an echo of what follows
@@ -92,6 +107,14 @@ class Bench:
                 services.start([nginx, "-c", settings, "-p", self.folder])
                 eventually(lambda: is_listening(self.web), "nginx does not listen")
             yield self
+
+    @contextlib.contextmanager
+    def distance(self, rtt_ms: int, port: int) -> Iterator[int]:
+        """A relay to the port, so far away."""
+        with Processes(self.folder) as relays:
+            relay = relays.start([sys.executable, ROOT / "tests/relay.py", f"{HOST}:{port}", rtt_ms / 2000])
+            assert relay.stdout is not None
+            yield int(relay.stdout.readline().rpartition(":")[2])
 
     @contextlib.contextmanager
     def load(self, *words: object) -> Iterator[Tool]:
@@ -193,6 +216,7 @@ def measure_all(bench: Bench, measures: Sequence[Measure], peers: Sequence[Peer]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for measure in measures:
         local, probe = (bench.web, WEB_PROBE) if measure.web else (bench.service, ECHO_PROBE)
+        relay = functools.partial(bench.distance, measure.rtt_ms) if measure.rtt_ms else None
         if measure.descriptors + DESCRIPTORS_TO_SPARE > limit:
             bench.missing[measure.name] = f"a process may have {limit} descriptors here"
             continue
@@ -201,7 +225,7 @@ def measure_all(bench: Bench, measures: Sequence[Measure], peers: Sequence[Peer]
         for turn in range(runs):
             for peer in peers:
                 try:
-                    with peer.open(bench.folder, local, probe, measure.rtt_ms / 2000) as tunnel:
+                    with peer.open(bench.folder, local, probe, relay) as tunnel:
                         measured = measure.run(bench, tunnel)
                 except (Failed, subprocess.SubprocessError) as error:
                     bench.missing[f"{measure.name}, {peer.name}"] = str(error)
