@@ -343,6 +343,7 @@ def test_a_client_that_is_stopped_frees_its_port_at_once(ends: Ends) -> None:
     server = ends.open_server()
     client = ends.open_client(server, mapping(("127.0.0.1", 9)))
     public = ends.public()
+    ends.log.wait_for("session-opened", public=text(public))  # the client knows that it is level 1
     client.stop()
     ends.log.wait_for("lease-closed", reason="client: stopping")
     with Peer.as_client(server, public[1]) as stranger:
