@@ -1683,6 +1683,10 @@ class Session:
                 raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
 
+    def rtt(self) -> dict[str, float]:
+        """For a log line: the last round trip, where one is known."""
+        return {} if self.rtt_s is None else {"rtt_ms": 1000 * self.rtt_s}
+
     def on_goaway(self, reason: str) -> None:
         """The peer will open, or take, no more streams here."""
 
@@ -2094,8 +2098,7 @@ class Server(Program):
             log_event(WARNING, "refused", peer=address, reason=reason_of(error))
             return
         event, level = ("session-closed", INFO) if session.is_client else ("refused", WARNING)
-        rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
-        log_event(level, event, peer=address, level=session.level, reason=cause, **rtt_ms)
+        log_event(level, event, peer=address, level=session.level, reason=cause, **session.rtt())
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
@@ -2403,7 +2406,7 @@ class Client(Program):
         backoff = Backoff(self._reconnect_max_s)
         while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
-            event, level, refused = "connect-failed", 0, False
+            event, level, refused, rtt = "connect-failed", 0, False, dict[str, float]()
             session: ClientSession | None = None
             try:
                 with contextlib.closing(dial(self._server, CONNECT_TIMEOUT_S)) as sock:
@@ -2411,7 +2414,7 @@ class Client(Program):
                     session = ClientSession(transport, self._pool, self.settings, self, mapping)
                     with self.registered(session.stop):
                         reason = session.run()
-                event, level = "session-closed", session.level
+                event, level, rtt = "session-closed", session.level, session.rtt()
             except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
                 refused, reason = isinstance(error, ConnectionRefusedError), reason_of(error)
             wait = backoff.next_s(refused=refused)
@@ -2426,10 +2429,10 @@ class Client(Program):
                 if session.goaway == REPLACED:
                     wait = REPLACED_RETRY_S
                 elif session.goaway is not None:
-                    log_event(INFO, event, server=self._server, level=level, reason=reason)
+                    log_event(INFO, event, server=self._server, level=level, reason=reason, **rtt)
                     return  # another thread has the mapping since the GOAWAY
             if not self.stop_asked.is_set():
-                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait)
+                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait, **rtt)
                 self.stop_asked.wait(wait)
 
 
