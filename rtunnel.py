@@ -883,7 +883,7 @@ class PlainTransport:
         try:
             self._sock.sendall(frames)
         except BlockingIOError:
-            raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:.0f} s") from None
+            raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
 
     def set_timeout(self, seconds: float | None) -> None:
         """Of each wait, in the handshake only, when one thread has the transport: TimeoutError."""
@@ -1763,7 +1763,7 @@ class Session:
         limit = HEARTBEATS_TO_DEATH * self.settings.heartbeat_s
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
-            self.end(f"the peer is dead: no byte for {limit:.0f} s")
+            self.end(f"the peer is dead: no byte for {limit:g} s")
         else:
             self.after(left, self._check_alive)
 
@@ -1915,10 +1915,6 @@ class ServerSession(Session):
         if self.init is not None:
             raise ProtocolError("a second INIT")
         self.init = Init.parse(frame.payload)
-        with self._lock:
-            opened = self._last_stream > 0  # as level 0: the server's first frame fixes the level
-        if self.init.version and not opened:
-            self.level, self.peer_window = 1, self.init.window
         self._server.open_lease(self, self.init)
         self.is_client = True
         if self.level:
@@ -1940,7 +1936,8 @@ class ServerSession(Session):
             raise ProtocolError(f"{name} before INIT")
 
     def refuse(self, refused: Refused) -> None:
-        if self.level or refused.code == "bad-request":  # which only a client of level 1 can provoke
+        # A bad request comes before the level is fixed, and only from a client of level 1.
+        if self.level or (refused.code == "bad-request" and not self.has_had_streams()):
             lines = f"error={refused.code}\nmessage={refused.message}"
             self.part(str(refused), encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace")))
         else:
@@ -1993,13 +1990,13 @@ class Lease:
     def join(self, session: ServerSession) -> list[ServerSession]:
         """Returns the sessions that this one replaces: its holder's, on the global port those of its instance."""
         instance = session.init.instance if session.init else ""
+        others = [other for other in self.sessions if other is not session]  # it is there where its INIT came late
         replaced = [
             other
-            for other in self.sessions
+            for other in others
             if not self.shared or (instance and other.init and other.init.instance == instance)
         ]
-        self.sessions = [other for other in self.sessions if other not in replaced and other is not session]
-        self.sessions.append(session)
+        self.sessions = [*(other for other in others if other not in replaced), session]
         for other in replaced:
             other.lease = None
         session.lease = self
@@ -2104,6 +2101,9 @@ class Server(Program):
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
         peer = session.transport.peer
         with self._lock:
+            # The server's first frame fixes the level. No visitor is given to the session while WELCOME is on its way.
+            if init.version and not session.visitors and not session.has_had_streams():
+                session.level, session.peer_window = 1, init.window
             if self._stopping:
                 raise Refused("shutting-down", "the server stops")
             try:
@@ -2325,6 +2325,8 @@ class ClientSession(Session):
         self.end(str(refused))
 
     def on_goaway(self, reason: str) -> None:
+        if self.goaway is not None:
+            return  # once is enough: each would make a session more
         self.goaway = reason
         log_event(INFO, "goaway", server=self.transport.peer, level=self.level, reason=reason)
         if reason != REPLACED:
