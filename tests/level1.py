@@ -76,6 +76,7 @@ class Ends:
         self._contexts = (house.server(), house.client(name="127.0.0.1")) if house else (None, None)
         self.log = Log()
         self._stack = contextlib.ExitStack()
+        self._clients: list[rtunnel.Client] = []
         self.server: rtunnel.Server
 
     def __enter__(self) -> Ends:
@@ -104,6 +105,7 @@ class Ends:
         shared = rtunnel.Settings(**settings)
         client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, self._contexts[1])
         client.start()
+        self._clients.append(client)
         self._stack.callback(client.stop)
         return client
 
@@ -126,6 +128,11 @@ class Ends:
         """The server's sessions that have a lease."""
         with self.server._lock:
             return [session for lease in self.server._leases.values() for session in lease.sessions]
+
+    def client_sessions(self) -> list[rtunnel.ClientSession]:
+        """The clients' sessions that there are now."""
+        owners = [end.__self__ for client in self._clients for end in client._ends]  # type: ignore[attr-defined]
+        return [owner for owner in owners if isinstance(owner, rtunnel.ClientSession)]
 
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:

@@ -75,7 +75,7 @@ def test_a_network_that_goes_silent(
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay:
         asked = free_port() if port == "chosen" else 0
-        ends.open_client(relay.address, mapping(service.address, asked), heartbeat_s=0.1)
+        ends.open_client(relay.address, mapping(service.address, asked), heartbeat_s=0.2)
         public = ends.public()
         with connect(public) as old:
             old.sendall(b"marco")
@@ -97,7 +97,7 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
     """A session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
-        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.1)
+        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.2)
         public = ends.public()
         check_echo(public)
         relay.stall()
