@@ -116,7 +116,7 @@ SMALL_FRAME_BYTES = 16 * 1024  # up to this size a frame may be queued behind an
 SMALL_QUEUE_BYTES = 256 * 1024  # of queued small frames; then their threads wait too, which is the back-pressure
 SMALL_QUEUE_FRAMES = 1024  # the same for tiny frames, whose objects cost more than their bytes
 
-FIRST_BUFFER_BYTES = 4 * 1024  # receive buffers start small and grow where they are filled: 10,000 streams are idle
+FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow, four times, where they are filled: 10,000 are idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which the reader's next feed of that stream has to wait for
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames wait behind megabytes of others'
@@ -152,7 +152,6 @@ REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: two clones must not evict ea
 LEASE_LINGER_S = 5.0  # a port waits so long for its client's return: two attempts of a client
 HEARTBEAT_S = 15.0  # yamux: 30 s
 HEARTBEATS_TO_DEATH = 3  # without a byte received
-PINGS_REMEMBERED = 4  # a PONG may be as late as that
 WRITE_TIMEOUT_S = 30.0  # level 1: a transport that takes no byte for so long is dead; yamux: 10 s
 FAREWELL_S = 1.0  # for the peer to read our last frame, and for us to read why a write failed
 FIRST_RETRY_S = 1.0
@@ -195,7 +194,7 @@ class PoolClosed(RtunnelError):
 # ---- addresses --------------------------------------------------------------------------------------------------
 
 
-LABEL = r"[!-\-/-9;-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.' and ':'
+LABEL = r"[!-\-/-9;-Z^-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.', ':' and brackets
 
 
 class Address(NamedTuple):
@@ -988,7 +987,7 @@ class PlainTransport:
         try:
             self._sock.sendall(frames)
         except BlockingIOError:
-            raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:.0f} s") from None
+            raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
 
     def set_timeout(self, seconds: float | None) -> None:
         """Of each wait, in the handshake only, when one thread has the transport: TimeoutError."""
@@ -1481,7 +1480,7 @@ class Stream:
         """Socket to DATA frames, until its end, an abort, or the end of the session (raises SessionEnded)."""
         sock = self._sock
         assert sock is not None
-        buffer = memoryview(bytearray(HEADER_BYTES + FIRST_BUFFER_BYTES))
+        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while self._wait_for_credit(sock):
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
@@ -1500,7 +1499,7 @@ class Stream:
             self._sent += count
             self._sent_at = time.monotonic()
             if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
-                buffer = memoryview(bytearray(FRAME_SENT_BYTES))
+                buffer = memoryview(bytearray(4 * len(buffer)))
 
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
@@ -1727,7 +1726,7 @@ class Session:
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
-        self._pings: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=PINGS_REMEMBERED)
+        self._ping: tuple[bytes, float] | None = None  # ours that is not answered yet, and when it was sent
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self._cause: str | None = None
         self.after(STUCK_CHECK_S, self._check_stuck)
@@ -1808,11 +1807,14 @@ class Session:
 
     def _on_pong(self, payload: bytes) -> None:
         with self._lock:
-            sent = next((entry for entry in self._pings if entry[0] == payload), None)
-            if sent is None:
+            sent, self._ping = self._ping, None
+            if sent is None or sent[0] != payload:
                 raise ProtocolError("PONG without a PING")
-            self._pings.remove(sent)
         self.rtt_s = time.monotonic() - sent[1]
+
+    def rtt(self) -> dict[str, float]:
+        """For a log line: the last round trip, where one is known."""
+        return {} if self.rtt_s is None else {"rtt_ms": 1000 * self.rtt_s}
 
     def on_goaway(self, reason: str) -> None:
         """The peer will open, or take, no more streams here."""
@@ -1883,17 +1885,19 @@ class Session:
         self.after(STUCK_CHECK_S, self._check_stuck)
 
     def _beat(self) -> None:
-        ping = os.urandom(8)
         with self._lock:
-            self._pings.append((ping, time.monotonic()))
-        self.writer.post(encode(FrameType.PING, 0, ping))
+            due, ping = self._ping is None, os.urandom(8)  # one at a time: an answer may be slower than the heartbeat
+            if due:
+                self._ping = ping, time.monotonic()
+        if due:
+            self.writer.post(encode(FrameType.PING, 0, ping))
         self.after(self.settings.heartbeat_s, self._beat)
 
     def _check_alive(self) -> None:
         limit = HEARTBEATS_TO_DEATH * self.settings.heartbeat_s
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
-            self.end(f"the peer is dead: no byte for {limit:.0f} s")
+            self.end(f"the peer is dead: no byte for {limit:g} s")
         else:
             self.after(left, self._check_alive)
 
@@ -1940,9 +1944,7 @@ class Session:
         """What a line of the log says about it."""
         receipt = self.transport.receipt
         state = {"peer": self.transport.peer, "identity": self.transport.identity, "level": self.level}
-        state |= {"streams": self.stream_count(), "budget_left": self.budget.left}
-        if self.rtt_s is not None:
-            state["rtt_ms"] = 1000 * self.rtt_s
+        state |= {"streams": self.stream_count(), "budget_left": self.budget.left, **self.rtt()}
         return state if receipt is None else state | {"certificate_days_left": receipt.days_left}
 
     def stream_count(self) -> int:
@@ -2129,10 +2131,6 @@ class ServerSession(Session):
         if self.init is not None:
             raise ProtocolError("a second INIT")
         self.init = Init.parse(frame.payload)
-        with self._lock:
-            opened = self._last_stream > 0  # as level 0: the server's first frame fixes the level
-        if self.init.version and not opened:
-            self.level, self.peer_window = 1, self.init.window
         self._server.open_lease(self, self.init)
         self.is_client = True
         if self.level:
@@ -2154,7 +2152,8 @@ class ServerSession(Session):
             raise ProtocolError(f"{name} before INIT")
 
     def refuse(self, refused: Refused) -> None:
-        if self.level or refused.code == "bad-request":  # which only a client of level 1 can provoke
+        # A bad request comes before the level is fixed, and only from a client of level 1.
+        if self.level or (refused.code == "bad-request" and not self.has_had_streams()):
             lines = f"error={refused.code}\nmessage={refused.message}"
             self.part(str(refused), encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace")))
         else:
@@ -2209,13 +2208,13 @@ class Lease:
     def join(self, session: ServerSession) -> list[ServerSession]:
         """Returns the sessions that this one replaces: its holder's, on the global port those of its instance."""
         instance = session.init.instance if session.init else ""
+        others = [other for other in self.sessions if other is not session]  # it is there where its INIT came late
         replaced = [
             other
-            for other in self.sessions
+            for other in others
             if not self.shared or (instance and other.init and other.init.instance == instance)
         ]
-        self.sessions = [other for other in self.sessions if other not in replaced and other is not session]
-        self.sessions.append(session)
+        self.sessions = [*(other for other in others if other not in replaced), session]
         for other in replaced:
             other.lease = None
         session.lease = self
@@ -2229,10 +2228,11 @@ class Lease:
         lingers = self.lingers_until is not None
         return {"address": self.listener.address, "identity": self.identity, "sessions": peers, "lingers": lingers}
 
-    def choose(self) -> ServerSession | None:
+    def choose(self, ended: list[ServerSession]) -> ServerSession | None:
         """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
-        asked = [session for session in self.sessions if session.init is not None]
-        session = min(asked or self.sessions, key=lambda client: client.visitors, default=None)
+        alive = [session for session in self.sessions if session not in ended]
+        asked = [session for session in alive if session.init is not None]
+        session = min(asked or alive, key=lambda client: client.visitors, default=None)
         if session is not None:
             session.visitors += 1
             self.sessions.remove(session)
@@ -2262,7 +2262,7 @@ class Server(Program):
         self._public_address = public
         self._public_bind = public_bind
         self._control: Listener | None = None  # main's
-        self._changed = threading.Condition(self._lock)  # a session has joined a lease, or the stop has begun
+        self._changed = threading.Condition(self._lock)  # a session has joined or left a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
         self._strangers: dict[socket.socket, str] = {}  # no clients yet, with their sites; the oldest first
@@ -2334,8 +2334,7 @@ class Server(Program):
             with self._lock:  # before the socket is closed: `_greet_stranger` may shut it until then
                 gave_way = self._strangers.pop(sock, None) is None
         if opened:
-            rtt_ms = {} if session.rtt_s is None else {"rtt_ms": 1000 * session.rtt_s}
-            log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **rtt_ms)
+            log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **session.rtt())
         elif gave_way:
             reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
             log_limit("refused", peer=address, level=0, reason=reason)
@@ -2359,6 +2358,9 @@ class Server(Program):
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
         peer = session.transport.peer
         with self._lock:
+            # The server's first frame fixes the level. No visitor is given to the session while WELCOME is on its way.
+            if init.version and not session.visitors and not session.has_had_streams():
+                session.level, session.peer_window = 1, init.window
             if self._stopping:
                 raise Refused("shutting-down", "the server stops")
             try:
@@ -2496,6 +2498,7 @@ class Server(Program):
             if lease is None:
                 return
             lease.sessions.remove(session)
+            self._changed.notify_all()
             if lease.sessions or (lease.shared and not linger):
                 return
             if linger and not self._stopping:
@@ -2525,27 +2528,38 @@ class Server(Program):
     def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
-        with self._lock:  # one that was accepted just before its session ended waits as those in the queue do
-            while (session := lease.choose()) is None and lease.lingers_until is not None and not self._stopping:
-                if not self._changed.wait(deadline.remaining()):
-                    break
+        ended: list[ServerSession] = []
+        with self._lock:
             full = self._visitors >= MAX_STREAMS
             self._visitors += 1
         try:
-            if session is None:
-                raise SessionEnded("no client is connected")
             if full:
-                raise SessionEnded(f"{MAX_STREAMS} streams are open")
+                raise SessionEnded(f"{MAX_STREAMS} visitors are here")
             tune(sock)
-            session.serve_visitor(sock, visitor)
+            while session := self._choose(lease, ended, deadline):
+                try:
+                    return session.serve_visitor(sock, visitor)
+                except SessionEnded:
+                    ended.append(session)
+                finally:
+                    with self._lock:
+                        session.visitors -= 1
+            raise SessionEnded("no client is connected")
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
         finally:
             with self._lock:
                 self._visitors -= 1
-                if session is not None:
-                    session.visitors -= 1
+
+    def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
+        """A session for a visitor. One who was accepted just before a session ended waits as those in the queue do."""
+        with self._lock:
+            while (session := lease.choose(ended)) is None and not self._stopping:
+                may_return = lease.sessions or lease.lingers_until is not None
+                if not may_return or not self._changed.wait(deadline.remaining()):
+                    break
+            return session
 
 
 # ---- client -----------------------------------------------------------------------------------------------------
@@ -2739,7 +2753,7 @@ class Client(Program):
         while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
             self._renew_context()
-            event, level, refused = "connect-failed", 0, False
+            event, level, refused, rtt = "connect-failed", 0, False, dict[str, float]()
             session: ClientSession | None = None
             try:
                 with contextlib.closing(dial(self._server, CONNECT_TIMEOUT_S)) as sock:
@@ -2747,7 +2761,7 @@ class Client(Program):
                     session = ClientSession(transport, self._pool, self.settings, self, mapping)
                     with self.registered(session):
                         reason = session.run()
-                event, level = "session-closed", session.level
+                event, level, rtt = "session-closed", session.level, session.rtt()
             except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
                 refused, reason = isinstance(error, ConnectionRefusedError), reason_of(error)
             wait = backoff.next_s(refused=refused)
@@ -2762,10 +2776,10 @@ class Client(Program):
                 if session.goaway == REPLACED:
                     wait = REPLACED_RETRY_S
                 elif session.goaway is not None:
-                    log_event(INFO, event, server=self._server, level=level, reason=reason)
+                    log_event(INFO, event, server=self._server, level=level, reason=reason, **rtt)
                     return  # another thread has the mapping since the GOAWAY
             if not self.stop_asked.is_set():
-                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait)
+                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait, **rtt)
                 self.stop_asked.wait(wait)
 
 

@@ -8,11 +8,13 @@ import secrets
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from naive_peer import NaivePeer
 from support import Address, Fields, Record, Service, connect, eventually, parse_line
+from tls_peers import House
 
 import rtunnel
 from rtunnel import FrameType
@@ -29,11 +31,13 @@ class Log(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._records: list[Record] = []
+        self._times_s: list[float] = []  # of each
 
     def emit(self, record: logging.LogRecord) -> None:
         parsed = parse_line(f"2026-01-01T00:00:00.000Z {record.levelname} {record.getMessage()}")
         assert parsed is not None, record.getMessage()
-        self._records.append(parsed)
+        self._records.append(parsed)  # one thread at a time: the handler's lock
+        self._times_s.append(time.monotonic())
 
     def events(self, event: str, **fields: object) -> list[Fields]:
         """The fields of each line so far with this event and these fields."""
@@ -49,6 +53,10 @@ class Log(logging.Handler):
         eventually(lambda: len(self.events(event, **fields)) >= count, deadline, what)
         return self.events(event, **fields)[count - 1]
 
+    def times_of(self, event: str) -> list[float]:
+        """When each such line was logged, in seconds."""
+        return [at for record, at in zip(self._records, self._times_s, strict=False) if record.event == event]
+
     def __enter__(self) -> Log:
         self._before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
         rtunnel.LOG.setLevel(logging.DEBUG)
@@ -62,11 +70,13 @@ class Log(logging.Handler):
 
 
 class Ends:
-    """A server and any number of clients in this process, and the log of all."""
+    """A server and any number of clients in this process, and the log of all; over TLS where there is a house."""
 
-    def __init__(self) -> None:
+    def __init__(self, house: House | None = None) -> None:
+        self._contexts = (house.server(), house.client(name="127.0.0.1")) if house else (None, None)
         self.log = Log()
         self._stack = contextlib.ExitStack()
+        self._clients: list[rtunnel.Client] = []
         self.server: rtunnel.Server
 
     def __enter__(self) -> Ends:
@@ -78,7 +88,7 @@ class Ends:
 
     def open_server(self, *, public: rtunnel.Address | None = None, **settings: Any) -> Address:
         """Start the server; returns its control address."""
-        self.server = rtunnel.Server(LOOPBACK, public, LOOPBACK.host, rtunnel.Settings(**settings), None)
+        self.server = rtunnel.Server(LOOPBACK, public, LOOPBACK.host, rtunnel.Settings(**settings), self._contexts[0])
         self.server.start()
         self._stack.callback(self.server.stop)
         assert self.server._control is not None
@@ -93,8 +103,9 @@ class Ends:
     ) -> rtunnel.Client:
         """Start a client."""
         shared = rtunnel.Settings(**settings)
-        client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, None)
+        client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, self._contexts[1])
         client.start()
+        self._clients.append(client)
         self._stack.callback(client.stop)
         return client
 
@@ -106,13 +117,22 @@ class Ends:
 
     def public(self, count: int = 1) -> Address:
         """The public address of the `count`-th session that was opened."""
-        opened = self.log.wait_for("session-opened", count, identity=rtunnel.ANONYMOUS)
-        return "127.0.0.1", int(opened["port"])
+        eventually(lambda: len(self.opened()) >= count, what=f"session {count} is opened")
+        return "127.0.0.1", int(self.opened()[count - 1]["port"])
+
+    def opened(self) -> list[Fields]:
+        """What the server has logged of each session that it opened."""
+        return [fields for fields in self.log.events("session-opened") if "identity" in fields]
 
     def sessions(self) -> list[rtunnel.ServerSession]:
         """The server's sessions that have a lease."""
         with self.server._lock:
             return [session for lease in self.server._leases.values() for session in lease.sessions]
+
+    def client_sessions(self) -> list[rtunnel.ClientSession]:
+        """The clients' sessions that there are now."""
+        owners = [end.__self__ for client in self._clients for end in client._ends]  # type: ignore[attr-defined]
+        return [owner for owner in owners if isinstance(owner, rtunnel.ClientSession)]
 
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:

@@ -68,6 +68,14 @@ def parse_line(line: str) -> Record | None:
     return Record(level, event, fields)
 
 
+# Of INIT's text the first line alone, which is the original's, is said and understood.
+OLD = r"""
+said, understood = m.Init.payload, m.Init.parse
+m.Init.payload = lambda init: said(init).split(b"\n")[0]
+m.Init.parse = lambda raw: understood(raw.split(b"\n")[0])
+"""
+
+
 class Program:
     """A server or a client in a process of its own, and its log.
 
@@ -76,14 +84,19 @@ class Program:
     """
 
     def __init__(
-        self, *arguments: str, limits: Mapping[str, float] | None = None, env: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        limits: Mapping[str, float] | None = None,
+        old: bool = False,
+        env: Mapping[str, str] | None = None,
     ):
-        """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits."""
+        """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits. An `old` program
+        neither announces level 1 nor understands that its peer does."""
         self.arguments = arguments
-        if limits:
+        if limits or old:
             # The constants are the module's own; PROTOCOL.md's values are checked by another test.
-            assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}; " for n, v in limits.items())
-            start = ["-c", f"import sys, rtunnel as m; {assignments}sys.exit(m.main(sys.argv[1:]))"]
+            assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
+            start = ["-c", f"import sys, rtunnel as m\n{assignments}{OLD * old}sys.exit(m.main(sys.argv[1:]))"]
         else:
             start = ["rtunnel.py"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
@@ -177,6 +190,10 @@ class Program:
     def lease_address(self, timeout: float = DEADLINE_S, **fields: object) -> Address:
         """Where a visitor reaches the next lease that is opened."""
         return reachable(self.wait_for("lease-opened", timeout, **fields)["address"])
+
+    def session_address(self, timeout: float = DEADLINE_S, **fields: object) -> Address:
+        """Where a visitor reaches the next session that is opened, on loopback."""
+        return "127.0.0.1", int(self.wait_for("session-opened", timeout, **fields)["port"])
 
     def send_signal(self, number: int) -> None:
         self.process.send_signal(number)

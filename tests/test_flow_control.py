@@ -276,14 +276,14 @@ def rig(
         else:
             server = stack.enter_context(PeerServer())
             listener = stack.enter_context(small_listener())
-            client = ends.open_client(server.address, mapping(listener.getsockname()))
+            ends.open_client(server.address, mapping(listener.getsockname()))
             peer = server.accept()
             peer.send_frame(FrameType.NEW_CONN, 1, b"203.0.113.7:51234")
             peer.credit[1] = WINDOW_BYTES
             app, _ = listener.accept()
             stack.enter_context(app)
             app.settimeout(10)
-            yield Rig(ends, peer, app, client._ends[0].__self__)  # type: ignore[attr-defined]
+            yield Rig(ends, peer, app, ends.client_sessions()[0])
 
 
 def test_a_sender_stops_at_exactly_its_credit(rig: Rig) -> None:

@@ -44,14 +44,18 @@ from tunnels import (
 
 HUNDRED_MB = 100 * len(BLOCK)
 
-both_paths = pytest.mark.parametrize("mode", ["plain", "polled"], indirect=True)
+both_paths = pytest.mark.parametrize("mode", ["plain", "polled", "tls"], indirect=True)
 Opened = Callable[..., Tunnel]
 
 
 @pytest.fixture
 def mode(request: pytest.FixtureRequest) -> Mode:
     """What the tunnel runs on; plain TCP where a test does not say."""
-    return MODES[getattr(request, "param", "plain")]
+    name = getattr(request, "param", "plain")
+    if name == "tls":
+        house = request.getfixturevalue("house")
+        return Mode(house.flags("server"), house.flags("client"))
+    return MODES[name]
 
 
 @pytest.fixture
@@ -162,7 +166,7 @@ def test_100_mb_each_way_with_curl(tunnel: Opened, tmp_path: Path) -> None:
     assert (down.returncode, up.returncode) == (0, 0)
 
 
-@both_paths
+@pytest.mark.parametrize("mode", ["plain", "polled", "tls", "level 0"], indirect=True)
 def test_100_mb_each_way_with_sockets(tunnel: Opened, mode: Mode) -> None:
     """100 MB down, and 100 MB up into a sink at the same time, arrive whole: the digests are equal."""
     digest = hashlib.sha256()
@@ -396,7 +400,7 @@ def test_a_local_service_that_never_answers_the_dial(tunnel: Opened) -> None:
         assert opened.client.wait_for("dial-failed")["reason"] == "timed out"
 
 
-@both_paths
+@pytest.mark.parametrize("mode", ["level 0"], indirect=True)
 def test_a_stalled_stream_is_reset(tunnel: Opened, mode: Mode) -> None:
     """A visitor that takes nothing while its queue is full is reset at the limit of level 0; others go on."""
 

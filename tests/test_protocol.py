@@ -56,7 +56,7 @@ def test_the_documents_references_exist() -> None:
 CONSTANTS = {
     "payload of any frame but DATA": rtunnel.MAX_CONTROL_PAYLOAD_BYTES,
     "payload of DATA, accepted": rtunnel.MAX_DATA_PAYLOAD_BYTES,
-    "payload of DATA, sent": rtunnel.MAX_DATA_SENT_BYTES,
+    "DATA frame, sent, header included": rtunnel.FRAME_SENT_BYTES,
     "unknown frames before INIT": rtunnel.MAX_UNKNOWN_FRAMES_BEFORE_INIT,
     "from accept to session": rtunnel.HELLO_TIMEOUT_S,
     "silence that makes a client of the global port": rtunnel.SILENT_CLIENT_S,

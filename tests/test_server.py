@@ -10,8 +10,10 @@ from contextlib import ExitStack
 import pytest
 from conftest import Factory
 from naive_peer import DATA, NEW_CONN, NaivePeer
-from support import Program, connect, echo_service, eventually, read_exactly
+from support import Program, connect, echo_service, ends_with, eventually, read_exactly
 from tunnels import open_tunnel, text, visit
+
+import rtunnel
 
 
 def has_ipv6() -> bool:
@@ -121,25 +123,28 @@ def test_a_port_that_another_client_has(server: Factory) -> None:
         second = stack.enter_context(NaivePeer.connect(serving.control_address))
         second.send_init(b"%d:127.0.0.1:80" % public[1])
         second.expect_end()
-        failed = serving.wait_for("lease-failed", address=text(public))
-        assert failed["peer"] == text(second.sock.getsockname())
-        assert "in use" in failed["reason"]
+        refused = serving.wait_for("refused", peer=text(second.sock.getsockname()))
+        assert "port-in-use" in refused["reason"]
         stack.enter_context(connect(public))
         first.expect(NEW_CONN, 1)
         assert not serving.events("lease-closed")
 
 
-def test_a_killed_clients_port_is_free_at_once(server: Factory, client: Factory) -> None:
-    """When a client is killed its port is free at once, and the next one has it."""
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_port_is_free_when_its_client_has_gone(server: Factory, client: Factory, end: str) -> None:
+    """When a client is stopped its port is free at once, when it is killed after LEASE_LINGER_S; the next one has it,
+    and the visitor of the old one was reset."""
+    linger = {"stopped": rtunnel.LEASE_LINGER_S, "killed": 0.1}[end]
     with echo_service() as service:
-        tunnel = open_tunnel(server, client, service)
+        tunnel = open_tunnel(server, client, service, LEASE_LINGER_S=linger)
         with tunnel.connect() as visitor:
             visitor.sendall(b"x")
             read_exactly(visitor, 1)
-            tunnel.client.kill()
-            killed = time.monotonic()
+            gone = time.monotonic()
+            tunnel.client.stop() if end == "stopped" else tunnel.client.kill()
+            assert ends_with(visitor) == "reset"
             tunnel.server.wait_for("lease-closed", address=text(tunnel.public))
-            assert time.monotonic() - killed < 1.0
+            assert time.monotonic() - gone < 2.0
         port = str(tunnel.public[1])
         control = text(tunnel.server.control_address)
         client("--server", control, "--local", service.text, "--remote-port", port)

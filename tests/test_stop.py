@@ -207,10 +207,13 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     threads = set(threading.enumerate())
     sockets = own_sockets() if sys.platform == "linux" else 0
     with echo_service() as service, ExitStack() as stack:
-        serving = rtunnel.Server(rtunnel.Address("127.0.0.1", 0), None, "127.0.0.1")
+        serving = rtunnel.Server(rtunnel.Address("127.0.0.1", 0), None, "127.0.0.1", rtunnel.Settings(), None)
         serving.start()
-        control = serving._listeners[0].address
-        asking = rtunnel.Client(control, [rtunnel.Mapping(0, rtunnel.Address(*service.address))], 1.0)
+        assert serving._control is not None
+        control = serving._control.address
+        asking = rtunnel.Client(
+            control, [rtunnel.Mapping(0, rtunnel.Address(*service.address))], 1.0, rtunnel.Settings(), None
+        )
         asking.start()
         assert opened.wait(10)
         host, _, port = leases[0].rpartition(":")

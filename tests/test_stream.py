@@ -85,7 +85,7 @@ class Bench:
         near, far = tcp_pair()
         self.pool = pool
         self.peer = NaivePeer(far)
-        self.session = rtunnel.Session(rtunnel.PlainTransport(near), pool)
+        self.session = rtunnel.Session(rtunnel.PlainTransport(near), pool, rtunnel.Settings())
         self.started: list[str] = []
         start = self.session.start_thread
 
@@ -102,7 +102,7 @@ class Bench:
     def open(self, sock: socket.socket | None, dial: Callable[[], socket.socket] | None = None) -> rtunnel.Stream:
         """A stream with its pump at work: of an accepted socket, or of one that it dials."""
         with self.session._lock:
-            stream = rtunnel.Stream(self.session, self.session._last_stream + 1, sock, "visitor")
+            stream = rtunnel.Stream(self.session, self.session._last_stream + 1, sock, LOOPBACK)
             self.session._add_locked(stream)
         self.pool.run(f"pump {stream.number}", stream.run, dial)
         return stream
@@ -495,7 +495,9 @@ def test_no_thread_for_a_local_stream(pool: rtunnel.Pool, monkeypatch: pytest.Mo
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        session = rtunnel.ClientSession(rtunnel.PlainTransport(near), pool, mapping)
+        shared = rtunnel.Settings()
+        client = rtunnel.Client(LOOPBACK, [mapping], 1.0, shared, None)
+        session = rtunnel.ClientSession(rtunnel.PlainTransport(near), pool, shared, client, mapping)
         with running(session.run, lambda: session.end("the test is over")):
             peer.read_frame()
             with monkeypatch.context() as patch:
@@ -511,7 +513,7 @@ def test_no_thread_for_a_session(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyP
     """Where a session gets no control sender it ends, with the reason, and its connection is closed."""
     near, far = tcp_pair()
     with NaivePeer(far) as peer:
-        session = rtunnel.Session(rtunnel.PlainTransport(near), pool)
+        session = rtunnel.Session(rtunnel.PlainTransport(near), pool, rtunnel.Settings())
         monkeypatch.setattr(session, "start_thread", no_thread)
         assert "thread" in session.run()
         peer.expect_end()
@@ -680,12 +682,24 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunnel.Listener]:
-    """A listener on a free port."""
-    listener = rtunnel.Listener(LOOPBACK, pool, handle)
+    """A listener on a free port, at work."""
+    listener = listen(LOOPBACK, pool, handle)
     try:
         yield listener
     finally:
-        listener.stop()
+        end(listener)
+
+
+def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
+    listener = rtunnel.Listener(address, pool, handle)
+    listener.start()
+    listener.resume()
+    return listener
+
+
+def end(listener: rtunnel.Listener) -> None:
+    listener.ask_to_stop()
+    listener.join()
 
 
 def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
@@ -729,17 +743,16 @@ def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:
 
 
 def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
-    """When `stop` returns the port is free, at once, also with connections open and others waiting."""
+    """When `join` returns the port is free, at once, also with connections open and others waiting."""
     leave = threading.Event()
     try:
-        first = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: leave.wait(10))
+        first = listen(LOOPBACK, pool, lambda sock, peer: leave.wait(10))
         with connect(first.address), connect(first.address):
             asked = time.monotonic()
-            first.stop()
-            first.stop()  # a second time: nothing
+            end(first)
+            end(first)  # a second time: nothing
             assert time.monotonic() - asked < 0.4, "it waited for its poll interval"
-            second = rtunnel.Listener(first.address, pool, lambda sock, peer: None)
-            second.stop()
+            end(listen(first.address, pool, lambda sock, peer: None))
     finally:
         leave.set()
 
@@ -777,19 +790,18 @@ class Pair:
     """A server in this process with two clients, played by the test, and their public ports."""
 
     def __init__(self, serving: rtunnel.Server, log: Log, stack: contextlib.ExitStack) -> None:
-        control = serving._listeners[0].address
+        assert serving._control is not None
+        control = serving._control.address
         self.peers: list[NaivePeer] = []
         self.sessions: list[rtunnel.ServerSession] = []
         self.publics: list[tuple[str, int]] = []
         for count in (1, 2):
-            known = set(serving._sessions)
             self.peers.append(stack.enter_context(NaivePeer.connect(control)))
             self.peers[-1].send_init(b"0:127.0.0.1:80")
-            eventually(lambda count=count: len(log.records("lease-opened")) == count)  # type: ignore[misc]
-            (session,) = set(serving._sessions) - known
-            self.sessions.append(session)
-            host, _, port = log.records("lease-opened")[-1].fields["address"].rpartition(":")
-            self.publics.append((host, int(port)))
+            eventually(lambda count=count: len(log.records("session-opened")) == count)  # type: ignore[misc]
+            port = int(log.records("session-opened")[-1].fields["port"])
+            self.sessions.extend(serving._leases[port].sessions)
+            self.publics.append(("127.0.0.1", port))
 
     def check_only_the_first_ended(self, log: Log) -> None:
         """The first client's session has ended with one line and a traceback; the second's serves."""
@@ -815,7 +827,7 @@ class Pair:
 
 @pytest.fixture
 def pair(log: Log) -> Iterator[Pair]:
-    serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1")
+    serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1", rtunnel.Settings(), None)
     with contextlib.ExitStack() as stack:
         serving.start()
         stack.callback(serving.stop)
@@ -887,7 +899,7 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
     with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
         control.settimeout(5)
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        asking = rtunnel.Client(rtunnel.Address(*control.getsockname()), [mapping], 1.0)
+        asking = rtunnel.Client(rtunnel.Address(*control.getsockname()), [mapping], 1.0, rtunnel.Settings(), None)
         on_frame = rtunnel.ClientSession.on_frame
         failures = [Boom()]
 

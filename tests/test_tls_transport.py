@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tls_peers import (
     Pair,
     SocketCarrier,
     Task,
+    Watched,
     raw_context,
     receive,
     session,
@@ -338,28 +338,6 @@ def send_until_it_fails(transport: TlsTransport) -> None:
 
 
 # --- threads ------------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """Stands in for the SSL object, and notes how many threads are inside it at once."""
-
-    def __init__(self, ssl: rtunnel_tls._Ssl) -> None:
-        self._watched, self._inside, self._count = ssl, 0, threading.Lock()
-        self.calls = self.most = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return functools.partial(self._call, getattr(self._watched, name))
-
-    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
-        with self._count:
-            self._inside += 1
-            self.calls += 1
-            self.most = max(self.most, self._inside)
-        try:
-            return method(*args)
-        finally:
-            with self._count:
-                self._inside -= 1
 
 
 def load(house: House, seconds: float) -> tuple[list[Watched], int]:

@@ -17,6 +17,7 @@ import rtunnel
 class FakeStream:
     """As much of a stream as the writer looks at."""
 
+    number = 1
     cut = False
 
 

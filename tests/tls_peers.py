@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import socket
 import ssl
 import struct
@@ -236,6 +237,28 @@ def session(server: TlsContext, client: TlsContext) -> Iterator[tuple[TlsTranspo
         task = Task(shake, far, server)
         ours = shake(near, client)
         yield task.result(), ours
+
+
+class Watched:
+    """Stands in for the SSL object, and notes how many threads are inside it at once."""
+
+    def __init__(self, ssl: rtunnel_tls._Ssl) -> None:
+        self._watched, self._inside, self._count = ssl, 0, threading.Lock()
+        self.calls = self.most = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self._call, getattr(self._watched, name))
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        with self._count:
+            self._inside += 1
+            self.calls += 1
+            self.most = max(self.most, self._inside)
+        try:
+            return method(*args)
+        finally:
+            with self._count:
+                self._inside -= 1
 
 
 def receive(transport: TlsTransport, count: int) -> bytes:

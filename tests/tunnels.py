@@ -14,15 +14,16 @@ Factory = Callable[..., Program]
 
 
 class Mode(NamedTuple):
-    """What a tunnel runs on: more flags for each end, and constants that are replaced."""
+    """What a tunnel runs on: more flags for each end, constants that are replaced, the ends that know level 0 only."""
 
     server_flags: tuple[str, ...] = ()
     client_flags: tuple[str, ...] = ()
     limits: Mapping[str, Any] = {}
+    old: tuple[str, ...] = ()
 
 
 # "polled" is the path of systems without MSG_DONTWAIT: non-blocking sockets, each wait is a poll.
-MODES = {"plain": Mode(), "polled": Mode(limits={"DONT_WAIT": None})}
+MODES = {"plain": Mode(), "polled": Mode(limits={"DONT_WAIT": None}), "level 0": Mode(old=("client",))}
 
 
 class Tunnel(NamedTuple):
@@ -60,10 +61,12 @@ def open_tunnel(
 ) -> Tunnel:
     """A tunnel to a local service that is ready for visitors. `flags` are the server's, `limits` both ends'."""
     replaced = {**mode.limits, **limits}
-    serving = server(*mode.server_flags, *flags, limits=replaced)
+    serving = server(*mode.server_flags, *flags, limits=replaced, old="server" in mode.old)
     address = local.address if isinstance(local, Service) else local
     control = text(serving.control_address)
-    asking = client(*mode.client_flags, "--server", control, "--local", text(address), limits=replaced)
+    asking = client(
+        *mode.client_flags, "--server", control, "--local", text(address), limits=replaced, old="client" in mode.old
+    )
     if "--public-listen" in flags:
         serving.wait_for("session-opened")
         return Tunnel(serving, asking, serving.public_address)

@@ -1,0 +1,520 @@
+"""Leases: a public port belongs to one client, comes back to it at once, and to nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance
+from naive_peer import NaivePeer
+from relay import Relay
+from support import (
+    Address,
+    Program,
+    Service,
+    connect,
+    echo_service,
+    ends_with,
+    eventually,
+    free_port,
+    read_exactly,
+    running,
+)
+from tls_peers import House
+from tunnels import text, visit
+
+import rtunnel
+from rtunnel import FrameType
+
+Factory = Callable[..., Program]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Ends in this process, stopped after the test."""
+    with Ends() as made:
+        yield made
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that come back at once."""
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.01)
+
+
+def check_echo(public: Address, word: bytes = b"marco") -> None:
+    """A visitor of an echo service gets its word back."""
+    with connect(public) as visitor:
+        visitor.sendall(word)
+        assert read_exactly(visitor, len(word)) == word
+
+
+def refused(server: Address, port: int, instance: str = "") -> str:
+    """The code of the server's refusal of such a client."""
+    with pytest.raises(Unwelcome) as caught:
+        Peer.as_client(server, port, instance)
+    return str(caught.value.args[0])
+
+
+# --- back on the same port -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("port", ["chosen", "assigned"])
+def test_a_network_that_goes_silent(
+    ends: Ends, soon: None, port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No FIN, no RST, nothing: with its next connection the client has its port back, while the server still believes
+    in the old one; whose visitors are reset then, and whose transport is shut."""
+    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
+    with echo_service() as service, Relay(ends.open_server()) as relay:
+        asked = free_port() if port == "chosen" else 0
+        ends.open_client(relay.address, mapping(service.address, asked), heartbeat_s=0.2)
+        public = ends.public()
+        with connect(public) as old:
+            old.sendall(b"marco")
+            assert read_exactly(old, 5) == b"marco"
+            relay.silence()
+            eventually(lambda: relay.accepted == 2)
+            begun = time.monotonic()
+            assert ends.public(2) == public
+            check_echo(public)
+            took_s = time.monotonic() - begun
+            assert ends_with(old) == "reset"
+        ends.log.wait_for("session-replaced")
+        ends.log.wait_for("session-closed", reason="replaced")
+        with capsys.disabled():
+            print(f"\n  back on its {port} port {1000 * took_s:.0f} ms after its next connection")
+
+
+def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
+    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
+    with echo_service() as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
+        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.2)
+        public = ends.public()
+        check_echo(public)
+        relay.stall()
+        [session] = ends.sessions()
+        for _ in range(100):  # windows in all more than the kernel holds for one connection
+            visitor = stack.enter_context(connect(public))
+            visitor.sendall(bytes(rtunnel.WINDOW_BYTES))
+        eventually(lambda: session.writer._waiting, what="pumps wait for the writer's turn")
+        assert ends.public(2) == public
+        check_echo(public)
+        ends.log.wait_for("session-closed", reason="replaced")
+
+
+RECORD = struct.Struct(">8sQ")  # a visitor's tag, and a number that counts up
+
+
+class Records:
+    """A service and visitors whose every 16 bytes tell whose they are and where they belong."""
+
+    def __init__(self) -> None:
+        self.wrong: list[object] = []  # what must not be; from any thread
+        self.rounds = itertools.count()
+        self.rounds_done = 0
+        self.stop = threading.Event()
+        self._tags: set[bytes] = set()
+
+    def serve(self, sock: socket.socket) -> None:
+        """Check that one visitor's records come, from the first on, and send them back."""
+        rest, tag, numbers = b"", b"", itertools.count()
+        while part := sock.recv(1 << 16):
+            rest += part
+            whole = len(rest) - len(rest) % RECORD.size
+            for got, number in RECORD.iter_unpack(rest[:whole]):
+                if not tag:
+                    tag = got
+                    if tag in self._tags:
+                        self.wrong.append(("a visitor's bytes at a second connection", got, number))
+                    self._tags.add(tag)
+                if (got, number) != (tag, next(numbers)):
+                    self.wrong.append(("at the service", tag, got, number))
+            rest = rest[whole:]
+            sock.sendall(part)
+
+    def visit(self, public: Address, seed: int) -> None:
+        """One visitor after the other, each until its connection is reset."""
+        choose = random.Random(seed)
+        while not self.stop.is_set():
+            tag, numbers = choose.randbytes(8), itertools.count()
+            with contextlib.suppress(ConnectionError), connect(public) as sock:
+                while not self.stop.is_set():
+                    sent = b"".join(RECORD.pack(tag, next(numbers)) for _ in range(choose.choice([1, 10, 500])))
+                    sock.sendall(sent)
+                    try:
+                        got = read_exactly(sock, len(sent))
+                    except EOFError:
+                        self.wrong.append("a clean end of a session that was cut")
+                        break
+                    if got != sent:
+                        self.wrong.append(("at the visitor", tag))
+                    self.rounds_done = next(self.rounds)
+
+
+@pytest.mark.parametrize(("secured", "cuts"), [(False, 200), (True, 40)], ids=["plain", "TLS"])
+def test_no_byte_of_an_old_stream_reaches_a_new_one(
+    house: House, soon: None, monkeypatch: pytest.MonkeyPatch, secured: bool, cuts: int
+) -> None:
+    """Defect 1 across cuts of every kind, at any moment: each byte reaches the connection that it was sent for, no
+    cut looks like a clean end, and no visitor is turned away while the client is on its way back."""
+    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
+    records, choose = Records(), random.Random(cuts)
+    kinds = [dict[str, bool](), {"fin": True}, {"far": False}, {"far": False, "fin": True}]
+    with (
+        Ends(house if secured else None) as ends,
+        Service(records.serve) as service,
+        Relay(ends.open_server()) as relay,
+        contextlib.ExitStack() as stack,
+    ):
+        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.1)
+        public = ends.public()
+        for seed in range(4):
+            stack.enter_context(running(lambda seed=seed: records.visit(public, seed), records.stop.set))  # type: ignore[misc]
+        for cut in range(cuts):
+            accepted = relay.accepted
+            goal = records.rounds_done + choose.randrange(1, 6)
+            eventually(lambda goal=goal: records.rounds_done >= goal)  # type: ignore[misc]
+            if cut % 40 == 20:  # the client needs its heartbeat to notice
+                relay.silence()
+            else:
+                relay.cut(**choose.choice(kinds))
+            eventually(lambda accepted=accepted: relay.accepted > accepted)  # type: ignore[misc]
+        goal = records.rounds_done + 10
+        eventually(lambda: records.rounds_done >= goal)
+        records.stop.set()
+    assert not records.wrong, records.wrong[:5]
+    assert len(ends.opened()) > cuts
+    assert not ends.log.events("visitor-refused"), "a visitor was lost"
+
+
+# --- whose port it is ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["plain", "TLS"])
+def test_a_client_that_is_killed_and_started_anew(server: Factory, client: Factory, house: House, mode: str) -> None:
+    """While the server believes in the old session, a new process is a stranger in plain mode: `port-in-use`, until
+    the server has found the old one dead and its linger is over. With a certificate it is the holder, and has the
+    port and all visitors at once."""
+    flags = {role: house.flags(role) if mode == "TLS" else () for role in ("server", "client")}
+    limits = {"LEASE_LINGER_S": 0.3, "FIRST_RETRY_S": 0.05, "FAREWELL_S": 0.2}
+    heartbeat = "15" if mode == "TLS" else "0.2"
+    serving = server(*flags["server"], "--heartbeat", heartbeat, limits=limits)
+    with echo_service() as service, Relay(serving.control_address) as relay:
+
+        def start(port: int) -> Program:
+            remote = ("--remote-port", str(port), "--reconnect-max", "0.1")
+            asked = ("--server", text(relay.address), "--local", service.text, *remote)
+            return client(*flags["client"], *asked, limits=limits)
+
+        first = start(0)
+        public = serving.lease_address()
+        check_echo(public)
+        relay.silence()
+        first.kill()
+        second = start(public[1])
+        if mode == "TLS":
+            second.wait_for("session-opened")
+            assert not second.events("session-closed")
+            serving.wait_for("session-replaced")
+        else:
+            assert second.wait_for("session-closed")["reason"].startswith("port-in-use")
+            second.wait_for("session-opened")
+            reasons = [lease["reason"] for lease in serving.events("lease-closed")]
+            assert reasons == ["its client did not come back"]
+            assert serving.events("session-closed")[0]["reason"].startswith("the peer is dead")
+        check_echo(public)
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+def test_two_clones_do_not_evict_each_other_in_a_loop(house: House, secured: bool) -> None:
+    """Of two clients with one holder the newer serves; the older is told `replaced` and waits for 30 s."""
+    with Ends(house if secured else None) as ends, echo_service() as service:
+        server, port, instance = ends.open_server(), free_port(), new_instance()
+        for count in (1, 2):
+            ends.open_client(server, mapping(service.address, port, instance if not secured else None))
+            public = ends.public(count)
+        ends.log.wait_for("goaway", reason="replaced")
+        ends.log.wait_for("session-closed", retry_s="30.000")
+        check_echo(public)
+        assert len(ends.log.events("session-replaced")) == 1
+        assert len(ends.opened()) == 2
+
+
+def test_clones_wait_before_each_eviction(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short a client's backoff is, after `replaced` it waits REPLACED_RETRY_S."""
+    monkeypatch.setattr(rtunnel, "REPLACED_RETRY_S", 0.3)
+    server, one = ends.open_server(), mapping(("127.0.0.1", 9))
+    for count in (1, 2):
+        ends.open_client(server, one)
+        ends.public(count)
+    ends.log.wait_for("session-replaced", 4)
+    times = ends.log.times_of("session-replaced")
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 0.3
+
+
+def test_a_stranger_cannot_take_a_port_over(ends: Ends) -> None:
+    """In plain mode a lease belongs to an instance: whoever has another one, or none, does not get its port, neither
+    while it is served nor while it lingers."""
+    server = ends.open_server()
+    instance = new_instance()
+    with Peer.as_client(server, 0, instance) as holder:
+        port = holder.port
+        assert refused(server, port) == "port-in-use"
+        with NaivePeer.connect(server) as original:
+            original.send_init(b"%d:127.0.0.1:80" % port)
+            original.expect_end()
+        with connect(holder.public):  # is still the holder's
+            holder.hear(FrameType.NEW_CONN)
+    ends.log.wait_for("session-closed", level=1)
+    assert refused(server, port) == "port-in-use"
+    with Peer.as_client(server, port, instance) as returned:
+        assert returned.port == port
+    assert not ends.log.events("session-replaced")
+
+
+def test_at_level_0_the_newcomer_is_refused(ends: Ends) -> None:
+    """A port that a client of level 0 holds goes to nobody else while that session lives, and is free at once after
+    it: clients of the original would evict each other in a loop."""
+    server = ends.open_server()
+    with NaivePeer.connect(server) as original:
+        original.send_init(b"0:127.0.0.1:80")
+        port = int(ends.log.wait_for("session-opened", level=0)["port"])
+        assert refused(server, port) == "port-in-use"
+        with NaivePeer.connect(server) as other:
+            other.send_init(b"%d:127.0.0.1:80" % port)
+            other.expect_end()
+    ends.log.wait_for("lease-closed")
+    with Peer.as_client(server, port) as newcomer:
+        assert newcomer.port == port
+
+
+# --- linger ----------------------------------------------------------------------------------------------------------
+
+
+def test_visitors_wait_for_a_client_that_returns(ends: Ends) -> None:
+    """Visitors who come while a lease lingers wait in the listen queue, and the returning client serves all."""
+    server, instance = ends.open_server(), new_instance()
+    with Peer.as_client(server, 0, instance) as first:
+        public = first.public
+    ends.log.wait_for("session-closed", level=1)
+    with contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(connect(public)) for _ in range(20)]
+        for number, visitor in enumerate(visitors):
+            visitor.sendall(b"%04d" % number)
+        second = stack.enter_context(Peer.as_client(server, 0, instance))
+        assert second.public == public
+        said = {}
+        while len(said) < 20:
+            kind, stream, payload = second.hear(FrameType.NEW_CONN, FrameType.DATA)
+            if kind == FrameType.DATA:
+                said[stream] = payload
+                second.send_data(stream, payload)
+        assert sorted(said.values()) == [b"%04d" % number for number in range(20)]
+        for number, visitor in enumerate(visitors):
+            assert read_exactly(visitor, 4) == b"%04d" % number
+    assert not ends.log.events("visitor-refused")
+    assert not ends.log.events("lease-closed")
+
+
+def test_a_port_whose_client_does_not_return_is_closed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the linger the port is closed, its waiting visitors are reset, and others may have it."""
+    monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.2)
+    server = ends.open_server()
+    with Peer.as_client(server) as first:
+        public = first.public
+    ends.log.wait_for("session-closed", level=1)
+    assert visit(public, b"hello?") in ("reset", "refused")
+    ends.log.wait_for("lease-closed", reason="its client did not come back")
+    with Peer.as_client(server, public[1]) as second:
+        assert second.public == public
+
+
+def test_a_client_that_is_stopped_frees_its_port_at_once(ends: Ends) -> None:
+    """A client that is stopped says GOAWAY: no linger, the port is a stranger's the moment that it asks."""
+    server = ends.open_server()
+    client = ends.open_client(server, mapping(("127.0.0.1", 9)))
+    public = ends.public()
+    ends.log.wait_for("session-opened", public=text(public))  # the client knows that it is level 1
+    client.stop()
+    ends.log.wait_for("lease-closed", reason="client: stopping")
+    with Peer.as_client(server, public[1]) as stranger:
+        assert stranger.public == public
+
+
+def test_after_goaway_of_a_client_its_streams_go_on(ends: Ends) -> None:
+    """GOAWAY from a client ends its lease, and no stream that is open."""
+    with Peer.as_client(ends.open_server()) as peer, connect(peer.public) as visitor:
+        peer.hear(FrameType.NEW_CONN)
+        peer.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        ends.log.wait_for("lease-closed")
+        assert visit(peer.public) == "refused"
+        peer.send_data(1, b"still here")
+        assert read_exactly(visitor, 10) == b"still here"
+        visitor.sendall(b"so am I")
+        assert peer.hear(FrameType.DATA) == (FrameType.DATA, 1, b"so am I")
+
+
+def test_after_goaway_of_a_server_the_client_connects_anew(ends: Ends, soon: None) -> None:
+    """GOAWAY from a server: the client asks for its port on a new session, and what is open on the old one goes on."""
+    with PeerServer() as server, echo_service() as service:
+        ends.open_client(server.address, mapping(service.address))
+        old = server.accept()
+        old.send_frame(FrameType.NEW_CONN, 1, b"203.0.113.7:51234")
+        old.credit[1] = 65536
+        old.send_data(1, b"before")
+        assert old.hear(FrameType.DATA)[2] == b"before"
+        old.send_frame(FrameType.GOAWAY, 0, b"full")
+        new = server.accept()
+        assert server.inits[0].instance == server.inits[1].instance
+        old.send_data(1, b"behind")
+        assert old.hear(FrameType.DATA)[2] == b"behind"
+        new.send_frame(FrameType.NEW_CONN, 1, b"203.0.113.7:51235")
+        new.credit[1] = 65536
+        new.send_data(1, b"as well")
+        assert new.hear(FrameType.DATA)[2] == b"as well"
+
+
+# --- port 0, several mappings, the global port ---------------------------------------------------------------------
+
+
+def test_port_0_gives_a_known_instance_the_same_port(ends: Ends) -> None:
+    """Remote port 0 with a known instance gives the same port back, also when its lease had ended; another instance
+    gets another one."""
+    server, instance = ends.open_server(), new_instance()
+    with Peer.as_client(server, 0, instance) as first:
+        first.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        ends.log.wait_for("lease-closed")
+    with Peer.as_client(server, 0, instance) as again, Peer.as_client(server) as other:
+        assert again.port == first.port != other.port
+
+
+def test_port_0_that_somebody_else_has_got_meanwhile(ends: Ends) -> None:
+    """Where the port of a known instance is another's by now, the server assigns a new one."""
+    server, instance = ends.open_server(), new_instance()
+    with Peer.as_client(server, 0, instance) as first:
+        first.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        ends.log.wait_for("lease-closed")
+    with Peer.as_client(server, first.port) as other, Peer.as_client(server, 0, instance) as again:
+        assert other.port == first.port != again.port
+        with connect(again.public):
+            again.hear(FrameType.NEW_CONN)
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+def test_the_mappings_of_a_process_do_not_disturb_each_other(house: House, soon: None, secured: bool) -> None:
+    """Several mappings with port 0 have a port each, lead to their own services, and have the same ports back after a
+    cut; with certificates too, where all have one identity."""
+    with Ends(house if secured else None) as ends, contextlib.ExitStack() as stack:
+        relay = stack.enter_context(Relay(ends.open_server()))
+        services = [
+            stack.enter_context(Service(lambda sock, n=n: sock.sendall(b"I am %d" % n)))  # type: ignore[misc]
+            for n in range(3)
+        ]
+        ends.open_client(relay.address, *[mapping(service.address) for service in services])
+
+        def ports(opened: list[dict[str, str]]) -> dict[str, int]:
+            return {fields["local"]: int(fields["port"]) for fields in opened}
+
+        ends.public(3)
+        before = ports(ends.opened())
+        assert len(set(before.values())) == 3
+        relay.cut(far=False)
+        ends.public(6)
+        assert ports(ends.opened()[3:]) == before
+        ends.log.wait_for("session-replaced", 3)
+        for n, service in enumerate(services):
+            with connect(("127.0.0.1", before[service.text])) as visitor:
+                assert read_exactly(visitor, 6) == b"I am %d" % n
+
+
+def test_a_global_port_serves_all(ends: Ends) -> None:
+    """The global port belongs to all sessions that sent INIT, whatever port they ask for: WELCOME says which it is,
+    each visitor goes to the session with the fewest streams, and a session that comes back replaces only itself."""
+    server = ends.open_server(public=rtunnel.Address("127.0.0.1", 0))
+    instances = [new_instance() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer.as_client(server, 4711, instance)) for instance in instances]
+        public = peers[0].public
+        assert {peer.port for peer in peers} == {public[1]}
+        for _ in range(6):
+            stack.enter_context(connect(public))
+        for peer in peers:
+            assert [peer.hear(FrameType.NEW_CONN)[1] for _ in range(2)] == [1, 2]
+
+        returned = stack.enter_context(Peer.as_client(server, 0, instances[1]))
+        assert peers[1].hear(*FrameType)[0] in (FrameType.GOAWAY, FrameType.CLOSE_CONN)
+        assert len(ends.log.events("session-replaced")) == 1
+        with connect(public):
+            assert returned.hear(FrameType.NEW_CONN)[1] == 1
+
+        peers[0].send_frame(FrameType.GOAWAY, 0, b"stopping")
+        eventually(lambda: len(ends.sessions()) == 2)
+        for _ in range(4):
+            stack.enter_context(connect(public))
+        for peer in (returned, peers[2]):
+            while peer.hear(FrameType.NEW_CONN, FrameType.EOF)[0] != FrameType.NEW_CONN:
+                pass
+    assert not ends.log.events("visitor-refused")
+
+
+# --- what the client is told -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["port-denied", "bad-request"])
+def test_a_refusal_for_good_ends_the_client(client: Factory, code: str) -> None:
+    """`port-denied` and `bad-request` end the client with status 3, and the log has the server's sentence."""
+    with PeerServer() as server:
+        asking = client("--server", text(server.address), "--local", "127.0.0.1:9")
+        server.accept(f"error={code}\nmessage=Not on a Sunday.".encode()).sock.close()
+        assert asking.wait() == 3
+        assert asking.wait_for("refused")["reason"] == f"{code}: Not on a Sunday."
+
+
+def test_a_port_that_cannot_be_bound(server: Factory, client: Factory) -> None:
+    """A port that the server's system does not grant is `port-denied`: the client ends, and says why."""
+    serving = server("--public-bind", "192.0.2.1")  # documentation only (RFC 5737): nobody has it
+    asking = client("--server", text(serving.control_address), "--local", "127.0.0.1:9")
+    assert asking.wait() == 3
+    reason = "port-denied: port 0 cannot be opened: Cannot assign requested address"
+    assert asking.wait_for("refused")["reason"] == reason
+    assert serving.wait_for("lease-failed")["port"] == "0"
+
+
+def test_one_mapping_refused_for_good_ends_them_all(client: Factory) -> None:
+    """A final refusal of any one mapping ends the client, with status 3."""
+    with PeerServer() as server:
+        asking = client("--server", text(server.address), "--forward", "0:127.0.0.1:9", "--forward", "1:127.0.0.1:9")
+        server.accept()
+        server.accept(b"error=port-denied\nmessage=No.")
+        assert asking.wait() == 3
+
+
+def test_other_refusals_are_tried_again(ends: Ends, soon: None) -> None:
+    """`port-in-use`, `too-many-clients`, `shutting-down` and any code that is unknown: the client comes back."""
+    codes = ["port-in-use", "too-many-clients", "shutting-down", "not-invented-yet"]
+    with PeerServer() as server:
+        ends.open_client(server.address, mapping(("127.0.0.1", 9)))
+        for code in codes:
+            server.accept(f"error={code}\nmessage=Later.".encode()).sock.close()
+            ends.log.wait_for("session-closed", reason=f"{code}: Later.")
+        server.accept()
+        ends.log.wait_for("session-opened", level=1)
+        assert len({init.instance for init in server.inits}) == 1
+
+
+def test_the_public_address_is_the_first_that_is_said(server: Factory, program: Factory) -> None:
+    """The client's first line at info level says the public address that it got, and the level."""
+    serving = server()
+    asking = program("client", "--server", text(serving.control_address), "--local", "127.0.0.1:9")
+    public = serving.lease_address()
+    asking.wait_for("session-opened", public=text(public), level=1)
+    assert asking.records[0].event == "session-opened"
