@@ -2714,10 +2714,10 @@ class Client(Program):
         reconnect_max_s: float,
         settings: Settings,
         context: rtunnel_tls.TlsContext | None,
-        load_context: Callable[[], rtunnel_tls.TlsContext | None] = lambda: None,
+        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
     ) -> None:
         super().__init__(settings, context)
-        self._load_context = load_context
+        self._load_context = load_context or (lambda: context)
         self._server = server
         self._mappings = mappings
         self._reconnect_max_s = reconnect_max_s

@@ -79,7 +79,13 @@ def test_nobody_new_while_it_drains(server: Factory, client: Factory) -> None:
         visitor = stack.enter_context(tunnel.connect())
         check_echo(visitor)
         early = stack.enter_context(connect(tunnel.server.control_address))
-        eventually(lambda: len(tunnel.server.events("session-opened")) == 1)
+        tunnel.server.wait_for("session-opened")
+
+        def is_accepted() -> bool:
+            stopping.send_signal(signal.SIGUSR1)
+            return stopping.wait_for("state")["strangers"] == "1/64"
+
+        eventually(is_accepted)
         stopping.send_signal(signal.SIGTERM)
         stopping.wait_for("lease-closed")
         early.sendall(rtunnel.encode(FrameType.INIT, 0, rtunnel.Init(0, "x:1", "ab" * 16, 1).payload()))
