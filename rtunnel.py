@@ -123,6 +123,7 @@ UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames 
 
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
+GIVES_WAY = "gives way"  # in the place of a stranger's site
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
 MAX_STRANGERS = 64  # connections that are no client yet: each costs a thread or two and, with TLS, some 300 kB.
@@ -839,9 +840,10 @@ class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike; each connection runs in a thread of the pool.
 
     Threads: its acceptor, in `serve_forever`; the public methods from any other.
-    The life of a connection: `get_request` accepts; `process_request` gives it to the pool, where `handle(sock,
-    peer)` serves it; then `shutdown_request` closes the socket. `handle_error` logs what escaped. `tick` is called at
-    least every 0.5 s.
+    The life of a connection: `get_request` accepts; `admit(sock, peer)` says whether it is served, still in the
+    acceptor; `process_request` gives it to the pool, where `handle(sock, peer)` serves it; then, and whatever has
+    failed, `shutdown_request` calls `left(sock)` and closes the socket. `handle_error` logs what escaped. `tick` is
+    called at least every 0.5 s.
     """
 
     allow_reuse_address = os.name == "posix"  # on Windows that option would let another program share the port
@@ -853,10 +855,12 @@ class Listener(socketserver.ThreadingTCPServer):
         pool: Pool,
         handle: Callable[[socket.socket, Address], None],
         tick: Callable[[], None] = lambda: None,
-        admit: Callable[[Address], bool] = lambda peer: True,
+        admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
+        left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
         """Bind and listen; what comes waits until `resume`. Raises OSError."""
         self._admit = admit
+        self._left = left
         self._pool = pool
         self._handle = handle
         self._tick = tick
@@ -917,7 +921,7 @@ class Listener(socketserver.ThreadingTCPServer):
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._admit(Address(*client_address[:2]))  # else it is closed, before a byte is read
+        return self._admit(request, Address(*client_address[:2]))
 
     def process_request(self, request: Any, client_address: Any) -> None:
         address = Address(*client_address[:2])
@@ -932,6 +936,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self._handle(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        self._left(request)
         request.close()  # only: socketserver would send FIN first and turn each reset into a clean end
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1994,6 +1999,8 @@ class Program:
         self._context = context
         self._pool = Pool()
         self._lock = threading.Lock()
+        # the stop has begun; on the server also: a session has joined or left a lease, a stranger has left
+        self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
         self._stopping = False
@@ -2028,10 +2035,15 @@ class Program:
             with self._lock:
                 self._connections.remove(connection)
 
-    def stop_connections(self) -> None:
-        """No new ones; all that are there end."""
+    def _take_nothing_new(self) -> None:
         with self._lock:
             self._stopping = True
+            self._changed.notify_all()
+
+    def stop_connections(self) -> None:
+        """No new ones; all that are there end."""
+        self._take_nothing_new()
+        with self._lock:
             connections = list(self._connections)
         for connection in connections:
             connection.shutdown()
@@ -2046,8 +2058,7 @@ class Program:
     def drain(self, hurry: threading.Event) -> None:
         """Nothing new, and the open streams may finish: as long as `--drain` says, or until `hurry`."""
         deadline = Deadline(self.settings.drain_s)
-        with self._lock:
-            self._stopping = True
+        self._take_nothing_new()
         for session in self.sessions():
             session.retire("stopping")
         while self.stream_count() and deadline.remaining():
@@ -2262,11 +2273,10 @@ class Server(Program):
         self._public_address = public
         self._public_bind = public_bind
         self._control: Listener | None = None  # main's
-        self._changed = threading.Condition(self._lock)  # a session has joined or left a lease, or the stop has begun
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
-        self._strangers: dict[socket.socket, str] = {}  # no clients yet, with their sites; the oldest first
-        self._visitors = 0  # all of them, those that wait for a session too
+        self._strangers: dict[socket.socket, str] = {}  # no clients yet: their sites, or GIVES_WAY; the oldest first
+        self._visitors = 0  # that are accepted and not closed
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
 
     @property
@@ -2283,7 +2293,9 @@ class Server(Program):
                 lease.listener.resume()
                 log_event(INFO, "listening", kind="public", address=lease.listener.address)
             option, address = "control", self._control_address
-            self._control = Listener(address, self._pool, self.serve_control)
+            self._control = Listener(
+                address, self._pool, self.serve_control, admit=self._greet_stranger, left=self._forget_stranger
+            )
             self._control.start()
             self._control.resume()
             log_event(INFO, "listening", kind="control", address=self._control.address)
@@ -2308,8 +2320,6 @@ class Server(Program):
         for listener in listeners:
             listener.ask_to_stop()
         self.stop_connections()
-        with self._lock:
-            self._changed.notify_all()
         for listener in listeners:
             listener.join()
         self._pool.close(deadline)
@@ -2320,7 +2330,6 @@ class Server(Program):
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
         level, opened = 0, False
-        self._greet_stranger(sock, address)
         try:
             transport = self.secure(PlainTransport(sock), deadline)
             session = ServerSession(transport, self._pool, self.settings, self, sock, deadline)
@@ -2330,29 +2339,42 @@ class Server(Program):
                 self.leave_lease(session, reason, linger=level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
-        finally:
-            with self._lock:  # before the socket is closed: `_greet_stranger` may shut it until then
-                gave_way = self._strangers.pop(sock, None) is None
         if opened:
             log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **session.rtt())
-        elif gave_way:
+        elif self._strangers.get(sock) == GIVES_WAY:
             reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
             log_limit("refused", peer=address, level=0, reason=reason)
         else:
             log_event(WARNING, "refused", peer=address, level=level, reason=reason)
 
-    def _greet_stranger(self, sock: socket.socket, address: Address) -> None:
-        """A connection that is no client yet takes a place among the strangers; without a free one the oldest goes."""
+    def _greet_stranger(self, sock: socket.socket, address: Address) -> bool:
+        """In the acceptor: it takes a place among the strangers, and where none is free the oldest gives way.
+
+        While as many are still on their way out, nobody is accepted: that bounds their threads.
+        """
         with self._lock:
+            while len(self._strangers) >= 2 * MAX_STRANGERS and not self._stopping:
+                self._changed.wait()
             self._strangers[sock] = address.site
-            neighbours = [other for other, site in self._strangers.items() if site == address.site]
-            everybody = list(self._strangers)
+            everybody = [other for other, site in self._strangers.items() if site != GIVES_WAY]
+            neighbours = [other for other in everybody if self._strangers[other] == address.site]
             for crowd, limit in ((neighbours, MAX_STRANGERS_PER_SITE), (everybody, MAX_STRANGERS)):
                 if len(crowd) > limit:
-                    del self._strangers[crowd[0]]
+                    self._strangers[crowd[0]] = GIVES_WAY
                     with contextlib.suppress(OSError):
-                        crowd[0].shutdown(socket.SHUT_RDWR)  # its reader wakes, and closes it
+                        crowd[0].shutdown(socket.SHUT_RDWR)  # its reader wakes; it is closed when it has left only
                     break
+        return True
+
+    def _forget_stranger(self, sock: socket.socket) -> None:
+        """It has become a client, or is about to be closed."""
+        with self._lock:
+            self._forget_stranger_locked(sock)
+
+    def _forget_stranger_locked(self, sock: socket.socket) -> None:
+        assert self._lock.locked()
+        if self._strangers.pop(sock, None) is not None:
+            self._changed.notify_all()
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
@@ -2377,7 +2399,7 @@ class Server(Program):
             if session.level:  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
             replaced = lease.join(session)
-            self._strangers.pop(session.sock, None)
+            self._forget_stranger_locked(session.sock)
             self._changed.notify_all()
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
@@ -2466,13 +2488,9 @@ class Server(Program):
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
 
-        def admit(visitor: Address) -> bool:
-            admitted = self.settings.visitors.admit(visitor)
-            if not admitted:
-                log_limit("visitor-refused", peer=visitor, reason="it is not of --visitors")
-            return admitted
-
-        listener = Listener(address, self._pool, serve, lambda: self._tick(lease), admit)
+        listener = Listener(
+            address, self._pool, serve, lambda: self._tick(lease), self._admit_visitor, self._visitor_left
+        )
         lease = Lease(listener, holder, identity, shared=shared)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
@@ -2487,7 +2505,7 @@ class Server(Program):
             if session.lease is not None or lease is None or len(lease.sessions) >= MAX_CLIENTS:
                 return session.lease is not None  # its INIT was faster; or there is no place, then it stays a stranger
             lease.join(session)
-            self._strangers.pop(session.sock, None)
+            self._forget_stranger_locked(session.sock)
         log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
         return True
 
@@ -2529,12 +2547,7 @@ class Server(Program):
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
-        with self._lock:
-            full = self._visitors >= MAX_STREAMS
-            self._visitors += 1
         try:
-            if full:
-                raise SessionEnded(f"{MAX_STREAMS} visitors are here")
             tune(sock)
             while session := self._choose(lease, ended, deadline):
                 try:
@@ -2548,9 +2561,21 @@ class Server(Program):
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
-        finally:
-            with self._lock:
-                self._visitors -= 1
+
+    def _admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
+        """In the acceptor: before a byte is read, and before there is a thread."""
+        with self._lock:
+            self._visitors += 1
+            full = self._visitors > MAX_STREAMS
+        if not full and self.settings.visitors.admit(visitor):
+            return True
+        log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
+        reset_at_close(sock)
+        return False
+
+    def _visitor_left(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._visitors -= 1
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor. One who was accepted just before a session ended waits as those in the queue do."""

@@ -197,7 +197,7 @@ def test_streams_of_the_server(server: Factory, client: Factory) -> None:
             assert read_exactly(visitor, 5) == b"marco"
         for _ in range(3):
             assert visit(public) == "reset"
-        assert "3 visitors are here" in serving.wait_for("visitor-refused")["reason"]
+        assert "too many" in serving.wait_for("visitor-refused")["reason"]
         visitors.pop().close()
         eventually(lambda: is_served(public))
 
