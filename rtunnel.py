@@ -969,9 +969,9 @@ class Writer:
                 self._small.append((stream, bytes(frame)))
                 self._small_bytes += len(frame)
                 return
-            ticket = None
             if self._holder is None:
-                self._holder = threading.get_ident()
+                batch = self._take_turn_locked(frame)
+                ticket = None
             else:
                 ticket = threading.Lock()
                 ticket.acquire()
@@ -982,8 +982,8 @@ class Writer:
                 self._check_open_locked()
                 if self._holder is not ticket:
                     return
-                self._holder = threading.get_ident()
-        self._write(stream, frame)
+                batch = self._take_turn_locked(None if stream.cut else frame)
+        self._write(batch)
 
     def _fits_locked(self, frame: bytes | memoryview) -> bool:
         fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
@@ -1028,8 +1028,8 @@ class Writer:
             self._check_open_locked()
             if self._holder is not None or not self._control:
                 return
-            self._holder = threading.get_ident()
-        self._write()
+            batch = self._take_turn_locked()
+        self._write(batch)
 
     def wake(self) -> None:
         """Make the control sender flush the transport and look at the clock."""
@@ -1050,12 +1050,15 @@ class Writer:
             self._check_open_locked()
             if not self._has_work_locked():
                 return
-            self._holder = threading.get_ident()
-        self._write()
+            batch = self._take_turn_locked()
+        self._write(batch)
 
     def _has_work_locked(self) -> bool:
-        free = self._holder is None and bool(self._control or self._grants or self._woken)
-        return free or self._holder is self.SENDER or self._cause is not None
+        return (self._holder is None and self._has_more()) or self._holder is self.SENDER or self._cause is not None
+
+    def _has_more(self) -> bool:
+        """Also called without the lock: what that look misses, `_pass_turn` sees."""
+        return bool(self._control or self._small or self._grants or self._woken)
 
     def close(self, cause: str, last: bytes = b"") -> None:
         """No more frames but a last one; everybody who waits gets SessionEnded. The first cause stays."""
@@ -1088,41 +1091,43 @@ class Writer:
         if self._cause is not None:
             raise SessionEnded(self._cause)
 
-    def _write(self, stream: Stream | None = None, frame: bytes | memoryview | None = None) -> None:
-        """Write one batch with the own frame, one more if others came meanwhile, and pass the turn on."""
+    def _take_turn_locked(self, own: bytes | memoryview | None = None) -> tuple[bytes | memoryview | None, bool]:
+        """This thread has the turn, and a batch to write: what is queued, then its own frame; and whether to flush."""
+        assert self._lock.locked()
+        self._holder = threading.get_ident()
+        if not self._has_more():
+            return own, False
+        flush, self._woken = self._woken, False
+        frames: list[bytes | memoryview] = [*self._control]
+        frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
+        frames += [small for _, small in self._small]
+        frames += [own] if own is not None else []
+        self._control.clear()
+        self._grants.clear()
+        self._small.clear()
+        self._provoked = self._small_bytes = 0
+        return b"".join(frames) or None, flush
+
+    def _write(self, batch: tuple[bytes | memoryview | None, bool]) -> None:
+        """Write the batch, one more if others came meanwhile, and pass the turn on."""
+        assert self._holder == threading.get_ident(), "only the holder of the turn writes"
         try:
-            for own in (frame, None):
-                batch, flush = self._take_batch(stream, own)
-                if batch is not None:
-                    self._transport.send(batch)
-                if flush:
-                    self._transport.flush()
-                if batch is None and not flush:
-                    break
+            self._put(*batch)
+            if self._has_more():
+                with self._lock:
+                    batch = self._take_turn_locked()
+                self._put(*batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
         finally:
             self._pass_turn()
 
-    def _take_batch(
-        self, stream: Stream | None, own: bytes | memoryview | None
-    ) -> tuple[bytes | memoryview | None, bool]:
-        with self._lock:
-            assert self._holder == threading.get_ident(), "only the holder of the turn writes"
-            flush, self._woken = self._woken, False
-            frames: list[bytes | memoryview] = [*self._control]
-            frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
-            frames += [small for _, small in self._small]
-            self._control.clear()
-            self._grants.clear()
-            self._small.clear()
-            self._provoked = self._small_bytes = 0
-            if own is not None and stream is not None and not stream.cut:
-                frames.append(own)
-        if len(frames) > 1:
-            return b"".join(frames), flush
-        return (frames[0] if frames else None), flush
+    def _put(self, frames: bytes | memoryview | None, flush: bool) -> None:
+        if frames is not None:
+            self._transport.send(frames)
+        if flush:
+            self._transport.flush()
 
     def _pass_turn(self) -> None:
         with self._lock:
@@ -1132,7 +1137,7 @@ class Writer:
             elif self._waiting:
                 self._holder, _ = self._waiting.popleft()
                 self._holder.release()
-            elif self._control or self._grants or self._small or self._woken:
+            elif self._has_more():
                 self._holder = self.SENDER
                 self._changed.notify_all()
 
@@ -1248,16 +1253,20 @@ class Stream:
             self._changed.notify_all()
 
     def blocked_received(self) -> None:
-        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles."""
+        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles.
+
+        What is owed goes back too, also where nothing can grow: up to half a window may be on its way to be granted,
+        and a peer that bursts would reach half its speed with it.
+        """
+        window = self._receive_window
         with self._lock:
-            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None:
+            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None or window.debt:
                 return
-            count = self._session.budget.take(self._receive_window.growth())
-            if not count:
-                return
-            first = not self._receive_window.grown
-            grant = self._receive_window.grow(count)
-        self._session.writer.grant(self, grant)
+            count = self._session.budget.take(window.growth())
+            first = count and not window.grown
+            grant = window.grow(count)
+        if grant:
+            self._session.writer.grant(self, grant)
         if first:
             self._session.after(STALL_S, self._check_stalled)
 
@@ -1359,13 +1368,13 @@ class Stream:
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        while self._wait_for_credit(sock):
+        while self._send_window.credit or self._wait_for_credit(sock):
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
             except OSError as error:
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
-            if not count or self._aborted is not None:
+            if not count or self._is_over():
                 return
             if self._peer_closed:
                 continue  # discarded: the peer has forgotten the stream
@@ -1384,8 +1393,10 @@ class Stream:
                 if self._is_over():
                     return 0
                 continue
-            with contextlib.suppress(BlockingIOError):
+            try:
                 return sock.recv_into(buffer)
+            except BlockingIOError:
+                continue
 
     def _is_over(self) -> bool:
         return self._aborted is not None or self._lingered
@@ -1702,10 +1713,13 @@ class Session:
 
     def _find(self, number: int) -> Stream | None:
         """The stream, None where it has ended. Raises ProtocolError for an id that was never opened."""
-        with self._lock:
-            if number > self._last_stream or not number:
-                raise ProtocolError(f"frame for stream {number}, which was never opened")
-            return self._streams.get(number)
+        stream = self._streams.get(number)  # one look, which needs no lock
+        if stream is None:
+            with self._lock:
+                if number > self._last_stream or not number:
+                    raise ProtocolError(f"frame for stream {number}, which was never opened")
+                stream = self._streams.get(number)  # it may have been opened between
+        return stream
 
     # -- the control sender, whose wait is the session's clock
 
