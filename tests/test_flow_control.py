@@ -338,6 +338,23 @@ def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
     assert rig.window.size == WINDOW_BYTES
 
 
+def test_blocked_brings_back_what_is_owed(ends: Ends) -> None:
+    """BLOCKED on an empty queue returns the credit that is owed, less than half a window as it may be, also where
+    nothing can grow: who sends in bursts would reach half its speed with the other half of its window."""
+    with Peer.as_client(ends.open_server(session_budget_bytes=0)) as peer, connect(peer.public) as visitor:
+        peer.hear(FrameType.NEW_CONN)
+        peer.send_data(1, bytes(20_000))
+        read_exactly(visitor, 20_000)
+        for answer in (20_000, None):
+            peer.send_frame(FrameType.BLOCKED, 1)
+            if answer:
+                assert peer.hear(FrameType.WINDOW) == (FrameType.WINDOW, 1, answer.to_bytes(4, "big"))
+        peer.send_frame(FrameType.PING, 0, b"no more?")
+        assert peer.hear()[0] == FrameType.PONG, "with nothing owed there is no WINDOW"
+        [session] = ends.sessions()
+        assert session._streams[1]._receive_window.size == WINDOW_BYTES
+
+
 def test_a_stalled_stream_gives_its_growth_back(rig: Rig) -> None:
     """A queue that has not moved for STALL_S takes its window back to 64 KiB; nothing is granted until the debt is
     paid; then the stream goes on with 64 KiB, the budget is whole again, and no byte is lost."""
