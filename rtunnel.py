@@ -1368,7 +1368,7 @@ class Stream:
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        while self._send_window.credit or self._wait_for_credit(sock):
+        while not self._is_over() and (self._send_window.credit or self._wait_for_credit(sock)):
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
             except OSError as error:

@@ -1,7 +1,7 @@
 """A peer of the tunnel that is written from PROTOCOL.md alone and imports nothing of the program.
 
-`NaivePeer` says and hears single frames, `Level1Peer` those of level 1. `OriginalClient` and `OriginalServer` behave as the original's two
-programs do, as simply as can be: one thread, one loop, blocking writes.
+`NaivePeer` says and hears single frames, `Level1Peer` those of level 1. `OriginalClient` and `OriginalServer` behave as
+the original's two programs do, as simply as can be: one thread, one loop, blocking writes.
 """
 
 from __future__ import annotations
