@@ -372,10 +372,14 @@ def test_every_line_has_the_same_form(server: Factory, client: Factory) -> None:
 
 def test_the_log_level(program: Factory) -> None:
     """A level hides what is below it."""
-    quiet = program("server", "--control-listen", "127.0.0.1:0", "--log-level", "error")
-    port = free_port()
-    heard = program("server", "--control-listen", f"127.0.0.1:{port}", "--log-level", "info")
-    assert heard.control_address[1] == port
+    addresses = [("127.0.0.1", free_port()) for _ in range(2)]
+    quiet, heard = (
+        program("server", "--control-listen", text(address), "--log-level", level)
+        for address, level in zip(addresses, ("error", "info"), strict=True)
+    )
+    for address in addresses:
+        eventually(lambda address=address: visit(address, b"nonsense" * 9) != "refused")  # type: ignore[misc]
+    heard.wait_for("refused")
     assert [heard.stop(), quiet.stop()] == [0, 0]
     assert quiet.lines == []
 
