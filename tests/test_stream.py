@@ -28,7 +28,7 @@ from support import (
     reset,
     running,
 )
-from tunnels import closed_port, tcp_pair, visit
+from tunnels import closed_port, tcp_pair, text, visit
 
 import rtunnel
 
@@ -809,8 +809,8 @@ class Pair:
             self.peers[1].expect(NEW_CONN, 1)
             self.peers[1].send_frame(DATA, 1, b"fine")
             assert read_exactly(visitor, 4) == b"fine"
-        with pytest.raises(ConnectionRefusedError):
-            connect(self.publics[0])
+        (lease,) = log.records("lease-closed")
+        assert lease.fields["address"] == text(self.publics[0])
 
 
 @pytest.fixture
