@@ -295,6 +295,24 @@ def test_a_socket_that_stays_is_left(bench: Bench, visitor: Ends, monkeypatch: p
     assert read_all(far) == b"bye"
 
 
+def test_a_socket_that_pushes_on_is_left(bench: Bench, visitor: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that goes on sending after our end keep its stream beyond the limit."""
+    monkeypatch.setattr(rtunnel, "LINGER_S", 0.1)
+    near, far = visitor
+    bench.open(near)
+
+    def push() -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while True:
+                far.sendall(BIG)
+
+    bench.peer.send_frame(DATA, 1, b"bye")
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    assert bench.peer.read_close(1) == b""
+    with running(push):
+        eventually(lambda: bench.session.stream_count() == 0)
+
+
 def test_the_sessions_end_resets_its_streams(bench: Bench, visitor: Ends, both_paths: None) -> None:
     """When a session ends, each of its streams is reset and closed."""
     near, far = visitor
