@@ -404,8 +404,8 @@ class Init(NamedTuple):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
             window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
             return init._replace(version=number(pairs["version"], 1, 2**31), window=window)
-        except UnicodeDecodeError:
-            raise ProtocolError("INIT is not UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
             if "version" not in pairs:
                 raise
@@ -1247,10 +1247,11 @@ class Stream:
                 self._end_inbound_locked()
 
     def grant_received(self, count: int) -> None:
-        """The peer's WINDOW. Raises ProtocolError."""
+        """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
         with self._lock:
-            self._send_window.grant(count)
-            self._changed.notify_all()
+            if self._aborted is None and not (self._outbound_ended and self._inbound is not Inbound.OPEN):
+                self._send_window.grant(count)
+                self._changed.notify_all()
 
     def blocked_received(self) -> None:
         """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles.
