@@ -2068,7 +2068,7 @@ class Server(Program):
             if self._public_address is not None:
                 option, address = "public", self._public_address
                 with self._lock:
-                    lease = self._bind_locked(address, None, shared=True)
+                    lease = self._bind_locked(address, None)
                 lease.listener.resume()
                 log_event(INFO, "listening", kind="public", address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2160,26 +2160,32 @@ class Server(Program):
         key = (session.holder or "", init.instance)
         if not init.port and (port := self._assigned.get(key)):
             with contextlib.suppress(OSError):
-                return self._bind_locked(Address(self._public_bind, port), session.holder)
-        lease = self._bind_locked(Address(self._public_bind, init.port), session.holder)
+                return self._bind_locked(Address(self._public_bind, port), session)
+        lease = self._bind_locked(Address(self._public_bind, init.port), session)
         if not init.port and init.instance:
             self._assigned[key] = lease.listener.address.port
             while len(self._assigned) > MAX_ASSIGNED_PORTS:
                 self._assigned.popitem(last=False)
         return lease
 
-    def _bind_locked(self, address: Address, holder: str | None, *, shared: bool = False) -> Lease:
-        """A new lease, whose visitors wait until it is resumed. Raises OSError."""
+    def _bind_locked(self, address: Address, session: ServerSession | None) -> Lease:
+        """A new lease, the global port's where it is no session's; its visitors wait until it is resumed. Raises OSError."""
         assert self._lock.locked()
 
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
 
-        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease)), holder, shared=shared)
+        lease = Lease(
+            Listener(address, self._pool, serve, lambda: self._tick(lease)),
+            session and session.holder,
+            shared=session is None,
+        )
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
-        if not shared:
-            log_event(INFO, "lease-opened", address=lease.listener.address, holder=(holder or "nobody").split()[0])
+        if session is not None:
+            log_event(
+                INFO, "lease-opened", address=lease.listener.address, peer=session.transport.peer, level=session.level
+            )  # fmt: skip
         return lease
 
     def join_silent(self, session: ServerSession) -> None:

@@ -160,11 +160,13 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
     """Each visitor of the global port goes to the client with the fewest open streams, of several such to the one
     that has waited longest for one."""
     loopback = rtunnel.Address("127.0.0.1", 0)
-    serving = rtunnel.Server(loopback, loopback, "")
+    serving = rtunnel.Server(loopback, loopback, "", rtunnel.Settings(), None)
     with ExitStack() as stack:
         serving.start()
         stack.callback(serving.stop)
-        public, control = (listener.address for listener in serving._listeners)
+        (lease,) = serving._leases.values()
+        assert serving._control is not None
+        public, control = lease.listener.address, serving._control.address
         peers: list[NaivePeer] = []
         visitors: dict[tuple[int, int], socket.socket] = {}
         opened = [0, 0, 0]
@@ -172,7 +174,7 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
         def join() -> NaivePeer:
             peer = stack.enter_context(NaivePeer.connect(control))
             peer.send_init(b"0:127.0.0.1:80")
-            eventually(lambda: len(serving._clients) == len(peers) + 1)
+            eventually(lambda: len(lease.sessions) == len(peers) + 1)
             peers.append(peer)
             return peer
 
@@ -185,7 +187,7 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
         def leave(which: int, stream: int) -> None:
             visitors.pop((which, stream)).close()
             peers[which].read_close(stream)
-            eventually(lambda: sum(client.visitors for client in serving._clients) == len(visitors))
+            eventually(lambda: sum(client.visitors for client in lease.sessions) == len(visitors))
 
         for _ in range(3):
             join()
