@@ -1995,10 +1995,10 @@ class Lease:
     Guarded by Server._lock.
     """
 
-    def __init__(self, listener: Listener, holder: str | None, *, shared: bool = False) -> None:
+    def __init__(self, listener: Listener, session: ServerSession | None) -> None:
         self.listener = listener
-        self.holder = holder
-        self.shared = shared
+        self.holder = session.holder if session else None
+        self.shared = session is None  # the global port
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until: float | None = None  # its visitors wait in the listen queue for the holder's return
 
@@ -2169,17 +2169,13 @@ class Server(Program):
         return lease
 
     def _bind_locked(self, address: Address, session: ServerSession | None) -> Lease:
-        """A new lease, the global port's where it is no session's; its visitors wait until it is resumed. Raises OSError."""
+        """A new lease: the session's, or the global port's. Its visitors wait until it is resumed. Raises OSError."""
         assert self._lock.locked()
 
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
 
-        lease = Lease(
-            Listener(address, self._pool, serve, lambda: self._tick(lease)),
-            session and session.holder,
-            shared=session is None,
-        )
+        lease = Lease(Listener(address, self._pool, serve, lambda: self._tick(lease)), session)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         if session is not None:
