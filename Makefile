@@ -1,4 +1,4 @@
-# make demo    the tunnel at work: a local service, a server, a client, a page and a file of 50 MB
+# make demo    the tunnel at work over post-quantum TLS: certificates, a server, a client, a page and a file of 50 MB
 # make test    the tests
 # make check   what a change has to pass: format, lint, types, tests
 # make bench   speed, beside `ssh -R`: bench/results.* (make bench ARGS="--quick"; --help shows all options)

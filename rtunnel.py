@@ -473,8 +473,8 @@ class Init(NamedTuple):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
             window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
             return init._replace(version=number(pairs["version"], 1, 2**31), window=window)
-        except UnicodeDecodeError:
-            raise ProtocolError("INIT is not UTF-8") from None
+        except UnicodeDecodeError as error:
+            raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
             if "version" not in pairs:
                 raise
@@ -1079,9 +1079,9 @@ class Writer:
                 self._small.append((stream, bytes(frame)))
                 self._small_bytes += len(frame)
                 return
-            ticket = None
             if self._holder is None:
-                self._holder = threading.get_ident()
+                batch = self._take_turn_locked(frame)
+                ticket = None
             else:
                 ticket = threading.Lock()
                 ticket.acquire()
@@ -1092,8 +1092,8 @@ class Writer:
                 self._check_open_locked()
                 if self._holder is not ticket:
                     return
-                self._holder = threading.get_ident()
-        self._write(stream, frame)
+                batch = self._take_turn_locked(None if stream.cut else frame)
+        self._write(batch)
 
     def _fits_locked(self, frame: bytes | memoryview) -> bool:
         fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
@@ -1138,8 +1138,8 @@ class Writer:
             self._check_open_locked()
             if self._holder is not None or not self._control:
                 return
-            self._holder = threading.get_ident()
-        self._write()
+            batch = self._take_turn_locked()
+        self._write(batch)
 
     def wake(self) -> None:
         """Make the control sender flush the transport and look at the clock."""
@@ -1160,12 +1160,15 @@ class Writer:
             self._check_open_locked()
             if not self._has_work_locked():
                 return
-            self._holder = threading.get_ident()
-        self._write()
+            batch = self._take_turn_locked()
+        self._write(batch)
 
     def _has_work_locked(self) -> bool:
-        free = self._holder is None and bool(self._control or self._grants or self._woken)
-        return free or self._holder is self.SENDER or self._cause is not None
+        return (self._holder is None and self._has_more()) or self._holder is self.SENDER or self._cause is not None
+
+    def _has_more(self) -> bool:
+        """Also called without the lock: what that look misses, `_pass_turn` sees."""
+        return bool(self._control or self._small or self._grants or self._woken)
 
     def close(self, cause: str, last: bytes = b"") -> None:
         """No more frames but a last one; everybody who waits gets SessionEnded. The first cause stays."""
@@ -1198,41 +1201,43 @@ class Writer:
         if self._cause is not None:
             raise SessionEnded(self._cause)
 
-    def _write(self, stream: Stream | None = None, frame: bytes | memoryview | None = None) -> None:
-        """Write one batch with the own frame, one more if others came meanwhile, and pass the turn on."""
+    def _take_turn_locked(self, own: bytes | memoryview | None = None) -> tuple[bytes | memoryview | None, bool]:
+        """This thread has the turn, and a batch to write: what is queued, then its own frame; and whether to flush."""
+        assert self._lock.locked()
+        self._holder = threading.get_ident()
+        if not self._has_more():
+            return own, False
+        flush, self._woken = self._woken, False
+        frames: list[bytes | memoryview] = [*self._control]
+        frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
+        frames += [small for _, small in self._small]
+        frames += [own] if own is not None else []
+        self._control.clear()
+        self._grants.clear()
+        self._small.clear()
+        self._provoked = self._small_bytes = 0
+        return b"".join(frames) or None, flush
+
+    def _write(self, batch: tuple[bytes | memoryview | None, bool]) -> None:
+        """Write the batch, one more if others came meanwhile, and pass the turn on."""
+        assert self._holder == threading.get_ident(), "only the holder of the turn writes"
         try:
-            for own in (frame, None):
-                batch, flush = self._take_batch(stream, own)
-                if batch is not None:
-                    self._transport.send(batch)
-                if flush:
-                    self._transport.flush()
-                if batch is None and not flush:
-                    break
+            self._put(*batch)
+            if self._has_more():
+                with self._lock:
+                    batch = self._take_turn_locked()
+                self._put(*batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
         finally:
             self._pass_turn()
 
-    def _take_batch(
-        self, stream: Stream | None, own: bytes | memoryview | None
-    ) -> tuple[bytes | memoryview | None, bool]:
-        with self._lock:
-            assert self._holder == threading.get_ident(), "only the holder of the turn writes"
-            flush, self._woken = self._woken, False
-            frames: list[bytes | memoryview] = [*self._control]
-            frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
-            frames += [small for _, small in self._small]
-            self._control.clear()
-            self._grants.clear()
-            self._small.clear()
-            self._provoked = self._small_bytes = 0
-            if own is not None and stream is not None and not stream.cut:
-                frames.append(own)
-        if len(frames) > 1:
-            return b"".join(frames), flush
-        return (frames[0] if frames else None), flush
+    def _put(self, frames: bytes | memoryview | None, flush: bool) -> None:
+        if frames is not None:
+            self._transport.send(frames)
+        if flush:
+            self._transport.flush()
 
     def _pass_turn(self) -> None:
         with self._lock:
@@ -1242,7 +1247,7 @@ class Writer:
             elif self._waiting:
                 self._holder, _ = self._waiting.popleft()
                 self._holder.release()
-            elif self._control or self._grants or self._small or self._woken:
+            elif self._has_more():
                 self._holder = self.SENDER
                 self._changed.notify_all()
 
@@ -1353,22 +1358,27 @@ class Stream:
                 self._end_inbound_locked()
 
     def grant_received(self, count: int) -> None:
-        """The peer's WINDOW. Raises ProtocolError."""
+        """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
         with self._lock:
-            self._send_window.grant(count)
-            self._changed.notify_all()
+            if self._aborted is None and not (self._outbound_ended and self._inbound is not Inbound.OPEN):
+                self._send_window.grant(count)
+                self._changed.notify_all()
 
     def blocked_received(self) -> None:
-        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles."""
+        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles.
+
+        What is owed goes back too, also where nothing can grow: up to half a window may be on its way to be granted,
+        and a peer that bursts would reach half its speed with it.
+        """
+        window = self._receive_window
         with self._lock:
-            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None:
+            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None or window.debt:
                 return
-            count = self._session.budget.take(self._receive_window.growth())
-            if not count:
-                return
-            first = not self._receive_window.grown
-            grant = self._receive_window.grow(count)
-        self._session.writer.grant(self, grant)
+            count = self._session.budget.take(window.growth())
+            first = count and not window.grown
+            grant = window.grow(count)
+        if grant:
+            self._session.writer.grant(self, grant)
         if first:
             self._session.after(STALL_S, self._check_stalled)
 
@@ -1486,13 +1496,13 @@ class Stream:
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        while self._wait_for_credit(sock):
+        while not self._is_over() and (self._send_window.credit or self._wait_for_credit(sock)):
             try:
                 count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
             except OSError as error:
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
-            if not count or self._aborted is not None:
+            if not count or self._is_over():
                 return
             if self._peer_closed:
                 continue  # discarded: the peer has forgotten the stream
@@ -1512,8 +1522,10 @@ class Stream:
                 if self._is_over():
                     return 0
                 continue
-            with contextlib.suppress(BlockingIOError):
+            try:
                 return sock.recv_into(buffer)
+            except BlockingIOError:
+                continue
 
     def _is_over(self) -> bool:
         return self._aborted is not None or self._lingered
@@ -1836,10 +1848,13 @@ class Session:
 
     def _find(self, number: int) -> Stream | None:
         """The stream, None where it has ended. Raises ProtocolError for an id that was never opened."""
-        with self._lock:
-            if number > self._last_stream or not number:
-                raise ProtocolError(f"frame for stream {number}, which was never opened")
-            return self._streams.get(number)
+        stream = self._streams.get(number)  # one look, which needs no lock
+        if stream is None:
+            with self._lock:
+                if number > self._last_stream or not number:
+                    raise ProtocolError(f"frame for stream {number}, which was never opened")
+                stream = self._streams.get(number)  # it may have been opened between
+        return stream
 
     # -- the control sender, whose wait is the session's clock
 
@@ -2208,11 +2223,11 @@ class Lease:
     Guarded by Server._lock.
     """
 
-    def __init__(self, listener: Listener, holder: str | None, identity: str, *, shared: bool = False) -> None:
+    def __init__(self, listener: Listener, session: ServerSession | None) -> None:
         self.listener = listener
-        self.holder = holder
-        self.identity = identity  # the holder's; it counts for MAX_LEASES
-        self.shared = shared
+        self.holder = session.holder if session else None
+        self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
+        self.shared = session is None  # the global port
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until: float | None = None  # its visitors wait in the listen queue for the holder's return
 
@@ -2289,7 +2304,7 @@ class Server(Program):
             if self._public_address is not None:
                 option, address = "public", self._public_address
                 with self._lock:
-                    lease = self._bind_locked(address, None, "", shared=True)
+                    lease = self._bind_locked(address, None)
                 lease.listener.resume()
                 log_event(INFO, "listening", kind="public", address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2470,19 +2485,19 @@ class Server(Program):
         return super().limits_used() | used
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
-        key, owner = (session.holder or "", init.instance), (session.holder, session.transport.identity)
+        key = (session.holder or "", init.instance)
         if not init.port and (port := self._assigned.get(key)):
             with contextlib.suppress(OSError):
-                return self._bind_locked(Address(self._public_bind, port), *owner)
-        lease = self._bind_locked(Address(self._public_bind, init.port), *owner)
+                return self._bind_locked(Address(self._public_bind, port), session)
+        lease = self._bind_locked(Address(self._public_bind, init.port), session)
         if not init.port and init.instance:
             self._assigned[key] = lease.listener.address.port
             while len(self._assigned) > MAX_ASSIGNED_PORTS:
                 self._assigned.popitem(last=False)
         return lease
 
-    def _bind_locked(self, address: Address, holder: str | None, identity: str, *, shared: bool = False) -> Lease:
-        """A new lease, whose visitors wait until it is resumed. Raises OSError."""
+    def _bind_locked(self, address: Address, session: ServerSession | None) -> Lease:
+        """A new lease: the session's, or the global port's. Its visitors wait until it is resumed. Raises OSError."""
         assert self._lock.locked()
 
         def serve(sock: socket.socket, visitor: Address) -> None:
@@ -2491,11 +2506,13 @@ class Server(Program):
         listener = Listener(
             address, self._pool, serve, lambda: self._tick(lease), self._admit_visitor, self._visitor_left
         )
-        lease = Lease(listener, holder, identity, shared=shared)
+        lease = Lease(listener, session)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
-        if not shared:
-            log_event(INFO, "lease-opened", address=lease.listener.address, holder=(holder or "nobody").split()[0])
+        if session is not None:
+            log_event(
+                INFO, "lease-opened", address=lease.listener.address, peer=session.transport.peer, level=session.level
+            )  # fmt: skip
         return lease
 
     def join_silent(self, session: ServerSession) -> bool:
@@ -2700,7 +2717,8 @@ class ClientSession(Session):
             stream.abort(reason_of(error))
             self.forget(stream)
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
-            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, b"no room"), provoked=True)
+            reason = reason_of(error).encode("ascii", "replace")[:MAX_REASON_BYTES]
+            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, reason), provoked=True)
 
     @staticmethod
     def _visitor(payload: bytes) -> Address:

@@ -702,6 +702,7 @@ class TlsTransport:
         # the reader's
         self._incoming = memoryview(bytearray(INCOMING_BYTES))
         self._silent = True  # no plaintext has come yet
+        self._drained = False  # OpenSSL has said that it needs more from the peer
         self._closed = False  # close_notify has come
         self._failed: TransportError | None = None
         # the turn's holder's
@@ -748,11 +749,13 @@ class TlsTransport:
         """
         received = 0
         while True:
-            with self._lock:
-                if received:
-                    self._ssl.feed(self._incoming[:received])
-                count = self._read_locked(view)
-                unsent = self._ssl.unsent()
+            count = unsent = 0
+            if received or not self._drained:
+                with self._lock:
+                    if received:
+                        self._ssl.feed(self._incoming[:received])
+                    count = self._read_locked(view)
+                    unsent = self._ssl.unsent()
             if unsent:
                 self.wants_flush()
             if unsent > MAX_UNSENT_BYTES and not self._failed:
@@ -773,10 +776,12 @@ class TlsTransport:
         """Decrypt until `view` is full or OpenSSL needs more; what ends the connection is kept for later."""
         assert self._lock.locked()
         count = 0
+        self._drained = False
         try:
             while count < len(view) and not self._closed and not self._failed:
                 got = self._ssl.read_into(view[count:])
                 if not got:
+                    self._drained = True
                     break
                 count += got
         except SSL.ZeroReturnError:

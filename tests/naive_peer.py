@@ -1,16 +1,28 @@
 """A peer of the tunnel that is written from PROTOCOL.md alone and imports nothing of the program.
 
-`NaivePeer` says and hears single frames. `OriginalClient` and `OriginalServer` behave as the original's two
-programs do, as simply as can be: one thread, one loop, blocking writes.
+`NaivePeer` says and hears single frames, `Level1Peer` those of level 1. `OriginalClient` and `OriginalServer` behave as
+the original's two programs do, as simply as can be: one thread, one loop, blocking writes.
 """
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import struct
 
-NEW_CONN, DATA, CLOSE_CONN, INIT = 1, 2, 3, 4
+NEW_CONN, DATA, CLOSE_CONN, INIT, WELCOME, WINDOW, EOF, PING, PONG, GOAWAY, BLOCKED = range(1, 12)
+NAMES = {
+    **{
+        NEW_CONN: "NEW_CONN",
+        DATA: "DATA",
+        CLOSE_CONN: "CLOSE_CONN",
+        INIT: "INIT",
+        WELCOME: "WELCOME",
+        WINDOW: "WINDOW",
+    },
+    **{EOF: "EOF", PING: "PING", PONG: "PONG", GOAWAY: "GOAWAY", BLOCKED: "BLOCKED"},
+}
 READ_BYTES = 4096  # the original reads its sockets so many bytes at a time
 
 Address = tuple[str, int]
@@ -112,6 +124,190 @@ class NaivePeer:
         finally:
             self.sock.settimeout(self.timeout)
         assert got == b"", f"instead of the end: {got!r}"
+
+
+class StreamView:
+    """What a peer of level 1 knows of one stream: credit both ways, and the ends."""
+
+    def __init__(self, granted: int, credit: int) -> None:
+        self.granted = granted  # bytes that the other end may still send
+        self.credit = credit  # bytes that this end may still send
+        self.eof = False  # the other end's has come
+        self.closed = False  # by the other end
+
+
+class Level1Peer(NaivePeer):
+    """A peer of level 1 that holds each frame that comes to the rules, and answers PINGs in `hear`."""
+
+    def __init__(self, sock: socket.socket, *, plays: str, window: int) -> None:
+        super().__init__(sock)
+        self.plays = plays
+        self.window = window  # the credit that it gives on each stream
+        self.lines: dict[str, str] = {}  # of the other end's INIT or WELCOME
+        self.streams: dict[int, StreamView] = {}
+        self.visitors: dict[int, str] = {}
+        self.pings: list[bytes] = []  # that have come
+        self.unanswered: list[bytes] = []  # its own
+
+    @classmethod
+    def as_client(cls, server: Address, port: int = 0, *, instance: str = "", window: int = 65536) -> Level1Peer:
+        """A client that the server has welcomed. AssertionError where it has not."""
+        peer = cls(socket.create_connection(server, 10.0), plays="client", window=window)
+        peer.send_init(init_text(port, instance, window))
+        try:
+            peer.hear_welcome()
+        except BaseException:
+            peer.sock.close()
+            raise
+        return peer
+
+    @classmethod
+    def as_server(cls, accepted: socket.socket, *, port: int = 4711, window: int = 65536) -> Level1Peer:
+        """A server that has read INIT and said WELCOME."""
+        peer = cls(accepted, plays="server", window=window)
+        type, stream, payload = peer.read_frame()
+        assert (type, stream) == (INIT, 0)
+        peer.lines = lines_of(payload)
+        peer.send_frame(WELCOME, 0, f"version=1\nport={port}\nwindow={window}".encode())
+        return peer
+
+    @property
+    def public(self) -> Address:
+        """Where the visitors of its lease connect, on loopback."""
+        return "127.0.0.1", int(self.lines["port"])
+
+    def hear_welcome(self) -> None:
+        """The next frame is a WELCOME that does not refuse."""
+        type, stream, payload = self.read_frame()
+        assert (type, stream) == (WELCOME, 0), (NAMES.get(type), stream, payload)
+        self.lines = lines_of(payload)
+        assert "error" not in self.lines, self.lines
+
+    def hear(self) -> tuple[int, int, bytes]:
+        """The next frame that is no PING; PINGs are answered."""
+        while True:
+            type, stream, payload = self.read_frame()
+            if type != PING:
+                return type, stream, payload
+            self.send_frame(PONG, 0, payload)
+
+    def expect(self, type: int, stream: int, payload: bytes = b"") -> None:
+        """The next frame that is no PING is this one."""
+        got = self.hear()
+        assert got == (type, stream, payload), (
+            f"{NAMES[got[0]]} {got[1:]} instead of {NAMES[type]} {stream} {payload!r}"
+        )
+
+    def hear_data(self, stream: int, count: int) -> bytes:
+        """So many bytes of DATA of this stream; WINDOWs and BLOCKED may come between them."""
+        received = bytearray()
+        while len(received) < count:
+            type, got, payload = self.hear()
+            if type not in (WINDOW, BLOCKED):
+                assert (type, got) == (DATA, stream), f"{NAMES[type]} {got} amid DATA of {stream}"
+                received += payload
+        assert len(received) == count
+        return bytes(received)
+
+    def hear_visitor(self) -> int:
+        """The next frame is NEW_CONN: its id."""
+        type, stream, _ = self.hear()
+        assert type == NEW_CONN
+        return stream
+
+    def check_alive(self) -> None:
+        """A PING is answered; other frames may come before."""
+        self.ping(b"alive?!?")
+        while self.hear() != (PONG, 0, b"alive?!?"):
+            continue
+
+    def ping(self, payload: bytes) -> None:
+        self.unanswered.append(payload)
+        self.send_frame(PING, 0, payload)
+
+    def open(self, stream: int, visitor: str = "203.0.113.7:51234") -> None:
+        """Say NEW_CONN."""
+        self.streams[stream] = StreamView(self.window, int(self.lines["window"]))
+        self.send_frame(NEW_CONN, stream, visitor.encode())
+
+    def grant(self, stream: int, count: int) -> None:
+        self.streams[stream].granted += count
+        self.send_frame(WINDOW, stream, struct.pack(">I", count))
+
+    def send_data(self, stream: int, payload: bytes, size: int = 65527) -> None:
+        """DATA within the credit, `size` bytes a frame."""
+        self.streams[stream].credit -= len(payload)
+        assert self.streams[stream].credit >= 0
+        self.send(b"".join(frame(DATA, stream, payload[at : at + size]) for at in range(0, len(payload), size)))
+
+    def read_frame(self) -> tuple[int, int, bytes]:
+        type, stream, payload = super().read_frame()
+        try:
+            self._judge(type, stream, payload)
+        except AssertionError as error:
+            raise AssertionError(f"{NAMES.get(type, type)} {stream} {payload[:64]!r} breaks {error}") from error
+        return type, stream, payload
+
+    def _judge(self, type: int, stream: int, payload: bytes) -> None:
+        """Each assertion names the rule."""
+        assert type in NAMES, "F-3: we know all types"
+        other = "server" if self.plays == "client" else "client"
+        assert SENDERS.get(type, other) == other, "F-8"
+        assert bool(stream) == (type in ON_STREAMS), "F-7: id"
+        assert len(payload) in LENGTHS[type], "F-7: length"
+        if type == NEW_CONN:
+            assert stream == len(self.visitors) + 1, "S-1"
+            text = payload.decode("ascii")
+            host, port = text.rsplit(":", 1)
+            socket.inet_pton(socket.AF_INET6 if host[0] == "[" else socket.AF_INET, host.strip("[]"))
+            assert 0 < int(port) < 65536, "S-8"
+            self.visitors[stream] = text
+            self.streams[stream] = StreamView(self.window, int(self.lines["window"]))
+        elif stream:
+            self._judge_stream(type, stream, payload)
+        elif type == PING:
+            self.pings.append(payload)
+        elif type == PONG:
+            assert payload in self.unanswered, "H-3"
+            self.unanswered.remove(payload)
+        if type in (CLOSE_CONN, GOAWAY):
+            assert all(0x20 <= byte < 0x7F for byte in payload), "E-3"
+
+    def _judge_stream(self, type: int, stream: int, payload: bytes) -> None:
+        assert stream in self.streams, "S-5"
+        view = self.streams[stream]
+        assert not view.closed, "T-4: nothing follows CLOSE_CONN"
+        if type == DATA:
+            assert not view.eof, "T-2"
+            view.granted -= len(payload)
+            assert view.granted >= 0, "W-2"
+        elif type == WINDOW:
+            view.credit += int.from_bytes(payload, "big")
+            assert payload != bytes(4), "W-3"
+            assert view.credit < 2**31, "W-3"
+        elif type == EOF:
+            assert not view.eof, "T-2"
+            view.eof = True
+        elif type == CLOSE_CONN:
+            view.closed = True
+
+
+SENDERS = {NEW_CONN: "server", WELCOME: "server", INIT: "client"}
+ON_STREAMS = {NEW_CONN, DATA, CLOSE_CONN, WINDOW, EOF, BLOCKED}
+LENGTHS = {
+    **{NEW_CONN: range(1, 65), DATA: range(1, 65528), CLOSE_CONN: range(65), INIT: range(4097), WELCOME: range(4097)},
+    **{WINDOW: range(4, 5), EOF: range(1), PING: range(8, 9), PONG: range(8, 9), GOAWAY: range(65), BLOCKED: range(1)},
+}
+
+
+def init_text(port: int = 0, instance: str = "", window: int = 65536) -> bytes:
+    """An INIT of level 1; its instance is a new one unless it is given."""
+    return f"{port}:127.0.0.1:80\nversion=1\nwindow={window}\ninstance={instance or os.urandom(16).hex()}".encode()
+
+
+def lines_of(payload: bytes) -> dict[str, str]:
+    """The lines `key=value` of an INIT or a WELCOME."""
+    return dict(line.split("=", 1) for line in payload.decode().split("\n") if "=" in line)
 
 
 class _Loop:

@@ -134,28 +134,27 @@ class Relay:
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._selector.register(self._listener, selectors.EVENT_READ)
         while not self._closing:
-            for key, events in self._selector.select(self._next_due_s()):
+            for key, events in self._selector.select(self._watch_all()):
                 if key.fileobj is self._woken:
                     self._woken.recv(4096)
                 elif key.fileobj is self._listener:
                     self._accept()
                 elif key.data is not None and key.fileobj in self._selector.get_map():
                     self._on_ready(key.data, key.fileobj, events)  # type: ignore[arg-type]
-            if self._one_way_s:
-                for link in self.links:
-                    self._watch(link)
             while not self._orders.empty():
                 action, done = self._orders.get()
                 action()
                 done.set()
 
-    def _next_due_s(self) -> float | None:
-        """Until the first chunk that is on its way arrives."""
+    def _watch_all(self) -> float | None:
+        """With a distance: ask the selector to write what has arrived; returns the seconds until more arrives."""
         if not self._one_way_s:
             return None
+        now = time.monotonic()  # one for both: what arrives in between would be forgotten
+        for link in self.links:
+            self._watch(link, now)
         due = [way.chunks[0][0] for link in self.links for way in (link.up, link.down) if way.chunks]
-        late = [at - time.monotonic() for at in due]
-        return min((wait for wait in late if wait > 0), default=None)
+        return min((at - now for at in due if at > now), default=None)
 
     def _accept(self) -> None:
         near, _ = self._listener.accept()
@@ -172,9 +171,8 @@ class Relay:
         self.links.append(Link(near, far))
         self._watch(self.links[-1])
 
-    def _watch(self, link: Link) -> None:
+    def _watch(self, link: Link, now: float = float("inf")) -> None:
         """Ask the selector for what this link can do now."""
-        now = time.monotonic()
         for source, sink in ((link.up, link.down), (link.down, link.up)):
             sock = source.source
             if sock.fileno() < 0:

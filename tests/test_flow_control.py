@@ -26,7 +26,7 @@ KIB = 1024
 
 
 def test_credit_is_spent_and_granted() -> None:
-    """DATA spends credit, WINDOW adds to it."""
+    """[W-1]: DATA spends credit, WINDOW adds to it."""
     window = SendWindow(100)
     window.spend(60)
     window.grant(10)
@@ -40,7 +40,7 @@ def test_credit_is_spent_and_granted() -> None:
     [(0, 0), (5, 0), (1, MAX_CREDIT_BYTES), (MAX_CREDIT_BYTES, 1), (WINDOW_BYTES, 2**32 - 1)],
 )
 def test_a_grant_that_is_none_or_too_much(held: int, granted: int) -> None:
-    """A WINDOW of 0, and one that takes the credit past 2^31 - 1, is a protocol error and adds nothing."""
+    """[W-3]: a WINDOW of 0, and one that takes the credit past 2^31 - 1, is a protocol error and adds nothing."""
     window = SendWindow(held)
     with pytest.raises(rtunnel.ProtocolError, match=str(MAX_CREDIT_BYTES)):
         window.grant(granted)
@@ -48,14 +48,14 @@ def test_a_grant_that_is_none_or_too_much(held: int, granted: int) -> None:
 
 
 def test_the_largest_credit_is_legal() -> None:
-    """A WINDOW may take the credit to exactly 2^31 - 1."""
+    """[W-3]: a WINDOW may take the credit to exactly 2^31 - 1."""
     window = SendWindow(1)
     window.grant(MAX_CREDIT_BYTES - 1)
     assert window.credit == MAX_CREDIT_BYTES
 
 
 def test_data_beyond_the_credit() -> None:
-    """One byte of DATA past the credit is a protocol error."""
+    """[W-2]: one byte of DATA past the credit is a protocol error."""
     window = ReceiveWindow(WINDOW_BYTES)
     window.receive(WINDOW_BYTES)
     with pytest.raises(rtunnel.ProtocolError, match="credit was 0"):
@@ -63,7 +63,7 @@ def test_data_beyond_the_credit() -> None:
 
 
 def test_credit_returns_at_half_a_window() -> None:
-    """What has left for the socket is granted again when it is half a window, all at once."""
+    """[W-4]: what has left for the socket is granted again when it is half a window, all at once."""
     window = ReceiveWindow(WINDOW_BYTES)
     window.receive(WINDOW_BYTES)
     assert window.drain(WINDOW_BYTES // 2 - 1) == (0, 0)
@@ -72,7 +72,7 @@ def test_credit_returns_at_half_a_window() -> None:
 
 
 def test_a_window_grows_to_its_double_and_no_further_than_16_mib() -> None:
-    """Each growth doubles the window, up to 16 MiB, and grants it at once with all that was owed."""
+    """[W-6]: each growth doubles the window, up to 16 MiB, and grants it at once with all that was owed."""
     window = ReceiveWindow(WINDOW_BYTES)
     window.receive(WINDOW_BYTES)
     window.drain(1000)
@@ -86,7 +86,8 @@ def test_a_window_grows_to_its_double_and_no_further_than_16_mib() -> None:
 
 
 def test_a_growth_that_is_taken_back_is_a_debt() -> None:
-    """After the growth is taken back nothing is granted until what leaves has paid for it, and nothing grows."""
+    """[W-7]: after the growth is taken back nothing is granted until what leaves has paid for it, and nothing
+    grows."""
     window = ReceiveWindow(WINDOW_BYTES)
     window.grow(3 * WINDOW_BYTES)
     window.receive(4 * WINDOW_BYTES)
@@ -105,8 +106,9 @@ STEPS = st.lists(st.tuples(st.sampled_from(["receive", "drain", "grow", "shrink"
 @given(steps=STEPS)
 @settings(max_examples=300, deadline=None)
 def test_the_invariant_of_a_window(steps: list[tuple[str, int]]) -> None:
-    """Bytes queued + credit + owed == size + debt, after any steps; the sender holds exactly the receiver's credit,
-    what is queued never exceeds size + debt, and the growth that it costs the budget is paid back to the byte."""
+    """[W-4]: bytes queued + credit + owed == size + debt, after any steps; the sender holds exactly the receiver's
+    credit, what is queued never exceeds size + debt, and the growth that it costs the budget is paid back to the
+    byte."""
     receiver, sender, queued, growth = ReceiveWindow(WINDOW_BYTES), SendWindow(WINDOW_BYTES), 0, 0
     for step, amount in steps:
         granted = 0
@@ -141,7 +143,7 @@ def test_the_invariant_of_a_window(steps: list[tuple[str, int]]) -> None:
 @given(steps=STEPS)
 @settings(max_examples=100, deadline=None)
 def test_a_sender_is_never_left_without_credit_for_ever(steps: list[tuple[str, int]]) -> None:
-    """Whatever has happened, when all that is queued has left the sender holds over half a window."""
+    """[W-4]: whatever has happened, when all that is queued has left the sender holds over half a window."""
     window, queued = ReceiveWindow(WINDOW_BYTES), 0
     for step, amount in steps:
         if step == "receive":
@@ -161,7 +163,7 @@ def test_a_sender_is_never_left_without_credit_for_ever(steps: list[tuple[str, i
 
 
 def test_a_budget_gives_no_more_than_it_has() -> None:
-    """Of a budget each gets what is left, at most what is asked; what comes back can be had again."""
+    """[W-8]: of a budget each gets what is left, at most what is asked; what comes back can be had again."""
     budget = Budget(100)
     assert [budget.take(60), budget.take(60), budget.take(1)] == [60, 40, 0]
     budget.give(30)
@@ -287,7 +289,8 @@ def rig(
 
 
 def test_a_sender_stops_at_exactly_its_credit(rig: Rig) -> None:
-    """An end with no credit left sends not one byte more, says BLOCKED, and goes on by exactly what is granted."""
+    """[W-2], [W-5]: an end with no credit left sends not one byte more, says BLOCKED, and goes on by exactly what is
+    granted."""
 
     def pour() -> None:
         with contextlib.suppress(OSError):
@@ -310,7 +313,7 @@ def test_a_sender_stops_at_exactly_its_credit(rig: Rig) -> None:
 
 
 def test_one_byte_beyond_the_credit_ends_the_session(rig: Rig) -> None:
-    """DATA past the credit is a protocol error, with what the socket has not taken still queued."""
+    """[W-2]: DATA past the credit is a protocol error, with what the socket has not taken still queued."""
     while rig.window.credit or rig.peer.credit[1]:
         rig.peer.send_data(1, bytes(rig.peer.credit[1]))
         rig.peer.take()
@@ -319,7 +322,8 @@ def test_one_byte_beyond_the_credit_ends_the_session(rig: Rig) -> None:
 
 
 def test_blocked_on_an_empty_queue_doubles_the_window(rig: Rig) -> None:
-    """BLOCKED that finds nothing queued doubles the window, and a WINDOW comes back at once; the budget pays."""
+    """[W-6], [W-8]: BLOCKED that finds nothing queued doubles the window, and a WINDOW comes back at once; the budget
+    pays."""
     before = rig.budget_left()
     rig.grow(16 * WINDOW_BYTES)
     assert rig.budget_left() == before - 15 * WINDOW_BYTES
@@ -327,7 +331,7 @@ def test_blocked_on_an_empty_queue_doubles_the_window(rig: Rig) -> None:
 
 
 def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
-    """BLOCKED while bytes are queued says that the socket is the brake: nothing grows."""
+    """[W-6]: BLOCKED while bytes are queued says that the socket is the brake: nothing grows."""
     rig.peer.send_data(1, bytes(WINDOW_BYTES))
     eventually(lambda: rig.stream._queued)
     for _ in range(10):
@@ -338,9 +342,26 @@ def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
     assert rig.window.size == WINDOW_BYTES
 
 
+def test_blocked_brings_back_what_is_owed(ends: Ends) -> None:
+    """[W-6]: BLOCKED on an empty queue returns the credit that is owed, less than half a window as it may be, also
+    where nothing can grow: who sends in bursts would reach half its speed with the other half of its window."""
+    with Peer.as_client(ends.open_server(session_budget_bytes=0)) as peer, connect(peer.public) as visitor:
+        peer.hear(FrameType.NEW_CONN)
+        peer.send_data(1, bytes(20_000))
+        read_exactly(visitor, 20_000)
+        for answer in (20_000, None):
+            peer.send_frame(FrameType.BLOCKED, 1)
+            if answer:
+                assert peer.hear(FrameType.WINDOW) == (FrameType.WINDOW, 1, answer.to_bytes(4, "big"))
+        peer.send_frame(FrameType.PING, 0, b"no more?")
+        assert peer.hear()[0] == FrameType.PONG, "with nothing owed there is no WINDOW"
+        [session] = ends.sessions()
+        assert session._streams[1]._receive_window.size == WINDOW_BYTES
+
+
 def test_a_stalled_stream_gives_its_growth_back(rig: Rig) -> None:
-    """A queue that has not moved for STALL_S takes its window back to 64 KiB; nothing is granted until the debt is
-    paid; then the stream goes on with 64 KiB, the budget is whole again, and no byte is lost."""
+    """[W-7]: a queue that has not moved for STALL_S takes its window back to 64 KiB; nothing is granted until the
+    debt is paid; then the stream goes on with 64 KiB, the budget is whole again, and no byte is lost."""
     whole = rig.budget_left()
     rig.grow(16 * WINDOW_BYTES)
     size = rig.window.size
@@ -363,7 +384,7 @@ def test_a_stalled_stream_gives_its_growth_back(rig: Rig) -> None:
 
 
 def test_a_stream_that_ends_gives_its_growth_back(rig: Rig) -> None:
-    """The end of a stream gives back all that its window has grown by, also in debt."""
+    """[W-7]: the end of a stream gives back all that its window has grown by, also in debt."""
     whole = rig.budget_left()
     rig.grow(4 * WINDOW_BYTES)
     rig.peer.send_data(1, bytes(rig.peer.credit[1]))
@@ -373,7 +394,8 @@ def test_a_stream_that_ends_gives_its_growth_back(rig: Rig) -> None:
 
 
 def test_a_budget_that_is_used_up(ends: Ends, small_sockets: None) -> None:
-    """A session queues at most streams x 64 KiB + budget, whatever its peer sends and its visitors do not read."""
+    """[W-4], [W-8]: a session queues at most streams x 64 KiB + budget, whatever its peer sends and its visitors do
+    not read."""
     streams, budget = 20, 1024 * KIB
     bound = streams * WINDOW_BYTES + budget
     with contextlib.ExitStack() as stack:
@@ -488,7 +510,7 @@ def test_defect_11_visitors_that_never_read(
 
 
 def test_defect_11_a_dial_that_hangs(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the client dials a local service that does not answer, its other streams go on."""
+    """[S-3]: while the client dials a local service that does not answer, its other streams go on."""
     monkeypatch.setattr(rtunnel, "DIAL_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
         public = ends.open_tunnel(listener.getsockname())

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import ast
+import re
 import tracemalloc
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_peer import frame
+from naive_peer import NAMES, frame
 from support import ROOT
+from vector_files import FRAMES, Case, from_hex
 
 import rtunnel
-
-VECTORS = Path(__file__).parent / "vectors"
-NAMES = {1: "NEW_CONN", 2: "DATA", 3: "CLOSE_CONN", 4: "INIT"}
 
 
 class Heard(NamedTuple):
@@ -65,78 +63,32 @@ def encoded(heard: Heard) -> bytes:
 # --- vectors ------------------------------------------------------------------------------------------------
 
 
-class Vector(NamedTuple):
-    name: str
-    raw: bytes
-    heard: Heard
-
-
-def from_hex(text: str) -> bytes:
-    """`01 0203` or `61*4096`; `-` is nothing."""
-    raw = bytearray()
-    for word in text.replace("-", "").split():
-        digits, _, times = word.partition("*")
-        raw += bytes.fromhex(digits) * int(times or 1)
-    return bytes(raw)
-
-
-def read_vectors(path: Path) -> list[Vector]:
-    """The cases of one file, by the format in PROTOCOL.md."""
-    vectors = []
-    for block in path.read_text().split("\n\n"):
-        lines = [line.partition(":") for line in block.splitlines() if line and not line.startswith("#")]
-        if not lines:
-            continue
-        name, raw, events, skipped, error = "", b"", [], 0, ""
-        for key, _, value in lines:
-            value = value.strip()
-            if key == "case":
-                name = f"{path.stem}: {value}"
-            elif key == "bytes":
-                raw += from_hex(value)
-            elif key == "error":
-                error = value
-            elif key == "expect" and value == "skipped":
-                skipped += 1
-            elif key == "expect":
-                frame_name, stream, payload, *remaining = value.split()
-                type = {v: k for k, v in NAMES.items()}[frame_name]
-                events.append((type, int(stream), from_hex(payload), int(remaining[0]) if remaining else 0))
-            else:
-                raise ValueError(f"{path.name}: {key!r} is no line of a case")
-        vectors.append(Vector(name, raw, Heard(events, skipped, error)))
-    return vectors
-
-
-ALL = [vector for path in sorted(VECTORS.glob("*.txt")) for vector in read_vectors(path)]
-
-
-def check(vector: Vector, pieces: Iterable[bytes]) -> None:
+def check(vector: Case, pieces: Iterable[bytes]) -> None:
     heard = hear(pieces)
-    assert heard.events == vector.heard.events
-    assert heard.skipped == vector.heard.skipped
-    assert bool(heard.error) == bool(vector.heard.error), heard.error
-    assert vector.heard.error in heard.error.replace(",", "").replace("_", "")
+    assert heard.events == list(vector.events)
+    assert heard.skipped == vector.skipped
+    assert bool(heard.error) == bool(vector.error), heard.error
+    assert vector.error in heard.error.replace(",", "").replace("_", "")
 
 
-@pytest.mark.parametrize("vector", ALL, ids=lambda v: v.name)
-def test_vector_fed_whole(vector: Vector) -> None:
+@pytest.mark.parametrize("vector", FRAMES, ids=lambda v: v.name)
+def test_vector_fed_whole(vector: Case) -> None:
     """[F-1] to [F-3]: each vector gives the events, or the error, that it says."""
     check(vector, [vector.raw])
 
 
-@pytest.mark.parametrize("vector", [v for v in ALL if len(v.raw) < 5000], ids=lambda v: v.name)
-def test_vector_fed_byte_by_byte(vector: Vector) -> None:
+@pytest.mark.parametrize("vector", [v for v in FRAMES if len(v.raw) < 5000], ids=lambda v: v.name)
+def test_vector_fed_byte_by_byte(vector: Case) -> None:
     """[F-5]: byte by byte, each vector gives the same."""
     check(vector, (vector.raw[i : i + 1] for i in range(len(vector.raw))))
 
 
-@pytest.mark.parametrize("vector", [v for v in ALL if not v.heard.skipped], ids=lambda v: v.name)
-def test_vector_encodes_again(vector: Vector) -> None:
+@pytest.mark.parametrize("vector", [v for v in FRAMES if not v.skipped], ids=lambda v: v.name)
+def test_vector_encodes_again(vector: Case) -> None:
     """[F-6]: the events of a vector encode to the bytes that it began with."""
     raw = encoded(hear([vector.raw]))
     assert raw == vector.raw[: len(raw)]
-    complete = not vector.heard.error and vector.heard.events
+    complete = not vector.error and vector.events
     assert raw or not complete
 
 
@@ -144,14 +96,16 @@ def test_the_documents_table_is_in_the_vectors() -> None:
     """PROTOCOL.md's four frames are the cases of original.txt."""
     text = (ROOT / "PROTOCOL.md").read_text()
     rows = [line.split("|")[2].strip(" `") for line in text.splitlines() if line.endswith("` |")]
-    known = {vector.raw for vector in ALL if vector.name.startswith("original")}
+    known = {vector.raw for vector in FRAMES if vector.name.startswith("original")}
     assert len(rows) == 4
     assert {from_hex(row) for row in rows} <= known
 
 
 def test_wire_numbers() -> None:
     """The types are the numbers of PROTOCOL.md's frame table, and a header has 9 bytes."""
-    assert {t.value: t.name for t in rtunnel.FrameType if t.name in NAMES.values()} == NAMES
+    rows = re.findall(r"^\| 0x([0-9A-F]{2}) \| ([A-Z_]+) \|", (ROOT / "PROTOCOL.md").read_text(), re.M)
+    assert {int(number, 16): name for number, name in rows} == NAMES
+    assert {t.value: t.name for t in rtunnel.FrameType} == NAMES
     assert rtunnel.HEADER_BYTES == 9
 
 
@@ -159,7 +113,7 @@ def test_wire_numbers() -> None:
 
 ids = st.one_of(st.integers(0, 5), st.integers(0, 2**32 - 1))
 small = st.binary(max_size=40)
-known_frames = st.builds(frame, st.sampled_from([1, 2, 3, 4]), ids, small)
+known_frames = st.builds(frame, st.sampled_from(sorted(NAMES)), ids, small)
 unknown_frames = st.builds(frame, st.integers(0, 255), ids, small)
 lying_headers = st.builds(
     lambda type, stream, length: frame(type, stream)[:5] + length.to_bytes(4, "big"),
@@ -229,7 +183,7 @@ def test_unknown_frames_change_nothing_else(frames: list[bytes]) -> None:
     assert heard.events == hear([b"".join(known)]).events
 
 
-@given(st.sampled_from([1, 2, 3, 4]), ids, small)
+@given(st.sampled_from(sorted(NAMES)), ids, small)
 def test_encode_is_the_documents_layout(type: int, stream: int, payload: bytes) -> None:
     """Section 2: type, stream and length, big-endian, then the payload."""
     assert rtunnel.encode(type, stream, payload) == frame(type, stream, payload)
@@ -265,7 +219,7 @@ def test_limits_are_the_documents() -> None:
     assert rtunnel.HEADER_BYTES < rtunnel.FRAME_SENT_BYTES <= 65536
 
 
-@pytest.mark.parametrize("type", [0, 1, 3, 4, 0x47, 255])
+@pytest.mark.parametrize("type", [0, 1, 3, 4, 5, 6, 11, 0x47, 255])
 @pytest.mark.parametrize("length", [4097, 1 << 20, 2**32 - 1])
 def test_control_limit(type: int, length: int) -> None:
     """[F-1]: more payload in any frame but DATA is an error that names the limit, before it comes."""
@@ -364,12 +318,12 @@ FORBIDDEN = {
 
 
 def test_sections_without_a_world() -> None:
-    """The sections up to the frames use no socket, thread, clock or log: their names do not occur there."""
+    """The sections up to flow control use no socket, thread, clock or log: their names do not occur there."""
     source = (ROOT / "rtunnel.py").read_text()
     lines = source.splitlines()
     banners = [(n, line) for n, line in enumerate(lines, 1) if line.startswith("# ---")]
-    starts = [n for n, line in banners if "frames" in line.lower()]
-    assert len(starts) == 1, "one banner line names the frames section"
+    starts = [n for n, line in banners if "flow control" in line]
+    assert len(starts) == 1, "one banner line names the section of flow control"
     end = next((n for n, _ in banners if n > starts[0]), len(lines))
     used: set[str] = set()
     inside = 0

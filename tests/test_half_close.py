@@ -49,7 +49,7 @@ def all_closed(ends: Ends, streams: int) -> list[str]:
 
 
 def test_defect_12_a_half_closed_request_gets_its_reply(ends: Ends) -> None:
-    """100 visitors at once end their requests and wait: each gets its whole reply and a clean end."""
+    """[T-1]: 100 visitors at once end their requests and wait: each gets its whole reply and a clean end."""
     with Service(digest_when_all_is_read) as service:
         public = ends.open_tunnel(service)
 
@@ -65,7 +65,7 @@ def test_defect_12_a_half_closed_request_gets_its_reply(ends: Ends) -> None:
 
 
 def test_a_local_service_that_ends_first(ends: Ends) -> None:
-    """100 local services end their side first, and still get all that their visitors say."""
+    """[T-1]: 100 local services end their side first, and still get all that their visitors say."""
     received: dict[bytes, bytes] = {}
 
     def greet_and_end(sock: socket.socket) -> None:
@@ -88,7 +88,7 @@ def test_a_local_service_that_ends_first(ends: Ends) -> None:
 
 
 def test_a_conversation_after_half_close(ends: Ends) -> None:
-    """A direction that has ended leaves the other as it was, message by message."""
+    """[T-1]: a direction that has ended leaves the other as it was, message by message."""
     with Service(lambda sock: count_to_100(sock)) as service:
         public = ends.open_tunnel(service)
         with connect(public) as visitor:
@@ -107,7 +107,7 @@ def count_to_100(sock: socket.socket) -> None:
 
 @pytest.mark.parametrize("way", ["download", "upload"])
 def test_sent_and_closed_at_once(ends: Ends, way: str) -> None:
-    """20 x 3 MB, each sent and its socket closed at once: not a byte is short."""
+    """[S-4], [T-3]: 20 x 3 MB, each sent and its socket closed at once: not a byte is short."""
     received: dict[bytes, str] = {}
     wanted = {b"%04d" % seed: hashlib.sha256(pattern(seed, 3 * MB)).hexdigest() for seed in range(20)}
 
@@ -161,7 +161,8 @@ def test_the_last_bytes_of_a_reply_to_who_still_sends(ends: Ends) -> None:
 
 @pytest.mark.parametrize("who", ["visitor", "service"])
 def test_a_reset_at_any_point(ends: Ends, who: str) -> None:
-    """A reset at any point of a transfer in both directions reaches the other side as a reset, never as an end."""
+    """[T-5]: a reset at any point of a transfer in both directions reaches the other side as a reset, never as an
+    end."""
     choose = random.Random(who)
     points = [choose.choice([0, 1, 100, 65536, choose.randrange(3 * MB)]) for _ in range(40)]
     fates: list[str] = []
@@ -225,7 +226,7 @@ def transfer(sock: socket.socket) -> str:
 
 @pytest.mark.parametrize("who", ["visitor", "service"])
 def test_a_reset_behind_half_close(ends: Ends, who: str) -> None:
-    """Who has ended its own direction and resets while the other still sends: the other side sees a reset."""
+    """[T-5]: who has ended its own direction and resets while the other still sends: the other side sees a reset."""
     sink = Sink()
     met = threading.Event()
 
@@ -261,7 +262,7 @@ def test_a_reset_behind_half_close(ends: Ends, who: str) -> None:
 
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_an_abort_resets_the_socket(ends: Ends, side: str) -> None:
-    """CLOSE_CONN of level 1 resets the socket, whatever is queued; it is not answered."""
+    """[T-4]: CLOSE_CONN of level 1 resets the socket, whatever is queued; it is not answered."""
     with contextlib.ExitStack() as stack:
         if side == "server":
             peer = stack.enter_context(Peer.as_client(ends.open_server()))
@@ -286,7 +287,7 @@ def test_an_abort_resets_the_socket(ends: Ends, side: str) -> None:
 
 
 def test_a_refused_local_service_is_a_reset(ends: Ends) -> None:
-    """A visitor of a local service that refuses meets a reset, no clean end."""
+    """[E-6]: a visitor of a local service that refuses meets a reset, no clean end."""
     with closed_port() as nobody:
         public = ends.open_tunnel(nobody)
         assert [visit(public, said) for said in (b"", b"GET / HTTP/1.0\r\n\r\n", b"")] == ["reset"] * 3
@@ -294,7 +295,7 @@ def test_a_refused_local_service_is_a_reset(ends: Ends) -> None:
 
 
 def test_a_local_service_that_does_not_answer_is_a_reset(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A visitor of a local service that does not answer meets a reset after DIAL_TIMEOUT_S."""
+    """[E-6]: a visitor of a local service that does not answer meets a reset after DIAL_TIMEOUT_S."""
     monkeypatch.setattr(rtunnel, "DIAL_TIMEOUT_S", 0.3)
     with silent_service() as address:
         assert visit(ends.open_tunnel(address), b"anybody there?") == "reset"

@@ -41,7 +41,7 @@ def peer(request: pytest.FixtureRequest, ends: Ends) -> Iterator[NaivePeer]:
 
 
 def test_a_ping_at_the_start_and_every_heartbeat(peer: NaivePeer) -> None:
-    """The first frame behind WELCOME is a PING, and more follow, of 8 bytes that are new each time."""
+    """[H-1]: the first frame behind WELCOME is a PING, and more follow, of 8 bytes that are new each time."""
     pings = []
     for _ in range(5):
         kind, stream, payload = peer.read_frame()
@@ -52,7 +52,7 @@ def test_a_ping_at_the_start_and_every_heartbeat(peer: NaivePeer) -> None:
 
 
 def test_a_ping_is_answered_with_its_bytes(peer: NaivePeer) -> None:
-    """Each PING is answered by a PONG with the same 8 bytes, in order."""
+    """[H-2]: each PING is answered by a PONG with the same 8 bytes, in order."""
     for number in range(10):
         peer.send_frame(FrameType.PING, 0, b"%08d" % number)
     answers = []
@@ -64,7 +64,8 @@ def test_a_ping_is_answered_with_its_bytes(peer: NaivePeer) -> None:
 
 
 def test_dead_after_three_heartbeats_without_a_byte(ends: Ends, peer: NaivePeer) -> None:
-    """A peer of which no byte has come for three heartbeats is dead: the connection ends, and the log says why."""
+    """[H-4]: a peer of which no byte has come for three heartbeats is dead: the connection ends, and the log says
+    why."""
     assert peer.read_frame()[0] == FrameType.PING
     peer.expect_end()
     closed = ends.log.wait_for("session-closed", level=1)
@@ -73,7 +74,7 @@ def test_dead_after_three_heartbeats_without_a_byte(ends: Ends, peer: NaivePeer)
 
 
 def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
-    """What counts is that a byte has come, be it a part of a header, and not that a PING is answered."""
+    """[H-4]: what counts is that a byte has come, be it a part of a header, and not that a PING is answered."""
     with NaivePeer.connect(ends.open_server(heartbeat_s=60)) as peer:
         peer.send_init(init(0, new_instance()))
         assert peer.read_frame()[0] == FrameType.WELCOME
@@ -85,7 +86,8 @@ def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
 
 
 def test_a_slow_answer(ends: Ends) -> None:
-    """While a PING is unanswered no other is sent, and its answer is welcome however late it comes; but only once."""
+    """[H-1], [H-3]: while a PING is unanswered no other is sent, and its answer is welcome however late it comes; but
+    only once."""
     with NaivePeer.connect(ends.open_server(heartbeat_s=60)) as peer:
         peer.send_init(init(0, new_instance()))
         assert peer.read_frame()[0] == FrameType.WELCOME
@@ -119,7 +121,7 @@ def test_the_round_trip_in_the_log(ends: Ends) -> None:
 
 @pytest.mark.parametrize("sender", ["server", "client"])
 def test_a_transport_that_takes_nothing(ends: Ends, sender: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transport that takes no byte for WRITE_TIMEOUT_S is dead, while its other direction is alive."""
+    """[H-5]: a transport that takes no byte for WRITE_TIMEOUT_S is dead, while its other direction is alive."""
     monkeypatch.setattr(rtunnel, "WRITE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.1)
 
@@ -177,7 +179,8 @@ def test_a_busy_link_never_looks_dead(ends: Ends) -> None:
 
 
 def test_control_frames_do_not_wait_behind_data(ends: Ends) -> None:
-    """To a peer that reads nothing for a while the PONG comes ahead of all DATA that the kernel has not yet taken."""
+    """[S-10]: to a peer that reads nothing for a while the PONG comes ahead of all DATA that the kernel has not yet
+    taken."""
 
     def pour(sock: socket.socket) -> None:
         while True:

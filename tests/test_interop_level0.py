@@ -548,7 +548,7 @@ def test_silence(server: Factory) -> None:
     stay, without a visitor while another has sent INIT; who has sent half a header is refused in both. The tunnel
     serves on."""
     with ExitStack() as stack:
-        times = {"HELLO_TIMEOUT_S": 3.0, "SILENT_CLIENT_S": 0.5}
+        times = {"HELLO_TIMEOUT_S": 3.0, "SILENT_CLIENT_S": 0.5, "MAX_STRANGERS": 1000, "MAX_STRANGERS_PER_SITE": 1000}
         tunnels = [stack.enter_context(beside_a_tunnel(server, kind, times)) for kind in ("lease", "global")]
         started = time.monotonic()
         silent, halves = [], []

@@ -70,8 +70,8 @@ def refused(server: Address, port: int, instance: str = "") -> str:
 def test_a_network_that_goes_silent(
     ends: Ends, soon: None, port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No FIN, no RST, nothing: with its next connection the client has its port back, while the server still believes
-    in the old one; whose visitors are reset then, and whose transport is shut."""
+    """[L-2]: no FIN, no RST, nothing: with its next connection the client has its port back, while the server still
+    believes in the old one; whose visitors are reset then, and whose transport is shut."""
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay:
         asked = free_port() if port == "chosen" else 0
@@ -94,7 +94,7 @@ def test_a_network_that_goes_silent(
 
 
 def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
+    """[L-2]: a session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
         ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.2)
@@ -164,8 +164,8 @@ class Records:
 def test_no_byte_of_an_old_stream_reaches_a_new_one(
     house: House, soon: None, monkeypatch: pytest.MonkeyPatch, secured: bool, cuts: int
 ) -> None:
-    """Defect 1 across cuts of every kind, at any moment: each byte reaches the connection that it was sent for, no
-    cut looks like a clean end, and no visitor is turned away while the client is on its way back."""
+    """[S-7]: defect 1 across cuts of every kind, at any moment: each byte reaches the connection that it was sent
+    for, no cut looks like a clean end, and no visitor is turned away while the client is on its way back."""
     monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     records, choose = Records(), random.Random(cuts)
     kinds = [dict[str, bool](), {"fin": True}, {"far": False}, {"far": False, "fin": True}]
@@ -236,7 +236,7 @@ def test_a_client_that_is_killed_and_started_anew(server: Factory, client: Facto
 
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
 def test_two_clones_do_not_evict_each_other_in_a_loop(house: House, secured: bool) -> None:
-    """Of two clients with one holder the newer serves; the older is told `replaced` and waits for 30 s."""
+    """[G-2]: of two clients with one holder the newer serves; the older is told `replaced` and waits for 30 s."""
     with Ends(house if secured else None) as ends, echo_service() as service:
         server, port, instance = ends.open_server(), free_port(), new_instance()
         for count in (1, 2):
@@ -250,7 +250,7 @@ def test_two_clones_do_not_evict_each_other_in_a_loop(house: House, secured: boo
 
 
 def test_clones_wait_before_each_eviction(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However short a client's backoff is, after `replaced` it waits REPLACED_RETRY_S."""
+    """[G-2]: however short a client's backoff is, after `replaced` it waits REPLACED_RETRY_S."""
     monkeypatch.setattr(rtunnel, "REPLACED_RETRY_S", 0.3)
     server, one = ends.open_server(), mapping(("127.0.0.1", 9))
     for count in (1, 2):
@@ -262,8 +262,8 @@ def test_clones_wait_before_each_eviction(ends: Ends, soon: None, monkeypatch: p
 
 
 def test_a_stranger_cannot_take_a_port_over(ends: Ends) -> None:
-    """In plain mode a lease belongs to an instance: whoever has another one, or none, does not get its port, neither
-    while it is served nor while it lingers."""
+    """[L-3], [L-5]: in plain mode a lease belongs to an instance: whoever has another one, or none, does not get its
+    port, neither while it is served nor while it lingers."""
     server = ends.open_server()
     instance = new_instance()
     with Peer.as_client(server, 0, instance) as holder:
@@ -282,8 +282,8 @@ def test_a_stranger_cannot_take_a_port_over(ends: Ends) -> None:
 
 
 def test_at_level_0_the_newcomer_is_refused(ends: Ends) -> None:
-    """A port that a client of level 0 holds goes to nobody else while that session lives, and is free at once after
-    it: clients of the original would evict each other in a loop."""
+    """[L-3], [L-4]: a port that a client of level 0 holds goes to nobody else while that session lives, and is free
+    at once after it: clients of the original would evict each other in a loop."""
     server = ends.open_server()
     with NaivePeer.connect(server) as original:
         original.send_init(b"0:127.0.0.1:80")
@@ -301,7 +301,8 @@ def test_at_level_0_the_newcomer_is_refused(ends: Ends) -> None:
 
 
 def test_visitors_wait_for_a_client_that_returns(ends: Ends) -> None:
-    """Visitors who come while a lease lingers wait in the listen queue, and the returning client serves all."""
+    """[L-5]: visitors who come while a lease lingers wait in the listen queue, and the returning client serves
+    all."""
     server, instance = ends.open_server(), new_instance()
     with Peer.as_client(server, 0, instance) as first:
         public = first.public
@@ -326,7 +327,7 @@ def test_visitors_wait_for_a_client_that_returns(ends: Ends) -> None:
 
 
 def test_a_port_whose_client_does_not_return_is_closed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the linger the port is closed, its waiting visitors are reset, and others may have it."""
+    """[L-5]: after the linger the port is closed, its waiting visitors are reset, and others may have it."""
     monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.2)
     server = ends.open_server()
     with Peer.as_client(server) as first:
@@ -339,7 +340,8 @@ def test_a_port_whose_client_does_not_return_is_closed(ends: Ends, monkeypatch: 
 
 
 def test_a_client_that_is_stopped_frees_its_port_at_once(ends: Ends) -> None:
-    """A client that is stopped says GOAWAY: no linger, the port is a stranger's the moment that it asks."""
+    """[G-5], [L-4]: a client that is stopped says GOAWAY: no linger, the port is a stranger's the moment that it
+    asks."""
     server = ends.open_server()
     client = ends.open_client(server, mapping(("127.0.0.1", 9)))
     public = ends.public()
@@ -351,7 +353,7 @@ def test_a_client_that_is_stopped_frees_its_port_at_once(ends: Ends) -> None:
 
 
 def test_after_goaway_of_a_client_its_streams_go_on(ends: Ends) -> None:
-    """GOAWAY from a client ends its lease, and no stream that is open."""
+    """[G-3]: GOAWAY from a client ends its lease, and no stream that is open."""
     with Peer.as_client(ends.open_server()) as peer, connect(peer.public) as visitor:
         peer.hear(FrameType.NEW_CONN)
         peer.send_frame(FrameType.GOAWAY, 0, b"stopping")
@@ -364,7 +366,8 @@ def test_after_goaway_of_a_client_its_streams_go_on(ends: Ends) -> None:
 
 
 def test_after_goaway_of_a_server_the_client_connects_anew(ends: Ends, soon: None) -> None:
-    """GOAWAY from a server: the client asks for its port on a new session, and what is open on the old one goes on."""
+    """[G-1]: GOAWAY from a server: the client asks for its port on a new session, and what is open on the old one
+    goes on."""
     with PeerServer() as server, echo_service() as service:
         ends.open_client(server.address, mapping(service.address))
         old = server.accept()
@@ -387,8 +390,8 @@ def test_after_goaway_of_a_server_the_client_connects_anew(ends: Ends, soon: Non
 
 
 def test_port_0_gives_a_known_instance_the_same_port(ends: Ends) -> None:
-    """Remote port 0 with a known instance gives the same port back, also when its lease had ended; another instance
-    gets another one."""
+    """[L-6]: remote port 0 with a known instance gives the same port back, also when its lease had ended; another
+    instance gets another one."""
     server, instance = ends.open_server(), new_instance()
     with Peer.as_client(server, 0, instance) as first:
         first.send_frame(FrameType.GOAWAY, 0, b"stopping")
@@ -398,7 +401,7 @@ def test_port_0_gives_a_known_instance_the_same_port(ends: Ends) -> None:
 
 
 def test_port_0_that_somebody_else_has_got_meanwhile(ends: Ends) -> None:
-    """Where the port of a known instance is another's by now, the server assigns a new one."""
+    """[L-6]: where the port of a known instance is another's by now, the server assigns a new one."""
     server, instance = ends.open_server(), new_instance()
     with Peer.as_client(server, 0, instance) as first:
         first.send_frame(FrameType.GOAWAY, 0, b"stopping")
@@ -437,8 +440,9 @@ def test_the_mappings_of_a_process_do_not_disturb_each_other(house: House, soon:
 
 
 def test_a_global_port_serves_all(ends: Ends) -> None:
-    """The global port belongs to all sessions that sent INIT, whatever port they ask for: WELCOME says which it is,
-    each visitor goes to the session with the fewest streams, and a session that comes back replaces only itself."""
+    """[L-1], [O-8]: the global port belongs to all sessions that sent INIT, whatever port they ask for: WELCOME says
+    which it is, each visitor goes to the session with the fewest streams, and a session that comes back replaces only
+    itself."""
     server = ends.open_server(public=rtunnel.Address("127.0.0.1", 0))
     instances = [new_instance() for _ in range(3)]
     with contextlib.ExitStack() as stack:
@@ -471,7 +475,7 @@ def test_a_global_port_serves_all(ends: Ends) -> None:
 
 @pytest.mark.parametrize("code", ["port-denied", "bad-request"])
 def test_a_refusal_for_good_ends_the_client(client: Factory, code: str) -> None:
-    """`port-denied` and `bad-request` end the client with status 3, and the log has the server's sentence."""
+    """[X-5]: `port-denied` and `bad-request` end the client with status 3, and the log has the server's sentence."""
     with PeerServer() as server:
         asking = client("--server", text(server.address), "--local", "127.0.0.1:9")
         server.accept(f"error={code}\nmessage=Not on a Sunday.".encode()).sock.close()
@@ -480,7 +484,7 @@ def test_a_refusal_for_good_ends_the_client(client: Factory, code: str) -> None:
 
 
 def test_a_port_that_cannot_be_bound(server: Factory, client: Factory) -> None:
-    """A port that the server's system does not grant is `port-denied`: the client ends, and says why."""
+    """[O-4]: a port that the server's system does not grant is `port-denied`: the client ends, and says why."""
     serving = server("--public-bind", "192.0.2.1")  # documentation only (RFC 5737): nobody has it
     asking = client("--server", text(serving.control_address), "--local", "127.0.0.1:9")
     assert asking.wait() == 3
@@ -499,7 +503,8 @@ def test_one_mapping_refused_for_good_ends_them_all(client: Factory) -> None:
 
 
 def test_other_refusals_are_tried_again(ends: Ends, soon: None) -> None:
-    """`port-in-use`, `too-many-clients`, `shutting-down` and any code that is unknown: the client comes back."""
+    """[X-5]: `port-in-use`, `too-many-clients`, `shutting-down` and any code that is unknown: the client comes
+    back."""
     codes = ["port-in-use", "too-many-clients", "shutting-down", "not-invented-yet"]
     with PeerServer() as server:
         ends.open_client(server.address, mapping(("127.0.0.1", 9)))

@@ -60,17 +60,34 @@ CONSTANTS = {
     "unknown frames before INIT": rtunnel.MAX_UNKNOWN_FRAMES_BEFORE_INIT,
     "from accept to session": rtunnel.HELLO_TIMEOUT_S,
     "silence that makes a client of the global port": rtunnel.SILENT_CLIENT_S,
+    "message of a refusal": rtunnel.MAX_MESSAGE_CHARACTERS,
     "dialling the local service": rtunnel.DIAL_TIMEOUT_S,
-    "queue of a stream": rtunnel.LEVEL_0_QUEUE_BYTES,
-    "waiting for a full queue": rtunnel.LEVEL_0_WAIT_S,
-    "reason of an unclean end": rtunnel.MAX_REASON_BYTES,
-    "from our FIN to the socket's own end": rtunnel.LINGER_S,
+    "queue of a stream, level 0": rtunnel.LEVEL_0_QUEUE_BYTES,
+    "waiting for a full queue, level 0": rtunnel.LEVEL_0_WAIT_S,
+    "highest id": rtunnel.MAX_STREAM_ID,
+    "reason": rtunnel.MAX_REASON_BYTES,
+    "from our FIN to the socket's own end, level 0": rtunnel.LINGER_S,
+    "credit": rtunnel.MAX_CREDIT_BYTES,
+    "window, at the start": rtunnel.WINDOW_BYTES,
+    "window, at most": rtunnel.MAX_WINDOW_BYTES,
+    "growth of all windows of a session": rtunnel.SESSION_BUDGET_BYTES,
+    "queue that does not move": rtunnel.STALL_S,
+    "heartbeat": rtunnel.HEARTBEAT_S,
+    "heartbeats without a byte": rtunnel.HEARTBEATS_TO_DEATH,
+    "transport that takes no byte": rtunnel.WRITE_TIMEOUT_S,
+    "unsent answers": rtunnel.MAX_PROVOKED,
+    "after `replaced`": rtunnel.REPLACED_RETRY_S,
+    "lease without a session": rtunnel.LEASE_LINGER_S,
+    "first wait of a client": rtunnel.FIRST_RETRY_S,
+    "the same, connection refused, at most": rtunnel.REFUSED_RETRY_S,
+    "session is open without a frame": rtunnel.LIVED_S,
+    "after a last frame": rtunnel.FAREWELL_S,
 }
 
 
 def test_the_documents_limits_are_the_programs() -> None:
     """The table of limits has the program's constants."""
-    section = DOCUMENT.partition("## 7.")[2].partition("## 8.")[0]
+    section = DOCUMENT.partition("## 12.")[2].partition("## 13.")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([\d,]+)(?: bytes| s)? \| [A-Z]-\d+ \|$", section, re.M)
     assert {name: float(value.replace(",", "")) for name, value in rows} == CONSTANTS
 

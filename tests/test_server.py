@@ -107,7 +107,7 @@ def test_each_client_has_a_port_of_its_own(server: Factory) -> None:
     serving = server()
     with ExitStack() as stack:
         peers = [join(serving, stack) for _ in range(5)]
-        publics = [serving.lease_address() for _ in peers]
+        publics = [serving.lease_address(peer=text(peer.sock.getsockname())) for peer in peers]
         assert len(set(publics)) == 5
         for peer, public in zip(peers, publics, strict=True):
             stack.enter_context(connect(public))
@@ -156,31 +156,43 @@ def test_a_port_is_free_when_its_client_has_gone(server: Factory, client: Factor
 # --- the global port ----------------------------------------------------------------------------------------
 
 
-def test_a_visitor_goes_to_the_client_with_the_fewest_streams(server: Factory) -> None:
+def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
     """Each visitor of the global port goes to the client with the fewest open streams, of several such to the one
     that has waited longest for one."""
-    serving = server("--public-listen", "127.0.0.1:0")
+    loopback = rtunnel.Address("127.0.0.1", 0)
+    serving = rtunnel.Server(loopback, loopback, "", rtunnel.Settings(), None)
     with ExitStack() as stack:
-        peers = [join(serving, stack) for _ in range(3)]
-        opened = [0, 0, 0]
+        serving.start()
+        stack.callback(serving.stop)
+        (lease,) = serving._leases.values()
+        assert serving._control is not None
+        public, control = lease.listener.address, serving._control.address
+        peers: list[NaivePeer] = []
         visitors: dict[tuple[int, int], socket.socket] = {}
+        opened = [0, 0, 0]
+
+        def join() -> NaivePeer:
+            peer = stack.enter_context(NaivePeer.connect(control))
+            peer.send_init(b"0:127.0.0.1:80")
+            eventually(lambda: len(lease.sessions) == len(peers) + 1)
+            peers.append(peer)
+            return peer
 
         def expect_at(which: int) -> None:
-            visitor = stack.enter_context(connect(serving.public_address))
+            visitor = stack.enter_context(connect(public))
             opened[which] += 1
             visitors[which, opened[which]] = visitor
             peers[which].expect(NEW_CONN, opened[which])
 
         def leave(which: int, stream: int) -> None:
-            visitors[which, stream].close()
+            visitors.pop((which, stream)).close()
             peers[which].read_close(stream)
-            serving.wait_for("stream-closed", stream=stream, peer=names[which, stream])
+            eventually(lambda: sum(client.visitors for client in lease.sessions) == len(visitors))
 
-        names: dict[tuple[int, int], str] = {}
+        for _ in range(3):
+            join()
         for which in (0, 1, 2, 0, 1, 2):
             expect_at(which)
-        for key, visitor in visitors.items():
-            names[key] = text(visitor.getsockname())
         leave(1, 1)
         leave(1, 2)
         expect_at(1)  # 2, 0, 2
@@ -190,9 +202,9 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams(server: Factory) -
         expect_at(0)  # 1, 2, 1: the first has waited longer
         expect_at(2)
         expect_at(1)  # all have 2: it has waited longest
-        late = join(serving, stack)
+        late = join()
         for stream in (1, 2):
-            stack.enter_context(connect(serving.public_address))
+            stack.enter_context(connect(public))
             late.expect(NEW_CONN, stream)
 
 
@@ -216,8 +228,9 @@ def test_clients_without_init_share_the_global_port(server: Factory) -> None:
     has sent INIT is there."""
     serving = server("--public-listen", "127.0.0.1:0", limits={"SILENT_CLIENT_S": 0.1})
     with ExitStack() as stack:
-        silent = [stack.enter_context(NaivePeer.connect(serving.control_address)) for _ in range(2)]
-        for _ in silent:
+        silent = []
+        for _ in range(2):
+            silent.append(stack.enter_context(NaivePeer.connect(serving.control_address)))
             serving.wait_for("session-opened")
         held = [stack.enter_context(connect(serving.public_address)) for _ in range(4)]
         for each in silent:

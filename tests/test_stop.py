@@ -109,7 +109,7 @@ def test_1000_streams(server: Factory, client: Factory, which: str) -> None:
 def test_connections_that_said_nothing(server: Factory, flags: tuple[str, ...]) -> None:
     """With 200 control connections under way that have said nothing, or half a header, the server stops and they
     end."""
-    serving = server(*flags)
+    serving = server(*flags, limits={"MAX_STRANGERS": 1000, "MAX_STRANGERS_PER_SITE": 1000})
     with ExitStack() as stack:
         silent = [stack.enter_context(NaivePeer.connect(serving.control_address)) for _ in range(200)]
         for peer in silent[::2]:

@@ -28,7 +28,7 @@ from support import (
     reset,
     running,
 )
-from tunnels import closed_port, tcp_pair, visit
+from tunnels import closed_port, tcp_pair, text, visit
 
 import rtunnel
 
@@ -293,6 +293,24 @@ def test_a_socket_that_stays_is_left(bench: Bench, visitor: Ends, monkeypatch: p
     bench.peer.send_frame(CLOSE_CONN, 1)
     eventually(lambda: bench.session.stream_count() == 0)
     assert read_all(far) == b"bye"
+
+
+def test_a_socket_that_pushes_on_is_left(bench: Bench, visitor: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one that goes on sending after our end keep its stream beyond the limit."""
+    monkeypatch.setattr(rtunnel, "LINGER_S", 0.1)
+    near, far = visitor
+    bench.open(near)
+
+    def push() -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while True:
+                far.sendall(BIG)
+
+    bench.peer.send_frame(DATA, 1, b"bye")
+    bench.peer.send_frame(CLOSE_CONN, 1)
+    assert bench.peer.read_close(1) == b""
+    with running(push):
+        eventually(lambda: bench.session.stream_count() == 0)
 
 
 def test_the_sessions_end_resets_its_streams(bench: Bench, visitor: Ends, both_paths: None) -> None:
@@ -821,8 +839,8 @@ class Pair:
             self.peers[1].expect(NEW_CONN, 1)
             self.peers[1].send_frame(DATA, 1, b"fine")
             assert read_exactly(visitor, 4) == b"fine"
-        with pytest.raises(ConnectionRefusedError):
-            connect(self.publics[0])
+        (lease,) = log.records("lease-closed")
+        assert lease.fields["address"] == text(self.publics[0])
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ class Threads:
             except BaseException as error:  # raised in `threads`
                 self.errors.append(error)
 
-        thread = threading.Thread(target=body)
+        thread = threading.Thread(target=body, daemon=True)  # a failing build must not keep the tests from ending
         self._threads.append(thread)
         thread.start()
         return thread
