@@ -131,8 +131,8 @@ class Ends:
 
     def client_sessions(self) -> list[rtunnel.ClientSession]:
         """The clients' sessions that there are now."""
-        owners = [end.__self__ for client in self._clients for end in client._ends]  # type: ignore[attr-defined]
-        return [owner for owner in owners if isinstance(owner, rtunnel.ClientSession)]
+        sessions = [session for client in self._clients for session in client.sessions()]
+        return [session for session in sessions if isinstance(session, rtunnel.ClientSession)]
 
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:
