@@ -175,7 +175,7 @@ def attack(seconds: float) -> None:
     with stage() as here:
         here.start_server()
         here.start_client()
-        eventually(lambda: serves(here), 10.0)
+        eventually(here.serves)
         print(f"before: {here.cost()}")
         alone = measure(here, quiet_s)
         most = {"memory": 0.0, "threads": 0, "descriptors": 0}
@@ -198,13 +198,6 @@ def attack(seconds: float) -> None:
         )
         require(not load.wrong + here.answers.wrong, f"wrong bytes: {load.wrong + here.answers.wrong}")
         require(len(load.seconds) > 0 and load.success_rate == 1.0, f"{name}: requests have failed")
-
-
-def serves(here: Stage) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(here.public, 1.0).close()
-        return True
-    return False
 
 
 def measure(here: Stage, seconds: float, most: dict[str, float] | None = None) -> Load:

@@ -1,4 +1,7 @@
-"""Visitors that check every byte and every end, and the local service that they visit. Standard library only."""
+"""Visitors that check every byte and every end, and the local service that they visit. Standard library only.
+
+`python load.py PORT` is that service as a program of its own, to be killed; it ends with its standard input.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import contextlib
 import random
 import socket
 import struct
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from support import Address, Service, eventually
@@ -54,8 +59,15 @@ class Answers(Checker):
                 return  # a visitor that only looked in
             header += part
         seed, up, down = HEADER.unpack(header)
+        reset_at_close(sock, True)  # so that whatever kills this service, it has not ended cleanly
         self.read(sock, seed, up)
         sock.sendall(pattern(seed + 1, down))
+        reset_at_close(sock, False)
+
+
+def reset_at_close(sock: socket.socket, wanted: bool) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", wanted, 0))
 
 
 class Load(Checker):
@@ -146,8 +158,20 @@ class Load(Checker):
 
 
 @contextlib.contextmanager
-def answering(answers: Answers | None = None):  # type: ignore[no-untyped-def]
-    """A service that answers `Load`, and what it found wrong: `(service, answers)`."""
-    answers = answers or Answers()
+def answering() -> Iterator[tuple[Service, Answers]]:
+    """A service that answers `Load`, and what it found wrong."""
+    answers = Answers()
     with Service(answers) as service:
         yield service, answers
+
+
+def main() -> None:
+    answers = Answers()
+    with Service(answers, port=int(sys.argv[1])):
+        sys.stdin.read()
+    if answers.wrong:
+        sys.exit(f"wrong: {answers.wrong}")
+
+
+if __name__ == "__main__":
+    main()

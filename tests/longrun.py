@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from load import Answers, answering
+from load import HEADER, Answers, answering, pattern
 from support import ROOT, Address, Program, Service, free_port
 
 sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
 
 from tls_peers import House
+from tunnels import text
 
 import rtunnel_tls
 
@@ -40,6 +42,8 @@ class Stage:
         self.service, self.answers = service, answers
         self.control: Address = ("127.0.0.1", free_port())
         self.public: Address = ("127.0.0.1", free_port())
+        self.second: Address = ("127.0.0.1", free_port())
+        self.killable: Address = ("127.0.0.1", free_port())  # of a local service that is no part of this process
         self.dialled = self.control  # by the client: a relay's address stands for the network between
         self.programs: list[Program] = []
         self.server: Program
@@ -53,13 +57,26 @@ class Stage:
         return self.server
 
     def start_client(self, *flags: str) -> Program:
-        where = (f"--server=127.0.0.1:{self.dialled[1]}", f"--forward={self.public[1]}:{self.service.text}")
+        """A client of `service`, and of what may answer at `killable`."""
+        forwards = (
+            f"--forward={self.public[1]}:{self.service.text}",
+            f"--forward={self.second[1]}:{text(self.killable)}",
+        )
+        where = (f"--server=127.0.0.1:{self.dialled[1]}", *forwards)
         self.client = self._start("client", *self.house.flags("client"), *where, "--reconnect-max=1", *flags)
         return self.client
 
     def _start(self, *arguments: str) -> Program:
         self.programs.append(Program(*arguments))
         return self.programs[-1]
+
+    def serves(self, address: Address | None = None) -> bool:
+        """Whether a visitor gets its answer."""
+        with contextlib.suppress(OSError), socket.create_connection(address or self.public, 5.0) as sock:
+            sock.sendall(HEADER.pack(1, 0, 1))
+            sock.shutdown(socket.SHUT_WR)
+            return sock.recv(1) == pattern(2, 1)
+        return False
 
     def cost(self) -> str:
         return "; ".join(f"{name} {cost(each)}" for name, each in (("server", self.server), ("client", self.client)))

@@ -139,7 +139,7 @@ class Relay:
                     self._woken.recv(4096)
                 elif key.fileobj is self._listener:
                     self._accept()
-                elif key.data is not None and key.fileobj in self._selector.get_map():
+                elif key.fileobj.fileno() >= 0 and key.fileobj in self._selector.get_map():  # type: ignore[union-attr]
                     self._on_ready(key.data, key.fileobj, events)  # type: ignore[arg-type]
             while not self._orders.empty():
                 action, done = self._orders.get()

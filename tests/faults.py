@@ -1,0 +1,128 @@
+"""Faults, each with full recovery, no wrong byte, and no truncation that looks like success.
+
+`python tests/faults.py --seconds 300`. All on loopback; every process that is killed is one that this program started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from load import Load
+from longrun import Stage, main, require, stage
+from relay import Relay
+from support import eventually
+
+VISITORS = 50
+RECOVERY_S = 15.0  # three lost heartbeats, a reconnect, and room for a busy machine
+
+
+def network(here: Stage, relay: Relay, dice: random.Random) -> None:
+    """Something happens to the network between client and server."""
+    kind = dice.choice(["cut", "truncate", "half cut", "delay", "silence"])
+    if kind == "delay":
+        relay.stall(up=dice.random() < 0.7, down=dice.random() < 0.7)
+        time.sleep(dice.uniform(0.05, 0.5))  # the fault itself is a time
+        relay.resume()
+    elif kind == "silence":
+        relay.silence()
+    else:
+        relay.cut(near=kind != "half cut" or dice.random() < 0.5, fin=kind == "truncate")
+
+
+def kill_server(here: Stage) -> None:
+    here.server.kill()
+    here.start_server("--heartbeat=0.5")
+
+
+def kill_client(here: Stage) -> None:
+    here.client.kill()
+    here.start_client("--heartbeat=0.5")
+
+
+class LocalService:
+    """A local service in a process of its own, which may be killed and started again on the same port."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = Path(__file__).with_name("load.py")
+        self._process = subprocess.Popen([sys.executable, str(program), str(self._port)], stdin=subprocess.PIPE)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            require(self._process.poll() is None, "the local service has found wrong bytes")
+            self._process.kill()
+            self._process.communicate()
+
+    def __enter__(self) -> LocalService:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+@contextlib.contextmanager
+def phase(here: Stage, name: str, *, second: bool = False) -> Iterator[Load]:
+    """Visitors while faults happen, which may be cut but never wrong; then all must be served again, each at once."""
+    address = here.second if second else here.public
+    eventually(lambda: here.serves(address), RECOVERY_S, f"{name}: it serves")
+    with Load(address, VISITORS, up=200_000, down=200_000, pause_s=0.05) as load:
+        yield load
+    began = time.monotonic()
+    eventually(lambda: here.serves(address), RECOVERY_S, f"{name}: it serves again")
+    recovered_s = time.monotonic() - began
+    with Load(address, 8) as healed:
+        healed.wait_for(50)
+    wrong = load.wrong + healed.wrong + here.answers.wrong
+    print(
+        f"{name}: {len(load.seconds)} answered whole, {sum(load.failed.values())} cut {dict(load.failed)}, "
+        f"{len(wrong)} wrong; serves again after {recovered_s:.1f} s, then {len(healed.seconds)} of "
+        f"{len(healed.seconds) + sum(healed.failed.values())}"
+    )
+    require(not wrong, f"{name}: {wrong}")
+    require(not healed.failed, f"{name}: not healed, {dict(healed.failed)}")
+
+
+def repeat(seconds: float, pause_s: float, act: Callable[[], object]) -> int:
+    """Do it again and again for so long, with pauses around `pause_s`; how often it was done."""
+    end, count = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        time.sleep(random.uniform(0.5, 1.5) * pause_s)  # the rhythm of the faults; nothing is ordered by it
+        act()
+        count += 1
+    return count
+
+
+def faults(seconds: float) -> None:
+    """Two thirds of the time for the network, the rest for what is killed."""
+    dice = random.Random(0)
+    part = seconds / 9
+    with stage() as here, Relay(here.control) as relay, LocalService(here.killable[1]) as local:
+        here.dialled = relay.address
+        here.start_server("--heartbeat=0.5")
+        here.start_client("--heartbeat=0.5")
+        with phase(here, "network"):
+            count = repeat(6 * part, 0.5, lambda: network(here, relay, dice))
+        print(f"network: {count} faults")
+        with phase(here, "server killed"):
+            count = repeat(part, 1.0, lambda: kill_server(here))
+        print(f"server killed: {count} times")
+        with phase(here, "client killed"):
+            count = repeat(part, 1.0, lambda: kill_client(here))
+        print(f"client killed: {count} times")
+        with phase(here, "local service killed", second=True):
+            count = repeat(part, 1.0, lambda: (local.kill(), local.start()))
+        print(f"local service killed: {count} times; {here.cost()}")
+
+
+if __name__ == "__main__":
+    main(faults, 300.0)
