@@ -394,12 +394,12 @@ class Decoder:
         self._type = 0
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
-        self._error: ProtocolError | None = None
+        self._error = ""  # its words only: an exception would keep its traceback, and that all of the session
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError where a payload is over its limit."""
         if self._error:
-            raise self._error
+            raise ProtocolError(self._error)
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
@@ -427,8 +427,8 @@ class Decoder:
     def _begin(self, kind: int, stream: int, length: int) -> None:
         limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
         if length > limit:
-            self._error = ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
-            raise self._error
+            self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
+            raise ProtocolError(self._error)
         self._type, self._stream, self._remaining = kind, stream, length
         if kind not in RULES:
             self.unknown_frames += 1
@@ -688,7 +688,8 @@ class Pool:
                 self._idle -= 1
                 self._tasks.put((name, task, args))
                 return
-            thread = threading.Thread(target=self._work, args=(name, task, args), name=name, daemon=True)
+            first = [(name, task, args)]  # to be popped: a Thread keeps its arguments as long as it runs
+            thread = threading.Thread(target=self._work, args=(first,), name=name, daemon=True)
             self._threads.add(thread)
         try:
             thread.start()
@@ -696,8 +697,9 @@ class Pool:
             self._leave(thread)
             raise
 
-    def _work(self, name: str, task: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def _work(self, first: list[tuple[str, Callable[..., None], tuple[Any, ...]]]) -> None:
         me = threading.current_thread()
+        name, task, args = first.pop()
         while True:
             me.name = name
             try:
@@ -1774,6 +1776,11 @@ class Session:
             self._sender_left.wait()
             self.writer.wait_unused()
             self.transport.close()
+            with (
+                self._lock
+            ):  # it is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection
+                self._timers.clear()
+            self.transport.wants_flush = lambda: None
         assert self._cause is not None
         return self._cause
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
-from level1 import Log, Peer, Unwelcome
+from level1 import Ends, Log, Peer, Unwelcome, mapping
+from relay import Relay
 from support import Address, Program, Service, connect, echo_service, ends_with, eventually, read_exactly
 from tls_peers import House
 from tunnels import Factory, open_tunnel, text, visit
 
 import rtunnel
+import rtunnel_tls
 
 
 def stranger(server: Address, source: str = "127.0.0.1") -> socket.socket:
@@ -353,3 +357,41 @@ def test_a_stuck_stream(server: Factory, client: Factory, side: str) -> None:
         idle.sendall(b"alive")
         eventually(lambda: is_open(idle))
         assert not tunnel.server.events("stream-closed", stream=1)
+
+
+# --- garbage ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_has_ended_is_gone(house: House, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+    """A session that has ended, its streams and its buffers are gone at once, without waiting for a collection of
+    garbage: reconnects do not grow."""
+    made: list[weakref.ref[object]] = []
+
+    def watch(kind: type) -> None:
+        start = kind.__init__
+
+        def watched(self: object, *args: object, **options: object) -> None:
+            made.append(weakref.ref(self))
+            start(self, *args, **options)
+
+        monkeypatch.setattr(kind, "__init__", watched)
+
+    for kind in (rtunnel.Session, rtunnel.Stream, rtunnel.Writer, rtunnel_tls.TlsTransport, rtunnel_tls._Ssl):
+        watch(kind)
+    with echo_service() as service, Ends(house if tls else None) as ends, Relay(ends.open_server()) as relay:
+        ends.open_client(relay.address, mapping(service.address))
+        gc.disable()
+        try:
+            for number in range(1, 4):
+                with connect(ends.public(number)) as visitor:
+                    visitor.sendall(b"marco")
+                    assert read_exactly(visitor, 5) == b"marco"
+                relay.cut()
+            ends.public(4)
+            with socket.create_connection(relay.address) as broken:
+                broken.sendall(b"neither TLS nor INIT")
+                assert ends_with(broken) in ("eof", "reset")
+            eventually(lambda: len([each for each in made if each() is not None]) == (8 if tls else 4))
+        finally:
+            gc.enable()
