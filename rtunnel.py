@@ -919,6 +919,13 @@ Transport = PlainTransport | rtunnel_tls.TlsTransport
 TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
 
 
+def log_receipt(transport: Transport) -> None:
+    if transport.receipt is not None:
+        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
+        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
+            warn_of_expiry(transport.identity, transport.receipt.days_left)
+
+
 def warn_of_expiry(certificate: str, days_left: int) -> None:
     log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
 
@@ -1864,11 +1871,7 @@ class Program:
         if self._context is None:
             return carrier
         with self.registered(carrier.shutdown):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
-        log_event(INFO, "handshake", peer=carrier.peer, **transport.receipt.pairs())
-        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
-            warn_of_expiry(transport.identity, transport.receipt.days_left)
-        return transport
+            return rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
 
     @contextlib.contextmanager
     def registered(self, end: Callable[[], None]) -> Iterator[None]:
@@ -2102,6 +2105,7 @@ class Server(Program):
         deadline = Deadline(HELLO_TIMEOUT_S)
         try:
             transport = self.secure(PlainTransport(sock), deadline)
+            log_receipt(transport)
             session = ServerSession(transport, self._pool, self.settings, self, deadline)
             with self.registered(session.stop):
                 cause = session.run()
@@ -2336,6 +2340,7 @@ class ClientSession(Session):
                 INFO, "session-opened", public=public, local=self._mapping.local, level=self.level,
                 server=self.transport.peer,
             )  # fmt: skip
+            log_receipt(self.transport)  # behind the public address, which users look for in the first line
 
     def refuse(self, refused: Refused) -> None:
         self.refused = refused
