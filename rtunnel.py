@@ -64,7 +64,6 @@ import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import secrets
@@ -575,7 +574,7 @@ class Worker:
     """A thread of the pool, or one that is to be: what it does next, and the lock that it sleeps on."""
 
     def __init__(self, work: Callable[[Worker], None]) -> None:
-        self.task: tuple[str, Callable[..., None], tuple[Any, ...]] = ("idle", lambda: None, ())
+        self.task: tuple[Callable[..., None], tuple[Any, ...]] = (lambda: None), ()
         self.wake = threading.Lock()
         self.wake.acquire()
         self.thread = threading.Thread(target=work, args=(self,), daemon=True)
@@ -604,7 +603,7 @@ class Pool:
                 raise PoolClosed("stopping")
             worker = self._idle.pop() if self._idle else Worker(self._work)
             self._workers.add(worker)
-        worker.task = (name, task, args)
+        worker.thread.name, worker.task = name, (task, args)
         worker.wake.release()
         if worker.thread.ident is None:
             try:
@@ -615,13 +614,12 @@ class Pool:
 
     def _work(self, worker: Worker) -> None:
         while worker.wake.acquire(timeout=POOL_IDLE_S) or not self._may_leave(worker):
-            worker.thread.name, task, args = worker.task
+            task, args = worker.task
             try:
                 task(*args)
             except Exception:  # the safety net of every thread: the others go on
                 log_internal_error()
-            worker.task = ("idle", lambda: None, ())  # an idle thread keeps nothing alive
-            task, args = worker.task[1:]
+            worker.task = task, args = (lambda: None), ()  # an idle thread keeps nothing alive
             with self._lock:
                 if self._closing:
                     break
