@@ -64,7 +64,6 @@ import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import secrets
@@ -662,21 +661,30 @@ def start_log(level: str) -> None:
 # ---- threads ----------------------------------------------------------------------------------------------------
 
 
+class Worker:
+    """A thread of the pool, or one that is to be: what it does next, and the lock that it sleeps on."""
+
+    def __init__(self, work: Callable[[Worker], None]) -> None:
+        self.task: tuple[Callable[..., None], tuple[Any, ...]] = (lambda: None), ()
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.thread = threading.Thread(target=work, args=(self,), daemon=True)
+
+
 class Pool:
     """Daemon threads that are reused: starting one waits for it to run, which halves the connection rate.
 
     Threads: `run` from any, `close` from main.
     Locking: `_lock` guards everything below the marker.
-    Invariant: tasks in `_tasks` never exceed the threads that wait for one, or are about to.
+    Invariant: a worker is in `_idle` until somebody takes it out; who does so gives it a task and wakes it.
     """
 
     def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[str, Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)  # a thread has left
         # guarded by _lock
-        self._idle = 0  # threads that wait for a task and have none promised
-        self._threads: set[threading.Thread] = set()
+        self._idle: list[Worker] = []  # the last to idle is the first to work: its memory is warm
+        self._workers: set[Worker] = set()
         self._closing = False
 
     def run(self, name: str, task: Callable[..., None], *args: Any) -> None:
@@ -684,57 +692,54 @@ class Pool:
         with self._lock:
             if self._closing:
                 raise PoolClosed("stopping")
-            if self._idle:
-                self._idle -= 1
-                self._tasks.put((name, task, args))
-                return
-            first = [(name, task, args)]  # to be popped: a Thread keeps its arguments as long as it runs
-            thread = threading.Thread(target=self._work, args=(first,), name=name, daemon=True)
-            self._threads.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            self._leave(thread)
-            raise
+            worker = self._idle.pop() if self._idle else Worker(self._work)
+            self._workers.add(worker)
+        worker.thread.name, worker.task = name, (task, args)
+        worker.wake.release()
+        if worker.thread.ident is None:
+            try:
+                worker.thread.start()
+            except RuntimeError:
+                self._leave(worker)
+                raise
 
-    def _work(self, first: list[tuple[str, Callable[..., None], tuple[Any, ...]]]) -> None:
-        me = threading.current_thread()
-        name, task, args = first.pop()
-        while True:
-            me.name = name
+    def _work(self, worker: Worker) -> None:
+        while worker.wake.acquire(timeout=POOL_IDLE_S) or not self._may_leave(worker):
+            task, args = worker.task
             try:
                 task(*args)
             except Exception:  # the safety net of every thread: the others go on
                 log_internal_error()
-            task, args = (lambda: None), ()  # an idle thread keeps nothing alive
+            worker.task = task, args = (lambda: None), ()  # an idle thread keeps nothing alive
             with self._lock:
-                closing = self._closing
-                self._idle += not closing
-            if closing:
-                return self._leave(me)
-            try:
-                name, task, args = self._tasks.get(timeout=POOL_IDLE_S)
-            except queue.Empty:
-                with self._lock:
-                    surplus = self._idle > 0  # else a task has been promised to this one of the idle
-                    self._idle -= surplus
-                if surplus:
-                    return self._leave(me)
-                name, task, args = self._tasks.get()
+                if self._closing:
+                    break
+                self._idle.append(worker)
+        self._leave(worker)
 
-    def _leave(self, thread: threading.Thread) -> None:
+    def _may_leave(self, worker: Worker) -> bool:
+        """False where a task is on its way."""
         with self._lock:
-            self._threads.discard(thread)
+            idle = worker in self._idle
+            if idle:
+                self._idle.remove(worker)
+        if not idle:
+            worker.wake.acquire()
+        return idle
+
+    def _leave(self, worker: Worker) -> None:
+        with self._lock:
+            self._workers.discard(worker)
             self._left.notify_all()
 
     def close(self, deadline: Deadline) -> None:
         """Let the idle go and wait for the others, until the deadline."""
         with self._lock:
             self._closing = True  # under the lock: a worker that is about to idle must see it
-            for _ in range(self._idle):
-                self._tasks.put(("pool", lambda: None, ()))
-            self._idle = 0
-            while self._threads and self._left.wait(deadline.remaining()):
+            for worker in self._idle:
+                worker.wake.release()  # to do nothing, and see it
+            self._idle.clear()
+            while self._workers and self._left.wait(deadline.remaining()):
                 pass
 
 
@@ -1031,6 +1036,13 @@ Transport = PlainTransport | rtunnel_tls.TlsTransport
 TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
 
 
+def log_receipt(transport: Transport) -> None:
+    if transport.receipt is not None:
+        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
+        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
+            warn_of_expiry(transport.identity, transport.receipt.days_left)
+
+
 def warn_of_expiry(certificate: str, days_left: int) -> None:
     log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
 
@@ -1065,6 +1077,7 @@ class Writer:
         self._waiting: collections.deque[tuple[threading.Lock, Stream]] = collections.deque()  # each with its ticket
         self._holder: object = None  # who has the turn: a thread's id; between two, the next one's ticket, or SENDER
         self._woken = False
+        self._clock_woken = False
         self._cause: str | None = None
         self._last = b""  # the frame to say before the end
 
@@ -1144,10 +1157,16 @@ class Writer:
         self._write(batch)
 
     def wake(self) -> None:
-        """Make the control sender flush the transport and look at the clock."""
+        """Have the transport flushed, by whoever has the turn, or by the control sender."""
         with self._lock:
             self._woken = True
             self._tell_sender_locked()
+
+    def wake_clock(self) -> None:
+        """Make the control sender look at the clock, whoever has the turn: `serve` returns."""
+        with self._lock:
+            self._clock_woken = True
+            self._changed.notify_all()
 
     def _tell_sender_locked(self) -> None:
         assert self._lock.locked()
@@ -1157,8 +1176,9 @@ class Writer:
     def serve(self, seconds: float | None) -> None:
         """For the control sender: write the control queue, wait at most so long for it. Raises SessionEnded."""
         with self._lock:
-            if not self._has_work_locked():
+            if not self._has_work_locked() and not self._clock_woken:
                 self._changed.wait(seconds)
+            self._clock_woken = False
             self._check_open_locked()
             if not self._has_work_locked():
                 return
@@ -1481,17 +1501,26 @@ class Stream:
         except OSError as error:
             self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
             return False
+        grant = 0
         with self._lock:
-            drain = self._attach_locked(sock)
+            self._attach_locked(sock)
+            if self._queue:  # a request, mostly, which the socket takes at once: that spares a drainer
+                sent = self._send_locked(memoryview(self._queue)[:DRAIN_BYTES])
+                del self._queue[:sent]
+                self._queued = len(self._queue)
+                grant = self._drained_locked(sent)
+            drain = self._settle_locked()
+        if grant:
+            self._session.writer.grant(self, grant)
         if drain:
             self._start_drainer()
         return True
 
-    def _attach_locked(self, sock: socket.socket) -> bool:
-        sock.setblocking(DONT_WAIT is not None)
+    def _attach_locked(self, sock: socket.socket) -> None:
+        if DONT_WAIT is None:
+            sock.setblocking(False)
         reset_at_close(sock)  # from the start: whatever kills this process, no end that is not clean looks clean
         self._sock = sock
-        return self._settle_locked()
 
     def _pump(self) -> None:
         """Socket to DATA frames, until its end, an abort, or the end of the session (raises SessionEnded)."""
@@ -1551,7 +1580,8 @@ class Stream:
         with self._lock:
             if not done() and self._aborted is None:
                 self._changed.wait(WATCH_S)
-        if has_error(sock):
+            over = done()
+        if not over and has_error(sock):
             self.abort("reset")
 
     def _end_outbound(self) -> None:
@@ -1898,7 +1928,7 @@ class Session:
             heapq.heappush(self._timers, timer)
             first = self._timers[0] is timer
         if first:
-            self.writer.wake()
+            self.writer.wake_clock()
 
     def start_level_1(self) -> None:
         """Both sides have announced it, and WELCOME is on its way: heartbeat, a limit on each write."""
@@ -2036,11 +2066,7 @@ class Program:
         if context is None:
             return carrier
         with self.registered(carrier):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
-        log_event(INFO, "handshake", peer=carrier.peer, **transport.receipt.pairs())
-        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
-            warn_of_expiry(transport.identity, transport.receipt.days_left)
-        return transport
+            return rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
 
     @contextlib.contextmanager
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
@@ -2354,6 +2380,7 @@ class Server(Program):
         level, opened = 0, False
         try:
             transport = self.secure(PlainTransport(sock), deadline)
+            log_receipt(transport)
             session = ServerSession(transport, self._pool, self.settings, self, sock, deadline)
             with self.registered(session):
                 reason = session.run()
@@ -2691,6 +2718,7 @@ class ClientSession(Session):
                 INFO, "session-opened", public=public, local=self._mapping.local, level=self.level,
                 server=self.transport.peer,
             )  # fmt: skip
+            log_receipt(self.transport)  # behind the public address, which users look for in the first line
 
     def refuse(self, refused: Refused) -> None:
         self.refused = refused
@@ -3053,14 +3081,14 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
 
     The first SIGTERM drains where `--drain` says so; SIGINT, and a second signal, do not wait; one more ends at once.
     """
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()  # its `put` may interrupt its `get`
+    asked: collections.deque[str] = collections.deque()  # SIGHUP, SIGUSR1: for main, as a handler may come at any time
     stopped_by: list[str] = []
     hurry = threading.Event()
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
         name = signal.Signals(number).name
         if name in ("SIGHUP", "SIGUSR1"):
-            asked.put(name)
+            asked.append(name)
         elif hurry.is_set():
             os._exit(1)
         else:
@@ -3074,8 +3102,8 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
             signal.signal(getattr(signal, name), on_signal)
     program.start()
     while not program.stop_asked.wait(STATE_STEP_S):  # in steps: on Windows a wait without end hides the signal
-        with contextlib.suppress(queue.Empty):
-            if asked.get_nowait() == "SIGUSR1":
+        while asked:
+            if asked.popleft() == "SIGUSR1":
                 program.log_state()
             else:
                 reload(program, remake)

@@ -22,7 +22,7 @@ VISITORS = 50
 RECOVERY_S = 15.0  # three lost heartbeats, a reconnect, and room for a busy machine
 
 
-def network(here: Stage, relay: Relay, dice: random.Random) -> None:
+def network(relay: Relay, dice: random.Random) -> None:
     """Something happens to the network between client and server."""
     kind = dice.choice(["cut", "truncate", "half cut", "delay", "silence"])
     if kind == "delay":
@@ -62,6 +62,10 @@ class LocalService:
             self._process.kill()
             self._process.communicate()
 
+    def restart(self, here: Stage) -> None:
+        self.kill()
+        self.start()
+
     def __enter__(self) -> LocalService:
         self.start()
         return self
@@ -81,7 +85,7 @@ def phase(here: Stage, name: str, *, second: bool = False) -> Iterator[Load]:
     eventually(lambda: here.serves(address), RECOVERY_S, f"{name}: it serves again")
     recovered_s = time.monotonic() - began
     with Load(address, 8) as healed:
-        healed.wait_for(50)
+        healed.wait_for(20)
     wrong = load.wrong + healed.wrong + here.answers.wrong
     print(
         f"{name}: {len(load.seconds)} answered whole, {sum(load.failed.values())} cut {dict(load.failed)}, "
@@ -102,26 +106,37 @@ def repeat(seconds: float, pause_s: float, act: Callable[[], object]) -> int:
     return count
 
 
-def faults(seconds: float) -> None:
-    """Two thirds of the time for the network, the rest for what is killed."""
-    dice = random.Random(0)
-    part = seconds / 9
-    with stage() as here, Relay(here.control) as relay, LocalService(here.killable[1]) as local:
+@contextlib.contextmanager
+def behind_a_relay() -> Iterator[tuple[Stage, Relay]]:
+    """A tunnel whose control connections cross a relay."""
+    with stage() as here, Relay(here.control) as relay:
         here.dialled = relay.address
         here.start_server("--heartbeat=0.5")
         here.start_client("--heartbeat=0.5")
-        with phase(here, "network"):
-            count = repeat(6 * part, 0.5, lambda: network(here, relay, dice))
-        print(f"network: {count} faults")
-        with phase(here, "server killed"):
-            count = repeat(part, 1.0, lambda: kill_server(here))
-        print(f"server killed: {count} times")
-        with phase(here, "client killed"):
-            count = repeat(part, 1.0, lambda: kill_client(here))
-        print(f"client killed: {count} times")
-        with phase(here, "local service killed", second=True):
-            count = repeat(part, 1.0, lambda: (local.kill(), local.start()))
-        print(f"local service killed: {count} times; {here.cost()}")
+        yield here, relay
+
+
+def network_faults(seconds: float) -> None:
+    """The network between client and server is cut, truncated, delayed, stalled and silenced at random."""
+    dice = random.Random(0)
+    with behind_a_relay() as (here, relay), phase(here, "network"):
+        count = repeat(seconds, 0.5, lambda: network(relay, dice))
+    print(f"network: {count} faults")
+
+
+def kills(seconds: float) -> None:
+    """The server, the client and the local service are killed and started again, in turn."""
+    with behind_a_relay() as (here, _), LocalService(here.killable[1]) as local:
+        for name, kill in (("server", kill_server), ("client", kill_client), ("local service", local.restart)):
+            with phase(here, f"{name} killed", second=name == "local service"):
+                count = repeat(seconds / 3, 1.0, lambda kill=kill: kill(here))  # type: ignore[misc]
+            print(f"{name} killed: {count} times; {here.cost()}")
+
+
+def faults(seconds: float) -> None:
+    """Two thirds of the time for the network, the rest for what is killed."""
+    network_faults(seconds * 2 / 3)
+    kills(seconds / 3)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def fuzz(seconds: float) -> None:
     share = max(1, round(seconds / len(TARGETS)))
     for name in TARGETS:
         with tempfile.TemporaryDirectory() as found:
-            limits = [f"-max_total_time={share}", "-max_len=4096", "-print_final_stats=1", f"-artifact_prefix={found}/"]
+            limits = [f"-max_total_time={share}", "-max_len=600", "-print_final_stats=1", f"-artifact_prefix={found}/"]
             command = [sys.executable, __file__, "--target", name, *limits, found, str(CORPUS / name)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
             runs = re.search(r"number_of_executed_units: *([0-9]+)", done.stdout)

@@ -43,12 +43,12 @@ def peer(request: pytest.FixtureRequest, ends: Ends) -> Iterator[NaivePeer]:
 def test_a_ping_at_the_start_and_every_heartbeat(peer: NaivePeer) -> None:
     """[H-1]: the first frame behind WELCOME is a PING, and more follow, of 8 bytes that are new each time."""
     pings = []
-    for _ in range(5):
+    for _ in range(3):
         kind, stream, payload = peer.read_frame()
         assert (kind, stream, len(payload)) == (FrameType.PING, 0, 8)
         peer.send_frame(FrameType.PONG, 0, payload)
         pings.append(payload)
-    assert len(set(pings)) == 5
+    assert len(set(pings)) == 3
 
 
 def test_a_ping_is_answered_with_its_bytes(peer: NaivePeer) -> None:
@@ -167,7 +167,7 @@ def test_a_busy_link_never_looks_dead(ends: Ends) -> None:
         sessions = [ends.sessions()[0], ends.client_sessions()[0]]
         for _ in range(3):
             stack.enter_context(running(saturate, lambda: over.append(True)))
-        for _ in range(5):
+        for _ in range(4):
             before = [session.rtt_s for session in sessions]
             eventually(
                 lambda before=before: all(  # type: ignore[misc]

@@ -46,7 +46,7 @@ def ends() -> Iterator[Ends]:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that come back at once."""
-    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.003)
 
 
 def check_echo(public: Address, word: bytes = b"marco") -> None:
@@ -181,9 +181,9 @@ def test_no_byte_of_an_old_stream_reaches_a_new_one(
             stack.enter_context(running(lambda seed=seed: records.visit(public, seed), records.stop.set))  # type: ignore[misc]
         for cut in range(cuts):
             accepted = relay.accepted
-            goal = records.rounds_done + choose.randrange(1, 6)
+            goal = records.rounds_done + choose.randrange(1, 4)
             eventually(lambda goal=goal: records.rounds_done >= goal)  # type: ignore[misc]
-            if cut % 40 == 20:  # the client needs its heartbeat to notice
+            if cut % 100 == 20:  # the client needs its heartbeat to notice
                 relay.silence()
             else:
                 relay.cut(**choose.choice(kinds))
@@ -192,7 +192,7 @@ def test_no_byte_of_an_old_stream_reaches_a_new_one(
         eventually(lambda: records.rounds_done >= goal)
         records.stop.set()
     assert not records.wrong, records.wrong[:5]
-    assert len(ends.opened()) > cuts
+    assert relay.accepted > cuts, "each cut has met a connection"
     assert not ends.log.events("visitor-refused"), "a visitor was lost"
 
 
@@ -496,7 +496,15 @@ def test_a_port_that_cannot_be_bound(server: Factory, client: Factory) -> None:
 def test_one_mapping_refused_for_good_ends_them_all(client: Factory) -> None:
     """A final refusal of any one mapping ends the client, with status 3."""
     with PeerServer() as server:
-        asking = client("--server", text(server.address), "--forward", "0:127.0.0.1:9", "--forward", "1:127.0.0.1:9")
+        asking = client(
+            "--server",
+            text(server.address),
+            "--forward",
+            "0:127.0.0.1:9",
+            "--forward",
+            "1:127.0.0.1:9",
+            limits={"FAREWELL_S": 0.1},
+        )
         server.accept()
         server.accept(b"error=port-denied\nmessage=No.")
         assert asking.wait() == 3

@@ -27,6 +27,7 @@ from support import (
     running,
 )
 from test_interop_level0 import ControlPort, check_echo, check_serves, leased, name_of, read_init
+from vector_files import SESSIONS
 
 import rtunnel
 
@@ -36,13 +37,15 @@ DOCUMENT = (ROOT / "PROTOCOL.md").read_text()
 
 
 def test_every_rule_is_named_by_a_test() -> None:
-    """Each rule of PROTOCOL.md has a test whose docstring names it, and no test names a rule that is not there."""
+    """Each rule of PROTOCOL.md has a test whose docstring names it, or a session's vector, each of which is played to an
+    end; and none names a rule that is not there."""
     rules = re.findall(r"^- \*\*\[([A-Z]-\d+)\]\*\*", DOCUMENT, re.M)
     assert len(rules) == len(set(rules))
-    named = set()
+    named: set[str] = set()
     for path in Path(__file__).parent.glob("test_*.py"):
         for docstring in re.findall(r'^    """(.*?)"""', path.read_text(), re.M | re.S):
             named.update(re.findall(r"\[([A-Z]-\d+)\]", docstring))
+    named.update(rule for case in SESSIONS for rule in case.rules)
     assert named == set(rules)
 
 

@@ -606,7 +606,7 @@ def test_tasks_run_at_the_same_time(pool: rtunnel.Pool) -> None:
     together = threading.Barrier(30)
     for _ in range(30):
         pool.run("task", together.wait, 10)
-    eventually(lambda: pool._idle == 30)
+    eventually(lambda: len(pool._idle) == 30)
     assert not together.broken
 
 

@@ -241,6 +241,24 @@ def test_waking_flushes_the_transport(writer: rtunnel.Writer, transport: FakeTra
     assert (transport.flushed, transport.sends) == (1, [])
 
 
+@pytest.mark.parametrize("earlier", [True, False])
+def test_waking_the_clock_is_never_lost(writer: rtunnel.Writer, transport: FakeTransport, earlier: bool) -> None:
+    """Who sets a timer makes `serve` return at once, also while another thread has the turn and passes it on."""
+    transport.hold()
+    with threads() as started:
+        started.start(send, writer, LARGE)
+        transport.wait_entered(1)
+        if earlier:
+            writer.wake_clock()
+        sender = started.start(writer.serve, None)
+        if not earlier:
+            eventually(lambda: writer._changed._waiters)  # type: ignore[attr-defined]
+            writer.wake_clock()
+        sender.join(10)
+        assert not sender.is_alive()
+        transport.let_go()
+
+
 def test_serving_waits_no_longer_than_asked(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """Without work the control sender is back at its clock after the given time."""
     writer.serve(0.01)

@@ -1,0 +1,18 @@
+"""The long runs (make attack, faults, soak, fuzz), each in a version of a few seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attack
+import faults
+import pytest
+import soak
+
+
+@pytest.mark.parametrize(
+    ("run", "seconds"), [(attack.attack, 3.0), (faults.network_faults, 1.5), (faults.kills, 0.5), (soak.soak, 2.0)]
+)
+def test_short_version(run: Callable[[float], None], seconds: float) -> None:
+    """It holds: good visitors are served beside the attackers, faults leave nothing wrong behind, nothing grows."""
+    run(seconds)
