@@ -3,6 +3,10 @@
 # make check   what a change has to pass: format, lint, types, tests
 # make bench   speed, beside `ssh -R`: bench/results.* (make bench ARGS="--quick"; --help shows all options)
 # make profile where the time goes, per message and per byte
+# make attack  attackers of a dozen kinds beside good visitors, 60 s (make attack ARGS="--seconds 600"; so the next ones)
+# make faults  a network that cuts, stalls and truncates; processes that are killed, 300 s
+# make soak    mixed load with reconnects and reloads, 1,800 s: memory and descriptors stay flat
+# make fuzz    a coverage-guided fuzzer on all that is parsed, 600 s
 # make clean   removes all that the others made
 #
 # Each sets up what it needs in $(VENV). Another Python: make clean, then make PYTHON=/path/to/python3 test
@@ -11,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: demo test check bench profile clean
+.PHONY: demo test check bench profile attack faults soak fuzz clean
 
 demo: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/demo.py
@@ -31,13 +35,19 @@ bench: $(VENV)/installed-test
 profile: $(VENV)/installed-dev
 	@$(IN_VENV) -u bench/hotpath.py $(ARGS)
 
+attack faults soak: $(VENV)/installed-test
+	@$(IN_VENV) -u tests/$@.py $(ARGS)
+
+fuzz: $(VENV)/installed-fuzz
+	@$(IN_VENV) -u tests/fuzz.py $(ARGS)
+
 clean:
 	rm -rf .venv .venv-ci build dist rtunnel.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf __pycache__ tests/__pycache__
 
 # Empty files that say what is done. A new setup.py installs again; an unfinished environment is made anew.
 
-$(VENV)/installed-test $(VENV)/installed-dev: $(VENV)/installed-%: setup.py $(VENV)/made
+$(VENV)/installed-test $(VENV)/installed-dev $(VENV)/installed-fuzz: $(VENV)/installed-%: setup.py $(VENV)/made
 	@echo "Installing rtunnel and what it needs for '$*' in $(VENV) ..."
 	@$(IN_VENV) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@

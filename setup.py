@@ -17,6 +17,7 @@ def version() -> str:
 
 
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+FUZZ = [*TEST, "atheris>=3"]
 DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
 
 setup(
@@ -40,7 +41,7 @@ setup(
     python_requires=">=3.10",
     # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
     install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
-    extras_require={"test": TEST, "dev": DEV},
+    extras_require={"test": TEST, "dev": DEV, "fuzz": FUZZ},
     py_modules=["rtunnel", "rtunnel_tls"],
     entry_points={"console_scripts": ["rtunnel = rtunnel:main"]},
 )
