@@ -206,7 +206,7 @@ def test_a_client_that_is_killed_and_started_anew(server: Factory, client: Facto
     port and all visitors at once."""
     flags = {role: house.flags(role) if mode == "TLS" else () for role in ("server", "client")}
     limits = {"LEASE_LINGER_S": 0.3, "FIRST_RETRY_S": 0.05, "FAREWELL_S": 0.2}
-    heartbeat = "15" if mode == "TLS" else "0.2"
+    heartbeat = "15" if mode == "TLS" else "0.6"
     serving = server(*flags["server"], "--heartbeat", heartbeat, limits=limits)
     with echo_service() as service, Relay(serving.control_address) as relay:
 
