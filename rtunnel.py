@@ -1207,9 +1207,12 @@ class Writer:
     def finish(self) -> None:
         """For the control sender, after `close`: say the last frame, if there is one, and that no more comes."""
         self.wait_unused()
+        with self._lock:  # a WELCOME that is still queued goes first: without it the last frame is not understood
+            last = b"".join([*self._control, self._last]) if self._last else b""
+            self._control.clear()
         with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if self._last:
-                self._transport.send(self._last)
+            if last:
+                self._transport.send(last)
             self._transport.finish()
 
     def wait_unused(self) -> None:

@@ -66,6 +66,8 @@ class Log(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = self._before
+        for record in self._records:  # shown where the test has failed
+            print(record.level, record.event, *(f"{key}={value}" for key, value in record.fields.items()))
         assert not self.events("internal-error"), self.events("internal-error")
 
 

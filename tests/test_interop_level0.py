@@ -238,7 +238,7 @@ def test_a_session_that_ends_resets_its_visitors(server: Factory) -> None:
 
 
 def test_clients_of_the_global_port(server: Factory) -> None:
-    """[O-7], [O-8]: no INIT makes a client after 2 s (here 0.5 s), which has visitors while no other client has sent INIT."""
+    """[O-7], [O-8]: no INIT makes a client after 2 s (here 0.5 s), which has visitors while no other has sent INIT."""
     program = server("--public-listen", "127.0.0.1:0", limits={"SILENT_CLIENT_S": 0.5})
     public = program.public_address
     with pytest.raises(ConnectionResetError), connect(public) as visitor:

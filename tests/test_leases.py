@@ -24,6 +24,7 @@ from support import (
     ends_with,
     eventually,
     free_port,
+    read_all,
     read_exactly,
     running,
 )
@@ -206,7 +207,7 @@ def test_a_client_that_is_killed_and_started_anew(server: Factory, client: Facto
     port and all visitors at once."""
     flags = {role: house.flags(role) if mode == "TLS" else () for role in ("server", "client")}
     limits = {"LEASE_LINGER_S": 0.3, "FIRST_RETRY_S": 0.05, "FAREWELL_S": 0.2}
-    heartbeat = "15" if mode == "TLS" else "0.2"
+    heartbeat = "15" if mode == "TLS" else "0.6"
     serving = server(*flags["server"], "--heartbeat", heartbeat, limits=limits)
     with echo_service() as service, Relay(serving.control_address) as relay:
 
@@ -247,6 +248,26 @@ def test_two_clones_do_not_evict_each_other_in_a_loop(house: House, secured: boo
         check_echo(public)
         assert len(ends.log.events("session-replaced")) == 1
         assert len(ends.opened()) == 2
+
+
+def test_a_goaway_overtakes_no_welcome() -> None:
+    """[G-2]: a session that is replaced before its WELCOME has left gets both, in order: it would take a GOAWAY alone
+    for a broken rule, come back at once, and evict the other."""
+    near, far = socket.socketpair(socket.AF_UNIX)
+    with near, far:
+        writer = rtunnel.Writer(SocketTransport(near))  # type: ignore[arg-type]
+        writer.post(b"WELCOME ")
+        writer.close("replaced", b"GOAWAY")
+        writer.finish()
+        assert read_all(far) == b"WELCOME GOAWAY"
+
+
+class SocketTransport:
+    """What a writer needs of a transport."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.send = sock.sendall
+        self.finish = lambda: sock.shutdown(socket.SHUT_WR)
 
 
 def test_clones_wait_before_each_eviction(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:

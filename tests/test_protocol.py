@@ -37,8 +37,8 @@ DOCUMENT = (ROOT / "PROTOCOL.md").read_text()
 
 
 def test_every_rule_is_named_by_a_test() -> None:
-    """Each rule of PROTOCOL.md has a test whose docstring names it, or a session's vector, each of which is played to an
-    end; and none names a rule that is not there."""
+    """Each rule of PROTOCOL.md has a test whose docstring names it, or a session's vector, each of which is played to
+    an end; and none names a rule that is not there."""
     rules = re.findall(r"^- \*\*\[([A-Z]-\d+)\]\*\*", DOCUMENT, re.M)
     assert len(rules) == len(set(rules))
     named: set[str] = set()

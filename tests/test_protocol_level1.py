@@ -814,6 +814,24 @@ def test_pings_and_their_answers(server: Factory, client: Factory, plays: str) -
         assert "PONG" in program.wait_for("session-closed")["reason"]
 
 
+def test_a_clients_sessions_are_apart(client: Factory) -> None:
+    """[X-2], [S-7]: what breaks a rule on the session of one mapping resets its streams, and does not disturb that of
+    another mapping of the same client."""
+    with echo_service() as one, echo_service() as two, ControlPort() as port:
+        program = client("--server", port.text, "--forward", f"0:{one.text}", "--forward", f"0:{two.text}")
+        with port.accept() as broken, port.accept() as whole:
+            for peer in (broken, whole):
+                peer.open(1)
+                peer.send_data(1, b"hello")
+                assert peer.hear_data(1, 5) == b"hello"
+            broken.send_frame(PONG, 0, bytes(8))
+            until_end(broken)
+            program.wait_for("session-closed")
+            whole.send_data(1, b"still")
+            assert whole.hear_data(1, 5) == b"still"
+            whole.check_alive()
+
+
 def test_goaway_of_a_server(client: Factory) -> None:
     """[G-1], [G-4]: at GOAWAY the client dials a new session at once, one for however many; its streams go on."""
     with echo_service() as service, ControlPort() as port:
