@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from load import Load
+from load import Load, answering
 from longrun import Stage, main, require, stage
 from relay import Relay
-from support import eventually
+from support import Program, eventually
 
 VISITORS = 50
 RECOVERY_S = 15.0  # three lost heartbeats, a reconnect, and room for a busy machine
@@ -133,11 +135,66 @@ def kills(seconds: float) -> None:
             print(f"{name} killed: {count} times; {here.cost()}")
 
 
+def in_a_namespace() -> str:
+    """Run `link_fault` in network namespaces of its own, which vanish with it; why it could not be, else empty."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return "there is no unshare, or no ip, here"
+    if subprocess.run(["unshare", "--net", "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+        return "network namespaces cannot be made here"
+    command = ["unshare", "--net", sys.executable, __file__, "--link"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    require(done.returncode == 0, f"link: {done.stdout}{done.stderr}")
+    print(done.stdout, end="")
+    return ""
+
+
+def link_fault() -> None:
+    """The server in one namespace, the client in another, the link between them down and up again."""
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    ip("link", "set", "lo", "up")
+    server = Program("server", "--control-listen=:7000", "--heartbeat=0.5")
+    server.wait_for("listening")
+    if ctypes.CDLL(None, use_errno=True).unshare(0x40000000):  # CLONE_NEWNET: this process leaves the server's
+        raise OSError(ctypes.get_errno(), "unshare")
+    there = ("nsenter", f"--target={server.pid}", "--net", "ip")
+    ip("link", "set", "lo", "up")
+    ip("link", "add", "near", "type", "veth", "peer", "name", "far", "netns", str(server.pid))
+    ip("address", "add", "10.0.0.1/24", "dev", "near")
+    ip("link", "set", "near", "up")
+    subprocess.run([*there, "address", "add", "10.0.0.2/24", "dev", "far"], check=True)
+    subprocess.run([*there, "link", "set", "far", "up"], check=True)
+    with answering() as (service, answers):
+        flags = ("--heartbeat=0.5", "--reconnect-max=0.5", "--log-level=debug")
+        client = Program("client", "--server=10.0.0.2:7000", f"--forward=8080:{service.text}", *flags)
+        try:
+            for number in range(3):
+                client.wait_for("session-opened", 20.0)
+                with Load(("10.0.0.2", 8080), 8, patient=True) as load:
+                    load.wait_for(50)
+                require(not load.wrong + answers.wrong, f"link: {load.wrong + answers.wrong}")
+                if number < 2:
+                    ip("link", "set", "near", "down")
+                    client.wait_for("session-closed", 20.0)
+                    ip("link", "set", "near", "up")
+            print("link: down and up, twice; served again")
+        finally:
+            client.kill()
+            server.kill()
+
+
 def faults(seconds: float) -> None:
     """Two thirds of the time for the network, the rest for what is killed."""
     network_faults(seconds * 2 / 3)
     kills(seconds / 3)
+    if why := in_a_namespace():
+        print(f"link: not done, for {why}")
 
 
 if __name__ == "__main__":
-    main(faults, 300.0)
+    if sys.argv[1:] == ["--link"]:
+        link_fault()
+    else:
+        main(faults, 300.0)

@@ -1,0 +1,28 @@
+"""SECURITY.md says how each claim is tested."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support import ROOT
+
+import rtunnel
+
+TEXT = (ROOT / "SECURITY.md").read_text()
+
+
+def test_the_tests_that_it_names() -> None:
+    """Each test that SECURITY.md names exists."""
+    named = re.findall(r"`([a-z_0-9]+)::([a-z_0-9]+)(?:\[[a-z]+\])?`", TEXT)
+    assert len(named) > 30
+    for file, test in named:
+        assert f"\ndef test_{test}(" in (ROOT / "tests" / f"test_{file}.py").read_text(), f"{file}::{test}"
+
+
+@pytest.mark.parametrize("name", ["MAX_STRANGERS", "MAX_CLIENTS", "MAX_LEASES", "MAX_STREAMS"])
+def test_the_limits_that_it_names(name: str) -> None:
+    """A limit has the value that SECURITY.md and README.md say."""
+    value = f"{getattr(rtunnel, name):,}"
+    assert re.search(rf"`{name}` \| {value} \|", TEXT)
+    assert re.search(rf"\b{value}\b", (ROOT / "README.md").read_text())
