@@ -2696,6 +2696,10 @@ def run(program: Server | Client) -> int:
     log_event(INFO, "stopping", signal=names[0] if names else "none")
     program.stop()
     log_event(INFO, "stopped", status=program.status)
+    try:
+        sys.stderr.flush()
+    except OSError:  # a full disk: the interpreter would try once more, and make that the exit status
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     return program.status
 
 
