@@ -3116,6 +3116,10 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     hurry.set()
     program.stop()
     log_event(INFO, "stopped", status=program.status)
+    try:
+        sys.stderr.flush()
+    except OSError:  # a full disk: the interpreter would try once more, and make that the exit status
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     return program.status
 
 
