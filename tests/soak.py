@@ -30,6 +30,7 @@ def disturb(here: Stage, relay: Relay, number: int) -> None:
     elif number % 3 == 1:
         rtunnel_tls.issue(here.house.folder, "server", hosts=["127.0.0.1", "localhost"], force=True)
         here.server.send_signal(signal.SIGHUP)
+        here.server.wait_for("reloaded")  # what is half replaced would be refused
     else:
         here.client.send_signal(signal.SIGHUP)
         here.server.send_signal(signal.SIGUSR1)

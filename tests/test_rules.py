@@ -160,7 +160,7 @@ def test_visitors_of_other_networks(server: Factory, client: Factory) -> None:
     with echo_service() as service:
         tunnel = open_tunnel(server, client, service, flags=("--visitors", "127.0.0.2/32,::1/128"))
         for _ in range(3):
-            with tunnel.connect() as stranger, contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError), tunnel.connect() as stranger:
                 stranger.sendall(b"x" * 1000)
                 assert ends_with(stranger) in ("eof", "reset")
         tunnel.server.wait_for("visitor-refused")
