@@ -12,8 +12,9 @@ gets past the handshake.
 Threads
 -------
     thread           how many                 does                                    waits only in
-    main             1                        signals, the order of the stop          an Event, in steps of 0.5 s
-    control acceptor 1 (server)               accepts control connections             its selector
+    main             1                        signals: reload, state, drain and stop  an Event, in steps of 0.25 s
+    control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
+                                              oldest strangers                        have been shut to leave
     public acceptor  1 per lease              accepts visitors                        its selector; while the lease
                                                                                       lingers an Event, 0.5 s at a time
     session reader   1 per control connection the handshake under one deadline; then  the transport; at level 0 also
@@ -29,14 +30,15 @@ Threads
 Locks
 -----
 Taken in this order, each for a few statements; nothing that can wait is done under one.
-    Program._lock  what the stop has to end; on the server also the leases, with their sessions. Ports are bound under
-                   it: bind and listen wait for nobody
+    Program._lock  what the stop and a reload have to find; on the server also the leases, with their sessions, and the
+                   strangers. Ports are bound under it: bind and listen wait for nobody
     Session._lock  the streams, the last id, the PINGs, the timers, the first cause of the end
     Writer._lock   the frames to send, who waits for the turn. The *turn* itself is no lock but a field under
                    `_lock`: its holder alone calls the transport's `send`, and that may wait
     Stream._lock   one stream's queue, windows and state, and each call on its socket but the pump's `recv` and its
                    final `close`. Never taken under another, nor another under it but Budget._lock
-    Budget._lock, Pool._lock   a number; the idle count and the set of threads
+    Budget._lock, Pool._lock, LimitLog._lock, PlainTransport._lock   a number; the threads and the idle; when a line was
+                   last logged; that a descriptor is not shut after it is closed
 
 Errors
 ------
@@ -122,7 +124,6 @@ UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames 
 
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
-GIVES_WAY = "gives way"  # in the place of a stranger's site
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
 MAX_STRANGERS = 64  # connections that are no client yet: each costs a thread or two and, with TLS, some 300 kB.
@@ -2302,6 +2303,15 @@ class Lease:
         return session
 
 
+@dataclasses.dataclass
+class Stranger:
+    """A control connection that is no client yet. Guarded by Server._lock."""
+
+    carrier: PlainTransport
+    site: str
+    gives_way: bool = False  # it has been shut, and has yet to leave
+
+
 class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
@@ -2326,7 +2336,7 @@ class Server(Program):
         self._control: Listener | None = None  # main's
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
-        self._strangers: dict[socket.socket, str] = {}  # no clients yet: their sites, or GIVES_WAY; the oldest first
+        self._strangers: dict[socket.socket, Stranger] = {}  # the oldest first
         self._visitors = 0  # that are accepted and not closed
         self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
 
@@ -2380,9 +2390,9 @@ class Server(Program):
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
-        level, opened = 0, False
+        stranger, level, opened = self._strangers[sock], 0, False
         try:
-            transport = self.secure(PlainTransport(sock), deadline)
+            transport = self.secure(stranger.carrier, deadline)
             log_receipt(transport)
             session = ServerSession(transport, self._pool, self.settings, self, sock, deadline)
             with self.registered(session):
@@ -2393,7 +2403,7 @@ class Server(Program):
             reason = reason_of(error)
         if opened:
             log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **session.rtt())
-        elif self._strangers.get(sock) == GIVES_WAY:
+        elif stranger.gives_way:
             reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
             log_limit("refused", peer=address, level=0, reason=reason)
         else:
@@ -2404,17 +2414,21 @@ class Server(Program):
 
         While as many are still on their way out, nobody is accepted: that bounds their threads.
         """
+        try:
+            stranger = Stranger(PlainTransport(sock), address.site)
+        except OSError as error:  # it is gone already
+            log_event(WARNING, "refused", peer=address, level=0, reason=reason_of(error))
+            return False
         with self._lock:
             while len(self._strangers) >= 2 * MAX_STRANGERS and not self._stopping:
                 self._changed.wait()
-            self._strangers[sock] = address.site
-            everybody = [other for other, site in self._strangers.items() if site != GIVES_WAY]
-            neighbours = [other for other in everybody if self._strangers[other] == address.site]
+            self._strangers[sock] = stranger
+            everybody = [other for other in self._strangers.values() if not other.gives_way]
+            neighbours = [other for other in everybody if other.site == stranger.site]
             for crowd, limit in ((neighbours, MAX_STRANGERS_PER_SITE), (everybody, MAX_STRANGERS)):
                 if len(crowd) > limit:
-                    self._strangers[crowd[0]] = GIVES_WAY
-                    with contextlib.suppress(OSError):
-                        crowd[0].shutdown(socket.SHUT_RDWR)  # its reader wakes; it is closed when it has left only
+                    crowd[0].gives_way = True
+                    crowd[0].carrier.shutdown()  # its reader wakes, and leaves
                     break
         return True
 

@@ -38,7 +38,7 @@ def is_open(sock: socket.socket) -> bool:
 
 def is_served(public: Address) -> bool:
     """Whether a visitor is answered, within 2 s."""
-    with connect(public, 2.0) as visitor, contextlib.suppress(OSError, EOFError):
+    with contextlib.suppress(OSError, EOFError), connect(public, 2.0) as visitor:
         visitor.sendall(b"polo")
         return read_exactly(visitor, 4) == b"polo"
     return False
