@@ -3004,7 +3004,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
 
 
 class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
-    """Errors are one sentence, and `main` decides what becomes of it."""
+    """Errors are one sentence: at the start on stderr, with status 2; at a reload in the log."""
 
     def error(self, message: str) -> NoReturn:
         shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
@@ -3225,14 +3225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_command(commands, "server", "open public ports for clients")
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
+    top.set_defaults(parse_again=lambda: top.parse_args(arguments))
     try:
-        top.set_defaults(parse_again=lambda: top.parse_args(arguments))
         settings = top.parse_args(arguments)
-        return settings.run(settings)  # type: ignore[no-any-return]
-    except (ConfigError, rtunnel_tls.TlsConfigError) as error:
-        prefix = "" if str(error).startswith("rtunnel") else "rtunnel: "
-        sys.stderr.write(f"{prefix}{error}\n")
-        return 2
+        try:
+            return settings.run(settings)  # type: ignore[no-any-return]
+        except (ConfigError, rtunnel_tls.TlsConfigError) as error:
+            return settings.parser.error(str(error))  # type: ignore[no-any-return]
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
     except RtunnelError as error:
         log_event(ERROR, "failed", reason=error)
         return 1

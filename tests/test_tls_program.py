@@ -568,6 +568,7 @@ def test_pki_by_the_command_line(
 
     files = {role: [f"--tls-cert={folder / name}.crt", f"--tls-key={folder / name}.key", f"--tls-ca={folder}/ca.crt"]
              for role, name in (("server", "server"), ("client", "laptop"))}  # fmt: skip
+    files["server"].append(f"--tls-crl={folder}/crl.pem")
     serving = program("server", "-c", "conf/server.ini", "--control-listen", "127.0.0.1:0", *files["server"])
     address = text(serving.control_address)
     asking = program("client", "--tls", "--server", address, "--local", "127.0.0.1:1", *files["client"])
