@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_demo() -> None:
-    """The demo carries a page and a file over post-quantum TLS, shows the handshake's receipt, and ends with status 0."""
+    """The demo carries a page and a file over post-quantum TLS, shows the handshake's receipt, and exits with 0."""
     done = subprocess.run(
         [sys.executable, "tests/demo.py"], cwd=ROOT, capture_output=True, text=True, timeout=55, check=False
     )
