@@ -167,6 +167,7 @@ def demonstrate(folder: Path, programs: list[Program]) -> None:
     flags = [f"--{key}={value}" for key, value in wanted.items() if value != client_file[key]]
     client = Program(folder, "client", flags)
     programs.append(client)
+    public = client.wait_for("session-opened")["public"]
     receipt = client.wait_for("handshake")
     print(f"4. Client: {client.command}\n   The receipt of its handshake:")
     for title, value in RECEIPT.items():
@@ -174,7 +175,6 @@ def demonstrate(folder: Path, programs: list[Program]) -> None:
     if "MLKEM" not in receipt["group"] or not receipt["signature"].startswith("mldsa"):
         raise Failed("the handshake was not post-quantum")
 
-    public = client.wait_for("session-opened")["public"]
     print(f"5. Tunnel: the server has opened port {port_of(public)} for the client.")
     if (page := fetch(f"http://{public}/")) != PAGE:
         raise Failed(f"through the tunnel came another page than the one that is served: {page[:80]!r}")
