@@ -221,6 +221,11 @@ class Level1Peer(NaivePeer):
         while self.hear() != (PONG, 0, b"alive?!?"):
             continue
 
+    def check_quiet(self) -> None:
+        """A PING is answered, and nothing else comes before."""
+        self.ping(b"quiet?!?")
+        self.expect(PONG, 0, b"quiet?!?")
+
     def ping(self, payload: bytes) -> None:
         self.unanswered.append(payload)
         self.send_frame(PING, 0, payload)
