@@ -33,7 +33,7 @@ def test_several_mappings(server: Factory, client: Factory) -> None:
         asking = client("--server", text(serving.control_address), *flags)
         asking.wait_for("session-opened", local=one.text)
         asking.wait_for("session-opened", local=two.text)
-        serving.wait_for_count(2, "lease-opened")
+        serving.wait_for_count(2, "session-opened")
         ports = {fields["local"]: int(fields["port"]) for fields in serving.events("session-opened")}
         assert ports[one.text] == wanted
         for service, word in ((one, b"one"), (two, b"two")):
