@@ -662,14 +662,25 @@ def start_log(level: str) -> None:
 # ---- threads ----------------------------------------------------------------------------------------------------
 
 
-class Worker:
+def nothing() -> None:
+    pass
+
+
+Task = Callable[[], object]  # without arguments: `task(*args)` would cost each thread 400 bytes of stack (NOTES.md)
+
+
+class Worker(threading.Thread):
     """A thread of the pool, or one that is to be: what it does next, and the lock that it sleeps on."""
 
-    def __init__(self, work: Callable[[Worker], None]) -> None:
-        self.task: tuple[Callable[..., None], tuple[Any, ...]] = (lambda: None), ()
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(daemon=True)
+        self._pool = pool
+        self.task: Task = nothing
         self.wake = threading.Lock()
         self.wake.acquire()
-        self.thread = threading.Thread(target=work, args=(self,), daemon=True)
+
+    def run(self) -> None:
+        self._pool.work(self)
 
 
 class Pool:
@@ -688,30 +699,30 @@ class Pool:
         self._workers: set[Worker] = set()
         self._closing = False
 
-    def run(self, name: str, task: Callable[..., None], *args: Any) -> None:
+    def run(self, name: str, task: Task) -> None:
         """Run the task in a thread of that name. Raises PoolClosed; RuntimeError where no thread can be started."""
         with self._lock:
             if self._closing:
                 raise PoolClosed("stopping")
-            worker = self._idle.pop() if self._idle else Worker(self._work)
+            worker = self._idle.pop() if self._idle else Worker(self)
             self._workers.add(worker)
-        worker.thread.name, worker.task = name, (task, args)
+        worker.name, worker.task = name, task
         worker.wake.release()
-        if worker.thread.ident is None:
+        if worker.ident is None:
             try:
-                worker.thread.start()
+                worker.start()
             except RuntimeError:
                 self._leave(worker)
                 raise
 
-    def _work(self, worker: Worker) -> None:
+    def work(self, worker: Worker) -> None:
+        """The worker's life."""
         while worker.wake.acquire(timeout=POOL_IDLE_S) or not self._may_leave(worker):
-            task, args = worker.task
             try:
-                task(*args)
+                worker.task()
             except Exception:  # the safety net of every thread: the others go on
                 log_internal_error()
-            worker.task = task, args = (lambda: None), ()  # an idle thread keeps nothing alive
+            worker.task = nothing  # an idle thread keeps nothing alive
             with self._lock:
                 if self._closing:
                     break
@@ -742,6 +753,23 @@ class Pool:
             self._idle.clear()
             while self._workers and self._left.wait(deadline.remaining()):
                 pass
+
+
+class LateCondition:
+    """A condition that is made when somebody first waits: an idle stream's would be 1 kB. Called with its lock held."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._condition: threading.Condition | None = None
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """False where the time is over."""
+        self._condition = self._condition or threading.Condition(self._lock)
+        return self._condition.wait(seconds)
+
+    def notify_all(self) -> None:
+        if self._condition is not None:
+            self._condition.notify_all()
 
 
 class Budget:
@@ -934,7 +962,7 @@ class Listener(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         address = Address(*client_address[:2])
         try:
-            self._pool.run(f"connection {address}", self.process_request_thread, request, address)
+            self._pool.run(f"connection {address}", lambda: self.process_request_thread(request, address))
         except (PoolClosed, RuntimeError) as error:
             log_limit("connection-dropped", peer=address, reason=reason_of(error))
             self.shutdown_request(request)
@@ -1310,7 +1338,7 @@ class Stream:
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
         self._sent_at = self._opened  # the last of them, or the end
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # less queued, more credit, a drainer gone, an end
+        self._changed = LateCondition(self._lock)  # less queued, more credit, a drainer gone, an end
         # guarded by _lock
         self._sock: socket.socket | None = None
         self._queue = bytearray()
@@ -2021,14 +2049,14 @@ class Session:
         with self._lock:
             del self._streams[stream.number]
 
-    def start_thread(self, name: str, task: Callable[..., None], *args: Any) -> None:
+    def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises PoolClosed, RuntimeError."""
-        self._pool.run(name, self.guarded, task, *args)
+        self._pool.run(name, lambda: self.guarded(task))
 
-    def guarded(self, task: Callable[..., None], *args: Any) -> None:
+    def guarded(self, task: Task) -> None:
         """Run a stream's thread; an error that nobody foresaw ends the session and reaches the safety net."""
         try:
-            task(*args)
+            task()
         except BaseException:
             self.end("internal error")
             raise
@@ -2764,7 +2792,7 @@ class ClientSession(Session):
         try:
             if full:
                 raise RuntimeError(f"{MAX_STREAMS} streams are open")
-            self.start_thread(f"pump {stream.number}", stream.run, lambda: self._dial_local(stream))
+            self.start_thread(f"pump {stream.number}", lambda: stream.run(lambda: self._dial_local(stream)))
         except RuntimeError as error:  # that stream alone ends
             stream.abort(reason_of(error))
             self.forget(stream)
@@ -2823,7 +2851,7 @@ class Client(Program):
 
     def connect(self, mapping: Mapping) -> None:
         """Start the mapping's thread."""
-        self._pool.run(f"mapping {mapping.local}", self._run_mapping, mapping)
+        self._pool.run(f"mapping {mapping.local}", lambda: self._run_mapping(mapping))
 
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""

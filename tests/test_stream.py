@@ -104,7 +104,7 @@ class Bench:
         with self.session._lock:
             stream = rtunnel.Stream(self.session, self.session._last_stream + 1, sock, LOOPBACK)
             self.session._add_locked(stream)
-        self.pool.run(f"pump {stream.number}", stream.run, dial)
+        self.pool.run(f"pump {stream.number}", lambda: stream.run(dial))
         return stream
 
 
@@ -605,7 +605,7 @@ def test_tasks_run_at_the_same_time(pool: rtunnel.Pool) -> None:
     """No task waits for another's thread."""
     together = threading.Barrier(30)
     for _ in range(30):
-        pool.run("task", together.wait, 10)
+        pool.run("task", lambda: together.wait(10))
     eventually(lambda: len(pool._idle) == 30)
     assert not together.broken
 
