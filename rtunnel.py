@@ -1151,7 +1151,7 @@ class Writer:
         with self._lock:
             self._check_open_locked()
             self._provoked += provoked
-            if self._provoked > MAX_PROVOKED:
+            if provoked and self._provoked > MAX_PROVOKED:  # who posts anything else is not to blame
                 raise ProtocolError(f"over {MAX_PROVOKED} answers are unsent")
             self._control.append(frame)
             if wake:
