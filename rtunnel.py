@@ -101,6 +101,8 @@ MAX_REASON_BYTES = 64  # of a CLOSE_CONN; it goes into one log line
 
 WINDOW_BYTES = 64 * 1024  # where each stream's window starts; yamux: 256 KiB, which 10,000 stalled visitors make 2.5 GB
 MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms of round trip
+NEAR_WINDOW_BYTES = 1024 * 1024  # the same where the peer is near: more would only stand in queues, others behind it
+LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on
 MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1)
 UNLIMITED = 2**62  # level 0: a window that never runs out
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # of what all windows of a session have grown by
@@ -540,6 +542,12 @@ class SendWindow:
         self.credit += count
 
 
+def window_limit(rtt_s: float | None) -> int:
+    """To what a window may grow: to what a fast link holds in a round trip, None: not measured yet."""
+    far = MAX_WINDOW_BYTES if rtt_s is None else int(LINK_BYTES_PER_S * rtt_s)
+    return min(max(NEAR_WINDOW_BYTES, far), MAX_WINDOW_BYTES)
+
+
 class ReceiveWindow:
     """The bytes of DATA that the peer may still send on one stream. Locking: its stream's.
 
@@ -570,9 +578,9 @@ class ReceiveWindow:
         self.owed += count - paid
         return (self._grant() if 2 * self.owed >= self.size else 0), paid
 
-    def growth(self) -> int:
-        """How much the window would like to grow: to the double, at most MAX_WINDOW_BYTES; not in debt."""
-        return 0 if self.debt else min(self.size, max(0, MAX_WINDOW_BYTES - self.size))
+    def growth(self, limit: int = MAX_WINDOW_BYTES) -> int:
+        """How much the window would like to grow: to the double, at most to the limit; not in debt."""
+        return 0 if self.debt else min(self.size, max(0, limit - self.size))
 
     def grow(self, count: int) -> int:
         """Returns what to grant: the growth and all that is owed."""
@@ -1428,7 +1436,7 @@ class Stream:
         with self._lock:
             if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None or window.debt:
                 return
-            count = self._session.budget.take(window.growth())
+            count = self._session.budget.take(window.growth(window_limit(self._session.shortest_rtt_s)))
             first = count and not window.grown
             grant = window.grow(count)
         if grant:
@@ -1797,7 +1805,8 @@ class Session:
         self.budget = Budget(settings.session_budget_bytes)
         self.level = 0  # fixed before the first stream
         self.peer_window = WINDOW_BYTES  # at level 1, where each stream's credit starts
-        self.rtt_s: float | None = None
+        self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
+        self.shortest_rtt_s: float | None = None
         self._pool = pool
         self._received_at = time.monotonic()  # the reader's
         self._reader_left = threading.Event()
@@ -1897,6 +1906,7 @@ class Session:
             if sent is None or sent[0] != payload:
                 raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
+        self.shortest_rtt_s = min(self.rtt_s, self.shortest_rtt_s or self.rtt_s)
 
     def rtt(self) -> dict[str, float]:
         """For a log line: the last round trip, where one is known."""
@@ -2950,6 +2960,14 @@ def mebibytes(text: str) -> int:
     return int(text) * 1024 * 1024
 
 
+def cpu(text: str) -> int | str:
+    if text in ("auto", "any"):
+        return text
+    if not re.fullmatch(r"[0-9]{1,4}", text):
+        raise ConfigError(f"{text!r} is no CPU: write its number, auto or any")
+    return int(text)
+
+
 def log_level(text: str) -> str:
     if text not in ("debug", "info", "warning", "error"):
         raise ConfigError(f"{text!r} is no level: write debug, info, warning or error")
@@ -2980,6 +2998,9 @@ SHARED_OPTIONS = [
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
     Option("limits", "drain", "0", seconds_or_none, "SECONDS",
            "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
+    Option("limits", "cpu", "auto", cpu, "NUMBER",
+           "the CPU to run on: one is faster than several; auto: the first for a server, another for a client; "
+           "any: all of them"),
     Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
 ]
 OPTIONS = {
@@ -3175,6 +3196,24 @@ def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> N
         log_event(INFO, "reloaded")
 
 
+def stay_on_cpu(number: int | str, role: str) -> None:
+    """Keep this process's threads, that are yet to start, on one CPU: a number, or `auto`; Linux alone.
+
+    Only one of them has the interpreter's lock. On several CPUs each hand-over of the lock wakes another CPU, which
+    costs more than what the thread then does: half of all processor time, with many short connections (NOTES.md).
+    A server and a client of one machine must not choose the same, nor need all its clients.
+    """
+    if number == "any" or not hasattr(os, "sched_setaffinity"):
+        return
+    allowed = sorted(os.sched_getaffinity(0))
+    if number == "auto":
+        number = allowed[0] if role == "server" or len(allowed) == 1 else random.choice(allowed[1:])
+    elif number not in allowed:
+        raise ConfigError(f"--cpu {number}: this process may run on {', '.join(map(str, allowed))}")
+    with contextlib.suppress(OSError):  # where a sandbox forbids it
+        os.sched_setaffinity(0, {int(number)})
+
+
 def raise_descriptor_limit() -> None:
     """To the hard limit: each stream holds one descriptor."""
     try:
@@ -3242,6 +3281,7 @@ def run_program(settings: argparse.Namespace) -> int:
     start_log(settings.log_level)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
+    stay_on_cpu(settings.cpu, settings.command)
     return run(make_program(settings), lambda: make_program(settings.parse_again()))
 
 

@@ -330,6 +330,32 @@ def test_blocked_on_an_empty_queue_doubles_the_window(rig: Rig) -> None:
     assert rig.window.credit + rig.window.owed == 16 * WINDOW_BYTES
 
 
+@pytest.mark.parametrize(
+    ("rtt_s", "limit"),
+    [(None, 16 * KIB * KIB), (0.0, KIB * KIB), (0.001, KIB * KIB), (0.004, 4_000_000), (0.1, 16 * KIB * KIB)],
+)
+def test_the_limit_of_a_window(rtt_s: float | None, limit: int) -> None:
+    """[W-6]: a window grows to what 1 GB/s brings in a round trip, to 1 MiB at least, to 16 MiB at most."""
+    assert rtunnel.window_limit(rtt_s) == limit
+
+
+def test_a_near_peers_window(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[W-6]: the shortest round trip of its session so far limits a stream's window."""
+    asked: list[float | None] = []
+    monkeypatch.setattr(rtunnel, "window_limit", lambda rtt_s: asked.append(rtt_s) or 200_000)
+    rig.grow(200_000)
+    rig.peer.send_frame(FrameType.BLOCKED, 1)
+    rig.peer.send_frame(FrameType.PING, 0, b"no more?")
+    assert rig.peer.hear(FrameType.PONG, FrameType.WINDOW)[0] == FrameType.PONG
+    measured = [rtt_s for rtt_s in asked if rtt_s is not None]
+    for rtt_s in (0.3, 0.1, 0.2):
+        rig.session._ping = b"distance", time.monotonic() - rtt_s
+        rig.session._on_pong(b"distance")
+        assert rig.session.rtt_s is not None
+        measured.append(rig.session.rtt_s)
+    assert rig.session.shortest_rtt_s == min(measured)
+
+
 def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
     """[W-6]: BLOCKED while bytes are queued says that the socket is the brake: nothing grows."""
     rig.peer.send_data(1, bytes(WINDOW_BYTES))

@@ -73,6 +73,8 @@ CONSTANTS = {
     "credit": rtunnel.MAX_CREDIT_BYTES,
     "window, at the start": rtunnel.WINDOW_BYTES,
     "window, at most": rtunnel.MAX_WINDOW_BYTES,
+    "window, at most, near": rtunnel.NEAR_WINDOW_BYTES,
+    "window, at most, for each second of round trip": rtunnel.LINK_BYTES_PER_S,
     "growth of all windows of a session": rtunnel.SESSION_BUDGET_BYTES,
     "queue that does not move": rtunnel.STALL_S,
     "heartbeat": rtunnel.HEARTBEAT_S,

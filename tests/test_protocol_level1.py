@@ -294,13 +294,21 @@ def dialled(client: Factory, local: Service | Address, *flags: str, **limits: fl
 Far = tuple[Level1Peer, socket.socket]
 
 
+@pytest.fixture
+def pong_delay_s(request: pytest.FixtureRequest) -> float:
+    """How long the peer takes to answer a PING: its distance."""
+    delay_s: float = getattr(request, "param", 0.0)
+    return delay_s
+
+
 @pytest.fixture(params=["server", "client"])
-def far(request: pytest.FixtureRequest, server: Factory, client: Factory) -> Iterator[Far]:
+def far(request: pytest.FixtureRequest, server: Factory, client: Factory, pong_delay_s: float) -> Iterator[Far]:
     """Stream 1 of a session of level 1 with a server, and with a client: the peer that the test plays, and the socket
     at the other end's far side, with a small receive buffer."""
     with ExitStack() as stack:
         if request.param == "server":
             peer = stack.enter_context(welcomed(server()))
+            peer.pong_delay_s = pong_delay_s
             sock = stack.enter_context(connect_small(peer.public))
             assert peer.hear_visitor() == 1
         else:
@@ -310,6 +318,7 @@ def far(request: pytest.FixtureRequest, server: Factory, client: Factory) -> Ite
             listener.listen()
             listener.settimeout(10.0)
             peer = stack.enter_context(dialled(client, listener.getsockname()))
+            peer.pong_delay_s = pong_delay_s
             peer.open(1)
             sock = stack.enter_context(listener.accept()[0])
             sock.settimeout(10.0)
@@ -592,6 +601,7 @@ def test_credit_comes_back(far: Far) -> None:
         assert read_exactly(sock, len(payload)) == payload
 
 
+@pytest.mark.parametrize("pong_delay_s", [0.02], indirect=True)
 def test_windows_grow_where_they_are_the_brake(far: Far) -> None:
     """[W-6]: each BLOCKED on an empty queue doubles the window, with a WINDOW at once; at 16 MiB it grows no more."""
     peer, _ = far
@@ -609,6 +619,7 @@ def test_windows_grow_where_they_are_the_brake(far: Far) -> None:
 def test_windows_grow_within_the_budget(server: Factory) -> None:
     """[W-8]: two streams share the session's budget of 1 MiB; what one gives back at its end the other can have."""
     with welcomed(server("--session-budget", "1")) as peer, connect(peer.public) as first, connect(peer.public):
+        peer.pong_delay_s = 0.02  # a window of one that is near stays below the budget
         grown = {peer.hear_visitor(): 0, peer.hear_visitor(): 0}
 
         def grow(stream: int) -> None:
