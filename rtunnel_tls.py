@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import ipaddress
 import os
 import re
@@ -282,8 +283,8 @@ def _bare_context(profile: Profile) -> SSL.Context:
     with _told(f"--tls-profile {profile.name}", "it needs: pip install 'cryptography>=49' 'pyOpenSSL>=26.4'"):
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_max_proto_version(SSL.TLS1_3_VERSION)
-        _set_groups(context, profile.groups)
-        _set_signatures(context, profile.signatures)
+        _set_list(context, "set_groups", "SSL_CTX_set1_curves_list", profile.groups)
+        _set_list(context, "set_sigalgs", "SSL_CTX_set1_sigalgs_list", profile.signatures)
         context.set_tls13_ciphersuites(":".join(profile.ciphers).encode())
     # No resumption: each session proves both keys afresh. The option makes tickets stateful, and without a cache they
     # lead nowhere; two small ones still go out, once the client is authenticated.
@@ -297,21 +298,15 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_groups(context: SSL.Context, groups: Sequence[str]) -> None:
-    """Admit these groups only. Raises SSL.Error where OpenSSL lacks one, AttributeError where the binding is gone."""
-    own = getattr(context, "set_groups", None)  # none in pyOpenSSL 26.4
-    _apply(own or (lambda names: lib.SSL_CTX_set1_curves_list(context._context, names)), groups)
+def _set_list(context: SSL.Context, setter: str, binding: str, names: Sequence[str]) -> None:
+    """Admit these groups, or these signature algorithms of the peer and of our own, only: all of them, or SSL.Error.
 
-
-def _set_signatures(context: SSL.Context, signatures: Sequence[str]) -> None:
-    """Admit these signature algorithms only, of the peer and of our own. Raises like `_set_groups`."""
-    own = getattr(context, "set_sigalgs", None)  # none in pyOpenSSL 26.4
-    _apply(own or (lambda names: lib.SSL_CTX_set1_sigalgs_list(context._context, names)), signatures)
-
-
-def _apply(setter: Callable[[bytes], int | None], names: Sequence[str]) -> None:
-    """A list is taken whole or not at all: OpenSSL's setters return 1, pyOpenSSL's None, and else raise."""
-    if setter(":".join(names).encode()) not in (1, None):
+    pyOpenSSL 26.4 lacks the setters, so OpenSSL's are called. Raises AttributeError where that binding is gone, too.
+    """
+    own = getattr(context, setter, None)
+    wanted = ":".join(names).encode()
+    applied = own(wanted) if own else getattr(lib, binding)(context._context, wanted)
+    if applied not in (1, None):  # OpenSSL's success, pyOpenSSL's
         lib.ERR_clear_error()
         version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
         raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
@@ -354,18 +349,16 @@ def _log_secrets(context: SSL.Context, file: str) -> None:
     lock. The lock keeps lines whole where appending is two steps (Windows).
     """
     lock = threading.Lock()
+    private = functools.partial(os.open, mode=0o600)
 
-    def append(line: bytes) -> None:
-        with lock, open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            log.write(line)
-
-    def on_secret(_: SSL.Connection, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason to end a session
-            append(line + b"\n")
+    def append(_: SSL.Connection, line: bytes) -> None:
+        # a full disk is no reason to end a session
+        with contextlib.suppress(OSError), lock, open(file, "ab", opener=private) as log:
+            log.write(line + b"\n")
 
     with _told(f"SSLKEYLOGFILE {file}"):
-        append(b"")
-    context.set_keylog_callback(on_secret)
+        open(file, "ab", opener=private).close()
+    context.set_keylog_callback(append)
 
 
 @contextlib.contextmanager
@@ -447,10 +440,6 @@ def _names(certificate: x509.Certificate) -> list[str | Address]:
     return []
 
 
-def _sha256(certificate: x509.Certificate) -> str:
-    return certificate.fingerprint(hashes.SHA256()).hex()
-
-
 def _end(revocations: x509.CertificateRevocationList) -> datetime.datetime:
     """When a list ends; one that names no end has ended, for nobody could tell when it grew stale."""
     return revocations.next_update_utc or revocations.last_update_utc
@@ -518,7 +507,7 @@ def check_peer(
     if context.peer_name is not None and not any(_matches(name, context.peer_name) for name in _names(leaf)):
         raise HandshakeError("name", f"the certificate does not name {context.peer_name}")
     signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
-    issuer, sha256 = leaf.issuer.rfc4514_string(), _sha256(leaf)
+    issuer, sha256 = leaf.issuer.rfc4514_string(), leaf.fingerprint(hashes.SHA256()).hex()
     return Receipt(
         version, group, cipher, signature, identity, issuer, leaf.serial_number, sha256, leaf.not_valid_after_utc
     )
@@ -877,6 +866,7 @@ ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87Pr
 _NAME_IN_PATH = r"(?!(?i:ca)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # it stays in the folder, and is never the authority's
 
 
+@_told()
 def init_authority(
     folder: PathLike, *, algorithm: str = "mldsa65", name: str = "rtunnel CA", years: int = 10, force: bool = False
 ) -> Path:
@@ -885,23 +875,23 @@ def init_authority(
     With `force` it replaces another, whose certificates are void from then on.
     """
     where = Path(folder)
-    with _told():
-        if years < 1:
-            raise ValueError("--years: 1 at least")
-        where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
-            raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-        _refuse_overwrite(where, ("ca.crt", "ca.key", "crl.pem"), force)
-        key, subject = _generate(algorithm), _common_name(name)
-        builder = _builder(subject, subject, key, datetime.timedelta(days=365 * years))
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_key_usage(for_authority=True), critical=True)
-        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        _write_pair(where, "ca", key, builder.sign(key, None))
-        _write_revocations(where / "crl.pem", subject, key, 1, ())
+    if years < 1:
+        raise ValueError("--years: 1 at least")
+    where.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
+        raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
+    _refuse_overwrite(where, ("ca.crt", "ca.key", "crl.pem"), force)
+    key, subject = _generate(algorithm), _common_name(name)
+    builder = _builder(subject, subject, key, 365 * years)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_key_usage(for_authority=True), critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    _write_pair(where, "ca", key, builder.sign(key, None))
+    _write_revocations(where / "crl.pem", subject, key, 1, ())
     return where / "ca.crt"
 
 
+@_told()
 def issue(
     folder: PathLike,
     name: str,
@@ -917,83 +907,75 @@ def issue(
     one, which stays valid until it ends: revoke it first if it has leaked. Raises TlsConfigError.
     """
     where = Path(folder)
-    role: Role = "client" if hosts is None else "server"
-    with _told():
-        _check_name(name)
-        _refuse_overwrite(where, (f"{name}.crt", f"{name}.key"), force)
-        authority, authority_key = _load_authority(where)
-        longest = _days_left(authority.not_valid_after_utc)
-        if not 1 <= days <= longest:
-            raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
-        key = _generate(algorithm or _algorithm(authority.public_key_algorithm_oid))
-        authority_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        # Nothing that no peer looks at: a server sends this to whoever connects, and all that it sends before it knows
-        # the client should fit into the ten segments that TCP starts with.
-        extensions: list[x509.ExtensionType] = [x509.ExtendedKeyUsage([_PURPOSES[role]])]
-        extensions.append(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id))
-        if hosts is not None:
-            if not hosts:
-                raise ValueError("--server: name the hosts or addresses that clients dial")
-            extensions.append(x509.SubjectAlternativeName([_general_name(host) for host in hosts]))
-        builder = _builder(_common_name(name), authority.subject, key, datetime.timedelta(days=days))
-        builder = builder.add_extension(_key_usage(for_authority=False), critical=True)
-        for extension in extensions:
-            builder = builder.add_extension(extension, critical=False)
-        _write_pair(where, name, key, builder.sign(authority_key, None))
+    _check_name(name)
+    _refuse_overwrite(where, (f"{name}.crt", f"{name}.key"), force)
+    authority, authority_key = _load_authority(where)
+    longest = _days_left(authority.not_valid_after_utc)
+    if not 1 <= days <= longest:
+        raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
+    key = _generate(algorithm or _algorithm(authority.public_key_algorithm_oid))
+    purpose = _PURPOSES["client" if hosts is None else "server"]
+    issuer_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id)
+    # Nothing that no peer looks at: a server sends this to whoever connects, and all that it sends before it knows
+    # the client should fit into the ten segments that TCP starts with.
+    builder = _builder(_common_name(name), authority.subject, key, days)
+    builder = builder.add_extension(_key_usage(for_authority=False), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+    builder = builder.add_extension(issuer, critical=False)
+    if hosts is not None:
+        if not hosts:
+            raise ValueError("--server: name the hosts or addresses that clients dial")
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    _write_pair(where, name, key, builder.sign(authority_key, None))
     return where / f"{name}.crt"
 
 
+@_told()
 def revoke(folder: PathLike, name: str) -> Path:
     """Add NAME.crt to crl.pem, which is then valid for another LIST_DAYS; returns it. Raises TlsConfigError.
 
     A list that is missing is not made afresh, for that would pardon whoever was on it.
     """
     where, file = Path(folder), Path(folder, "crl.pem")
-    with _told():
-        _check_name(name)
-        certificate = _load_certificates(where / f"{name}.crt")[0]
-        authority, authority_key = _load_authority(where)
-        try:
-            certificate.verify_directly_issued_by(authority)
-        except (ValueError, InvalidSignature):
-            raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
-        revocations = x509.load_pem_x509_crl(file.read_bytes())
-        entries = list(revocations)
-        if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
-            entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
-        number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        _write_revocations(file, authority.subject, authority_key, number + 1, entries)
+    _check_name(name)
+    certificate = _load_certificates(where / f"{name}.crt")[0]
+    authority, authority_key = _load_authority(where)
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, InvalidSignature):
+        raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
+    revocations = x509.load_pem_x509_crl(file.read_bytes())
+    entries = list(revocations)
+    if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
+        entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
+    number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    _write_revocations(file, authority.subject, authority_key, number + 1, entries)
     return file
 
 
+@_told()
 def show(target: PathLike) -> list[str]:
-    """Lines about each certificate in a folder, or in one file, with the revocation list beside it.
-
-    Raises TlsConfigError.
-    """
+    """Lines about each certificate in a folder, or in one file, with the list beside it. Raises TlsConfigError."""
     path = Path(target)
-    lines = []
-    with _told():
-        files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
-        listed = files[0].with_name("crl.pem")
-        revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
-        for file in files:
-            certificate = _load_certificates(file)[0]
-            lines.append(str(file))
-            lines += (f"  {key:<11}{value}" for key, value in _facts(certificate, revocations).items())
-    return lines
+    files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
+    listed = files[0].with_name("crl.pem")
+    revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
+    return [line for file in files for line in _lines(file, revocations)]
 
 
-def _facts(certificate: x509.Certificate, revocations: x509.CertificateRevocationList | None) -> dict[str, str]:
+def _lines(file: Path, revocations: x509.CertificateRevocationList | None) -> list[str]:
+    certificate = _load_certificates(file)[0]
     roles = [role for role, purpose in _PURPOSES.items() if purpose in _purposes(certificate)]
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     revoked = "unknown, for there is no list of its issuer"
     if revocations is not None and revocations.issuer == certificate.issuer:
         entry = revocations.get_revoked_certificate_by_serial_number(certificate.serial_number)
         revoked = f"YES, on {_iso(entry.revocation_date_utc)}" if entry else "no"
-    return {
+    facts = {
         "subject": certificate.subject.rfc4514_string(),
         "issuer": certificate.issuer.rfc4514_string(),
         "role": " and ".join(roles) or ("authority" if _is_authority(certificate) else "none"),
@@ -1002,9 +984,10 @@ def _facts(certificate: x509.Certificate, revocations: x509.CertificateRevocatio
         "signed by": _algorithm(certificate.signature_algorithm_oid),
         "valid": f"{_iso(begin)} to {_iso(end)}, {_days_left(end)} days left",
         "serial": f"{certificate.serial_number:x}",
-        "sha256": _sha256(certificate),
+        "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
         "revoked": revoked,
     }
+    return [str(file), *(f"  {key:<11}{value}" for key, value in facts.items())]
 
 
 def _load_authority(folder: Path) -> tuple[x509.Certificate, Any]:
@@ -1049,8 +1032,8 @@ def _key_usage(*, for_authority: bool) -> x509.KeyUsage:
     return x509.KeyUsage(not for_authority, *others, for_authority, for_authority, False, False)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: Any, life: datetime.timedelta) -> x509.CertificateBuilder:
-    begin, end, serial = _now() - CLOCK_SKEW, _now() + life, x509.random_serial_number()
+def _builder(subject: x509.Name, issuer: x509.Name, key: Any, days: int) -> x509.CertificateBuilder:
+    begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days), x509.random_serial_number()
     return x509.CertificateBuilder(issuer, subject, key.public_key(), serial, begin, end)
 
 
@@ -1077,7 +1060,7 @@ def _write(file: Path, content: bytes, mode: int) -> None:
     """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
