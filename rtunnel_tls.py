@@ -44,7 +44,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -62,16 +62,11 @@ PathLike = str | os.PathLike[str]
 # ---- profiles ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """What a `--tls-profile` admits, most wanted first, in OpenSSL's names.
-
-    A client sends a key share of its first group only; a server that has not got that one asks for another, which
-    costs a round trip.
-    """
+class Profile(NamedTuple):
+    """What a `--tls-profile` admits, most wanted first, in OpenSSL's names."""
 
     name: str
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  # a client's key share is of the first; a server that lacks it costs a round trip
     signatures: tuple[str, ...]  # of the handshake, and of every key and signature in the certificate chain
     ciphers: tuple[str, ...]
 
@@ -313,10 +308,7 @@ def _set_list(context: SSL.Context, setter: str, binding: str, names: Sequence[s
 
 
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Make OpenSSL hold the peer's subjectAltName, and no other part of its certificate, to this name.
-
-    pyOpenSSL 26.4 has no setter for it. Raises SSL.Error where it cannot be applied.
-    """
+    """Hold the peer's subjectAltName, and nothing else, to this name; pyOpenSSL 26.4 cannot. Raises SSL.Error."""
     wanted = lib.SSL_CTX_get0_param(context._context)
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
@@ -345,10 +337,9 @@ def _load_revocations(file: Path, profile: Profile) -> list[x509.CertificateRevo
 def _log_secrets(context: SSL.Context, file: str) -> None:
     """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850), with which Wireshark opens a capture.
 
-    OpenSSL calls from inside the handshake and from KeyUpdates: here alone a file is waited for under a connection's
-    lock. The lock keeps lines whole where appending is two steps (Windows).
+    OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a connection's lock.
     """
-    lock = threading.Lock()
+    lock = threading.Lock()  # keeps lines whole where appending is two steps (Windows)
     private = functools.partial(os.open, mode=0o600)
 
     def append(_: SSL.Connection, line: bytes) -> None:
@@ -461,8 +452,7 @@ def _days_left(end: datetime.datetime) -> int:
 # ---- peer check and receipt -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What is known of a session's peer, and how: a line of the log, and facts for the rest of the program."""
 
     version: str
@@ -482,7 +472,7 @@ class Receipt:
     def pairs(self) -> dict[str, str]:
         """Keys and values of the log line."""
         shown = {"serial": f"{self.serial:x}", "expiry": _iso(self.expiry), "days_left": str(self.days_left)}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | shown
+        return self._asdict() | shown
 
 
 def check_peer(
@@ -507,10 +497,8 @@ def check_peer(
     if context.peer_name is not None and not any(_matches(name, context.peer_name) for name in _names(leaf)):
         raise HandshakeError("name", f"the certificate does not name {context.peer_name}")
     signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
-    issuer, sha256 = leaf.issuer.rfc4514_string(), leaf.fingerprint(hashes.SHA256()).hex()
-    return Receipt(
-        version, group, cipher, signature, identity, issuer, leaf.serial_number, sha256, leaf.not_valid_after_utc
-    )
+    issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
+    return Receipt(version, group, cipher, signature, identity, issuer, serial, sha256, leaf.not_valid_after_utc)
 
 
 def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
@@ -530,12 +518,8 @@ def _check_leaf(leaf: x509.Certificate, role: Role, profile: Profile) -> str:
 
 
 def _check_chain(chain: Sequence[x509.Certificate], profile: Profile) -> None:
-    """Hold every signature to the profile, and every certificate to the time. Raises HandshakeError.
-
-    The root's signature of itself proves nothing. It is held to the profile all the same, for the root's key is of
-    the kind that made it, and made the one below too.
-    """
-    for certificate in chain:
+    """Hold every signature to the profile, and every certificate to the time. Raises HandshakeError."""
+    for certificate in chain:  # the root's of itself proves nothing, but tells the kind of key that made the next
         _admit("signature", _algorithm(certificate.signature_algorithm_oid), profile.signatures, profile)
         begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not begin <= _now() <= end:
@@ -565,13 +549,13 @@ _RULES: Final = {
 }
 
 
-def _refusal(error: SSL.Error, verify_code: int, verify_text: str) -> HandshakeError:
+def _refusal(error: SSL.Error, objection: str) -> HandshakeError:
     """Why OpenSSL ended a handshake, by the rule's name: for messages only, nothing is decided by it."""
     if alert := _alert(error):
         return HandshakeError("alert", f"refused by the peer: {alert}")
-    detail = verify_text if verify_code else "; ".join(_reasons(error))
+    detail = objection or "; ".join(_reasons(error))
     rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
-    return HandshakeError(next(rules, "certificate" if verify_code else "tls"), detail)
+    return HandshakeError(next(rules, "certificate" if objection else "tls"), detail)
 
 
 # ---- TLS transport ----------------------------------------------------------------------------------------------
@@ -618,15 +602,14 @@ class _Ssl:
 
     def negotiated(self) -> tuple[str, str, str, list[x509.Certificate]]:
         """Version, group, cipher and verified chain, as `check_peer` takes them."""
-        connection = self._connection
-        group, cipher = connection.get_group_name() or "none", connection.get_cipher_name() or "none"
-        chain = connection.get_verified_chain(as_cryptography=True) or []
-        return connection.get_protocol_version_name(), group, cipher, chain
+        version, group = self._connection.get_protocol_version_name(), self._connection.get_group_name()
+        chain = self._connection.get_verified_chain(as_cryptography=True)
+        return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def verified(self) -> tuple[int, str]:
-        """Code and text of what OpenSSL thinks of the certificate: for messages, pyOpenSSL 26.4 has no getter."""
+    def objection(self) -> str:
+        """What OpenSSL has against the peer's certificate, or nothing: for messages, pyOpenSSL 26.4 has no getter."""
         code = lib.SSL_get_verify_result(self._connection._ssl)
-        return code, ffi.string(lib.X509_verify_cert_error_string(code)).decode()
+        return ffi.string(lib.X509_verify_cert_error_string(code)).decode() if code else ""
 
     def feed(self, records: memoryview) -> None:
         """Take bytes from the peer, all of them."""
@@ -715,13 +698,13 @@ class TlsTransport:
             except _UNFIT as error:
                 raise HandshakeError("certificate", f"it cannot be read: {error}") from error
             transport = cls(carrier, ssl, receipt)
-            carrier.set_timeout(_at_least_some(remaining()))
+            _limit_waits(carrier, remaining())
             transport.flush()
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
             _leave(carrier, ssl.take(memoryview(b"")))
-            raise _refusal(error, *ssl.verified()) from error
+            raise _refusal(error, ssl.objection()) from error
         except HandshakeError:
             _leave(carrier, b"")
             raise
@@ -822,28 +805,25 @@ def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> No
     """Carry the flights of a handshake but our last one. Raises SSL.Error, HandshakeError, OSError."""
     buffer = memoryview(bytearray(HANDSHAKE_BYTES))
     while not ssl.handshake():
-        carrier.set_timeout(_at_least_some(remaining()))
+        _limit_waits(carrier, remaining())
         if records := ssl.take(buffer):
             carrier.send(records)
-        carrier.set_timeout(_at_least_some(remaining()))
+        _limit_waits(carrier, remaining())
         count = carrier.receive_into(buffer)
         if not count:
             raise HandshakeError("closed", "the peer closed the connection in the handshake")
         ssl.feed(buffer[:count])
 
 
-def _at_least_some(seconds: float) -> float:
-    """A timeout of 0 would mean not to wait, and none is left. Raises TimeoutError."""
+def _limit_waits(carrier: Carrier, seconds: float) -> None:
+    """Raises TimeoutError where no time is left, for a timeout of 0 would mean not to wait."""
     if seconds <= 0:
         raise TimeoutError
-    return seconds
+    carrier.set_timeout(seconds)
 
 
 def _leave(carrier: Carrier, alert: Readable) -> None:
-    """Send our alert, if any, and give the peer time to read it.
-
-    There is none where `check_peer` refused, and nothing else goes out then: the peer sees a connection that is closed.
-    """
+    """Send our alert and give the peer time to read it. Where `check_peer` refused there is none, only a close."""
     end = time.monotonic() + ALERT_LINGER_S
     discarded = memoryview(bytearray(HANDSHAKE_BYTES))
     with contextlib.suppress(OSError):  # the peer may be gone; we leave anyway
@@ -934,10 +914,7 @@ def issue(
 
 @_told()
 def revoke(folder: PathLike, name: str) -> Path:
-    """Add NAME.crt to crl.pem, which is then valid for another LIST_DAYS; returns it. Raises TlsConfigError.
-
-    A list that is missing is not made afresh, for that would pardon whoever was on it.
-    """
+    """Add NAME.crt to crl.pem, which is then valid for another LIST_DAYS; returns it. Raises TlsConfigError."""
     where, file = Path(folder), Path(folder, "crl.pem")
     _check_name(name)
     certificate = _load_certificates(where / f"{name}.crt")[0]
@@ -946,7 +923,7 @@ def revoke(folder: PathLike, name: str) -> Path:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, InvalidSignature):
         raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
-    revocations = x509.load_pem_x509_crl(file.read_bytes())
+    revocations = x509.load_pem_x509_crl(file.read_bytes())  # a new one would pardon whoever was on a lost one
     entries = list(revocations)
     if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
         entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
@@ -1054,12 +1031,9 @@ def _write_revocations(
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """Write a whole file or none: into a new one beside it, to the disk, then renamed over what was there.
-
-    The mode holds from the first byte. Windows has no such modes: there the folder's own rights protect a key.
-    """
+    """Write a whole file or none: into a new one beside it, to the disk, then renamed over what was there."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
+    try:  # the mode holds from the first byte; Windows has none, and there the folder's own rights protect a key
         with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
             stream.write(content)
             stream.flush()
