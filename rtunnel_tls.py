@@ -301,7 +301,7 @@ def _set_list(context: SSL.Context, setter: str, binding: str, names: Sequence[s
     own = getattr(context, setter, None)
     wanted = ":".join(names).encode()
     applied = own(wanted) if own else getattr(lib, binding)(context._context, wanted)
-    if applied not in (1, None):  # OpenSSL's success, pyOpenSSL's
+    if applied not in (1, None):  # OpenSSL's setters return 1, pyOpenSSL's None, and else raise
         lib.ERR_clear_error()
         version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
         raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
@@ -335,15 +335,13 @@ def _load_revocations(file: Path, profile: Profile) -> list[x509.CertificateRevo
 
 
 def _log_secrets(context: SSL.Context, file: str) -> None:
-    """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850), with which Wireshark opens a capture.
-
-    OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a connection's lock.
-    """
+    """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850), with which Wireshark opens a capture."""
     lock = threading.Lock()  # keeps lines whole where appending is two steps (Windows)
     private = functools.partial(os.open, mode=0o600)
 
     def append(_: SSL.Connection, line: bytes) -> None:
-        # a full disk is no reason to end a session
+        # OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a connection's lock.
+        # A full disk is no reason to end a session.
         with contextlib.suppress(OSError), lock, open(file, "ab", opener=private) as log:
             log.write(line + b"\n")
 
@@ -475,9 +473,7 @@ class Receipt(NamedTuple):
         return self._asdict() | shown
 
 
-def check_peer(
-    context: TlsContext, version: str, group: str, cipher: str, chain: Sequence[x509.Certificate]
-) -> Receipt:
+def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[x509.Certificate]) -> Receipt:
     """Judge what a finished handshake came to. The first rule that fails refuses the peer. Raises HandshakeError.
 
     `chain` is what OpenSSL verified, the peer's certificate first, the root last. Two of the rules are not OpenSSL's:
@@ -779,11 +775,9 @@ class TlsTransport:
         self.send(b"")
 
     def finish(self) -> None:
-        """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError.
-
-        After a failure OpenSSL makes no close_notify, which would vouch for a stream that was cut; an alert goes out.
-        """
+        """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
         with self._lock:
+            # After a failure OpenSSL makes none, which would vouch for a stream that was cut; an alert goes out.
             with contextlib.suppress(SSL.Error):
                 self._ssl.close_notify()
             records = self._ssl.take(self._outgoing)
@@ -934,7 +928,7 @@ def revoke(folder: PathLike, name: str) -> Path:
 
 @_told()
 def show(target: PathLike) -> list[str]:
-    """Lines about each certificate in a folder, or in one file, with the list beside it. Raises TlsConfigError."""
+    """Lines about each certificate in a folder or a file, by the revocation list beside it. Raises TlsConfigError."""
     path = Path(target)
     files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
     if not files:
@@ -1010,7 +1004,7 @@ def _key_usage(*, for_authority: bool) -> x509.KeyUsage:
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: Any, days: int) -> x509.CertificateBuilder:
-    begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days), x509.random_serial_number()
+    begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
     return x509.CertificateBuilder(issuer, subject, key.public_key(), serial, begin, end)
 
 
