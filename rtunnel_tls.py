@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import ipaddress
 import os
 import re
@@ -43,7 +44,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -61,16 +62,11 @@ PathLike = str | os.PathLike[str]
 # ---- profiles ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """What a `--tls-profile` admits, most wanted first, in OpenSSL's names.
-
-    A client sends a key share of its first group only; a server that has not got that one asks for another, which
-    costs a round trip.
-    """
+class Profile(NamedTuple):
+    """What a `--tls-profile` admits, most wanted first, in OpenSSL's names."""
 
     name: str
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  # a client's key share is of the first; a server that lacks it costs a round trip
     signatures: tuple[str, ...]  # of the handshake, and of every key and signature in the certificate chain
     ciphers: tuple[str, ...]
 
@@ -282,8 +278,8 @@ def _bare_context(profile: Profile) -> SSL.Context:
     with _told(f"--tls-profile {profile.name}", "it needs: pip install 'cryptography>=49' 'pyOpenSSL>=26.4'"):
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_max_proto_version(SSL.TLS1_3_VERSION)
-        _set_groups(context, profile.groups)
-        _set_signatures(context, profile.signatures)
+        _set_list(context, "set_groups", "SSL_CTX_set1_curves_list", profile.groups)
+        _set_list(context, "set_sigalgs", "SSL_CTX_set1_sigalgs_list", profile.signatures)
         context.set_tls13_ciphersuites(":".join(profile.ciphers).encode())
     # No resumption: each session proves both keys afresh. The option makes tickets stateful, and without a cache they
     # lead nowhere; two small ones still go out, once the client is authenticated.
@@ -297,31 +293,22 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_groups(context: SSL.Context, groups: Sequence[str]) -> None:
-    """Admit these groups only. Raises SSL.Error where OpenSSL lacks one, AttributeError where the binding is gone."""
-    own = getattr(context, "set_groups", None)  # none in pyOpenSSL 26.4
-    _apply(own or (lambda names: lib.SSL_CTX_set1_curves_list(context._context, names)), groups)
+def _set_list(context: SSL.Context, setter: str, binding: str, names: Sequence[str]) -> None:
+    """Admit these groups, or these signature algorithms of the peer and of our own, only: all of them, or SSL.Error.
 
-
-def _set_signatures(context: SSL.Context, signatures: Sequence[str]) -> None:
-    """Admit these signature algorithms only, of the peer and of our own. Raises like `_set_groups`."""
-    own = getattr(context, "set_sigalgs", None)  # none in pyOpenSSL 26.4
-    _apply(own or (lambda names: lib.SSL_CTX_set1_sigalgs_list(context._context, names)), signatures)
-
-
-def _apply(setter: Callable[[bytes], int | None], names: Sequence[str]) -> None:
-    """A list is taken whole or not at all: OpenSSL's setters return 1, pyOpenSSL's None, and else raise."""
-    if setter(":".join(names).encode()) not in (1, None):
+    pyOpenSSL 26.4 lacks the setters, so OpenSSL's are called. Raises AttributeError where that binding is gone, too.
+    """
+    own = getattr(context, setter, None)
+    wanted = ":".join(names).encode()
+    applied = own(wanted) if own else getattr(lib, binding)(context._context, wanted)
+    if applied not in (1, None):  # OpenSSL's setters return 1, pyOpenSSL's None, and else raise
         lib.ERR_clear_error()
         version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
         raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
 
 
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Make OpenSSL hold the peer's subjectAltName, and no other part of its certificate, to this name.
-
-    pyOpenSSL 26.4 has no setter for it. Raises SSL.Error where it cannot be applied.
-    """
+    """Hold the peer's subjectAltName, and nothing else, to this name; pyOpenSSL 26.4 cannot. Raises SSL.Error."""
     wanted = lib.SSL_CTX_get0_param(context._context)
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
@@ -348,24 +335,19 @@ def _load_revocations(file: Path, profile: Profile) -> list[x509.CertificateRevo
 
 
 def _log_secrets(context: SSL.Context, file: str) -> None:
-    """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850), with which Wireshark opens a capture.
+    """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850), with which Wireshark opens a capture."""
+    lock = threading.Lock()  # keeps lines whole where appending is two steps (Windows)
+    private = functools.partial(os.open, mode=0o600)
 
-    OpenSSL calls from inside the handshake and from KeyUpdates: here alone a file is waited for under a connection's
-    lock. The lock keeps lines whole where appending is two steps (Windows).
-    """
-    lock = threading.Lock()
-
-    def append(line: bytes) -> None:
-        with lock, open(file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            log.write(line)
-
-    def on_secret(_: SSL.Connection, line: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason to end a session
-            append(line + b"\n")
+    def append(_: SSL.Connection, line: bytes) -> None:
+        # OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a connection's lock.
+        # A full disk is no reason to end a session.
+        with contextlib.suppress(OSError), lock, open(file, "ab", opener=private) as log:
+            log.write(line + b"\n")
 
     with _told(f"SSLKEYLOGFILE {file}"):
-        append(b"")
-    context.set_keylog_callback(on_secret)
+        open(file, "ab", opener=private).close()
+    context.set_keylog_callback(append)
 
 
 @contextlib.contextmanager
@@ -447,10 +429,6 @@ def _names(certificate: x509.Certificate) -> list[str | Address]:
     return []
 
 
-def _sha256(certificate: x509.Certificate) -> str:
-    return certificate.fingerprint(hashes.SHA256()).hex()
-
-
 def _end(revocations: x509.CertificateRevocationList) -> datetime.datetime:
     """When a list ends; one that names no end has ended, for nobody could tell when it grew stale."""
     return revocations.next_update_utc or revocations.last_update_utc
@@ -472,8 +450,7 @@ def _days_left(end: datetime.datetime) -> int:
 # ---- peer check and receipt -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What is known of a session's peer, and how: a line of the log, and facts for the rest of the program."""
 
     version: str
@@ -493,12 +470,10 @@ class Receipt:
     def pairs(self) -> dict[str, str]:
         """Keys and values of the log line."""
         shown = {"serial": f"{self.serial:x}", "expiry": _iso(self.expiry), "days_left": str(self.days_left)}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | shown
+        return self._asdict() | shown
 
 
-def check_peer(
-    context: TlsContext, version: str, group: str, cipher: str, chain: Sequence[x509.Certificate]
-) -> Receipt:
+def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[x509.Certificate]) -> Receipt:
     """Judge what a finished handshake came to. The first rule that fails refuses the peer. Raises HandshakeError.
 
     `chain` is what OpenSSL verified, the peer's certificate first, the root last. Two of the rules are not OpenSSL's:
@@ -518,10 +493,8 @@ def check_peer(
     if context.peer_name is not None and not any(_matches(name, context.peer_name) for name in _names(leaf)):
         raise HandshakeError("name", f"the certificate does not name {context.peer_name}")
     signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
-    issuer, sha256 = leaf.issuer.rfc4514_string(), _sha256(leaf)
-    return Receipt(
-        version, group, cipher, signature, identity, issuer, leaf.serial_number, sha256, leaf.not_valid_after_utc
-    )
+    issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
+    return Receipt(version, group, cipher, signature, identity, issuer, serial, sha256, leaf.not_valid_after_utc)
 
 
 def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
@@ -541,12 +514,8 @@ def _check_leaf(leaf: x509.Certificate, role: Role, profile: Profile) -> str:
 
 
 def _check_chain(chain: Sequence[x509.Certificate], profile: Profile) -> None:
-    """Hold every signature to the profile, and every certificate to the time. Raises HandshakeError.
-
-    The root's signature of itself proves nothing. It is held to the profile all the same, for the root's key is of
-    the kind that made it, and made the one below too.
-    """
-    for certificate in chain:
+    """Hold every signature to the profile, and every certificate to the time. Raises HandshakeError."""
+    for certificate in chain:  # the root's of itself proves nothing, but tells the kind of key that made the next
         _admit("signature", _algorithm(certificate.signature_algorithm_oid), profile.signatures, profile)
         begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not begin <= _now() <= end:
@@ -576,13 +545,13 @@ _RULES: Final = {
 }
 
 
-def _refusal(error: SSL.Error, verify_code: int, verify_text: str) -> HandshakeError:
+def _refusal(error: SSL.Error, objection: str) -> HandshakeError:
     """Why OpenSSL ended a handshake, by the rule's name: for messages only, nothing is decided by it."""
     if alert := _alert(error):
         return HandshakeError("alert", f"refused by the peer: {alert}")
-    detail = verify_text if verify_code else "; ".join(_reasons(error))
+    detail = objection or "; ".join(_reasons(error))
     rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
-    return HandshakeError(next(rules, "certificate" if verify_code else "tls"), detail)
+    return HandshakeError(next(rules, "certificate" if objection else "tls"), detail)
 
 
 # ---- TLS transport ----------------------------------------------------------------------------------------------
@@ -629,15 +598,14 @@ class _Ssl:
 
     def negotiated(self) -> tuple[str, str, str, list[x509.Certificate]]:
         """Version, group, cipher and verified chain, as `check_peer` takes them."""
-        connection = self._connection
-        group, cipher = connection.get_group_name() or "none", connection.get_cipher_name() or "none"
-        chain = connection.get_verified_chain(as_cryptography=True) or []
-        return connection.get_protocol_version_name(), group, cipher, chain
+        version, group = self._connection.get_protocol_version_name(), self._connection.get_group_name()
+        chain = self._connection.get_verified_chain(as_cryptography=True)
+        return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def verified(self) -> tuple[int, str]:
-        """Code and text of what OpenSSL thinks of the certificate: for messages, pyOpenSSL 26.4 has no getter."""
+    def objection(self) -> str:
+        """What OpenSSL has against the peer's certificate, or nothing: for messages, pyOpenSSL 26.4 has no getter."""
         code = lib.SSL_get_verify_result(self._connection._ssl)
-        return code, ffi.string(lib.X509_verify_cert_error_string(code)).decode()
+        return ffi.string(lib.X509_verify_cert_error_string(code)).decode() if code else ""
 
     def feed(self, records: memoryview) -> None:
         """Take bytes from the peer, all of them."""
@@ -726,13 +694,13 @@ class TlsTransport:
             except _UNFIT as error:
                 raise HandshakeError("certificate", f"it cannot be read: {error}") from error
             transport = cls(carrier, ssl, receipt)
-            carrier.set_timeout(_at_least_some(remaining()))
+            _limit_waits(carrier, remaining())
             transport.flush()
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
             _leave(carrier, ssl.take(memoryview(b"")))
-            raise _refusal(error, *ssl.verified()) from error
+            raise _refusal(error, ssl.objection()) from error
         except HandshakeError:
             _leave(carrier, b"")
             raise
@@ -807,11 +775,9 @@ class TlsTransport:
         self.send(b"")
 
     def finish(self) -> None:
-        """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError.
-
-        After a failure OpenSSL makes no close_notify, which would vouch for a stream that was cut; an alert goes out.
-        """
+        """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
         with self._lock:
+            # After a failure OpenSSL makes none, which would vouch for a stream that was cut; an alert goes out.
             with contextlib.suppress(SSL.Error):
                 self._ssl.close_notify()
             records = self._ssl.take(self._outgoing)
@@ -833,28 +799,25 @@ def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> No
     """Carry the flights of a handshake but our last one. Raises SSL.Error, HandshakeError, OSError."""
     buffer = memoryview(bytearray(HANDSHAKE_BYTES))
     while not ssl.handshake():
-        carrier.set_timeout(_at_least_some(remaining()))
+        _limit_waits(carrier, remaining())
         if records := ssl.take(buffer):
             carrier.send(records)
-        carrier.set_timeout(_at_least_some(remaining()))
+        _limit_waits(carrier, remaining())
         count = carrier.receive_into(buffer)
         if not count:
             raise HandshakeError("closed", "the peer closed the connection in the handshake")
         ssl.feed(buffer[:count])
 
 
-def _at_least_some(seconds: float) -> float:
-    """A timeout of 0 would mean not to wait, and none is left. Raises TimeoutError."""
+def _limit_waits(carrier: Carrier, seconds: float) -> None:
+    """Raises TimeoutError where no time is left, for a timeout of 0 would mean not to wait."""
     if seconds <= 0:
         raise TimeoutError
-    return seconds
+    carrier.set_timeout(seconds)
 
 
 def _leave(carrier: Carrier, alert: Readable) -> None:
-    """Send our alert, if any, and give the peer time to read it.
-
-    There is none where `check_peer` refused, and nothing else goes out then: the peer sees a connection that is closed.
-    """
+    """Send our alert and give the peer time to read it. Where `check_peer` refused there is none, only a close."""
     end = time.monotonic() + ALERT_LINGER_S
     discarded = memoryview(bytearray(HANDSHAKE_BYTES))
     with contextlib.suppress(OSError):  # the peer may be gone; we leave anyway
@@ -877,6 +840,7 @@ ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87Pr
 _NAME_IN_PATH = r"(?!(?i:ca)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # it stays in the folder, and is never the authority's
 
 
+@_told()
 def init_authority(
     folder: PathLike, *, algorithm: str = "mldsa65", name: str = "rtunnel CA", years: int = 10, force: bool = False
 ) -> Path:
@@ -885,23 +849,23 @@ def init_authority(
     With `force` it replaces another, whose certificates are void from then on.
     """
     where = Path(folder)
-    with _told():
-        if years < 1:
-            raise ValueError("--years: 1 at least")
-        where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
-            raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-        _refuse_overwrite(where, ("ca.crt", "ca.key", "crl.pem"), force)
-        key, subject = _generate(algorithm), _common_name(name)
-        builder = _builder(subject, subject, key, datetime.timedelta(days=365 * years))
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        builder = builder.add_extension(_key_usage(for_authority=True), critical=True)
-        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        _write_pair(where, "ca", key, builder.sign(key, None))
-        _write_revocations(where / "crl.pem", subject, key, 1, ())
+    if years < 1:
+        raise ValueError("--years: 1 at least")
+    where.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
+        raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
+    _refuse_overwrite(where, ("ca.crt", "ca.key", "crl.pem"), force)
+    key, subject = _generate(algorithm), _common_name(name)
+    builder = _builder(subject, subject, key, 365 * years)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_key_usage(for_authority=True), critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    _write_pair(where, "ca", key, builder.sign(key, None))
+    _write_revocations(where / "crl.pem", subject, key, 1, ())
     return where / "ca.crt"
 
 
+@_told()
 def issue(
     folder: PathLike,
     name: str,
@@ -917,83 +881,72 @@ def issue(
     one, which stays valid until it ends: revoke it first if it has leaked. Raises TlsConfigError.
     """
     where = Path(folder)
-    role: Role = "client" if hosts is None else "server"
-    with _told():
-        _check_name(name)
-        _refuse_overwrite(where, (f"{name}.crt", f"{name}.key"), force)
-        authority, authority_key = _load_authority(where)
-        longest = _days_left(authority.not_valid_after_utc)
-        if not 1 <= days <= longest:
-            raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
-        key = _generate(algorithm or _algorithm(authority.public_key_algorithm_oid))
-        authority_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        # Nothing that no peer looks at: a server sends this to whoever connects, and all that it sends before it knows
-        # the client should fit into the ten segments that TCP starts with.
-        extensions: list[x509.ExtensionType] = [x509.ExtendedKeyUsage([_PURPOSES[role]])]
-        extensions.append(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id))
-        if hosts is not None:
-            if not hosts:
-                raise ValueError("--server: name the hosts or addresses that clients dial")
-            extensions.append(x509.SubjectAlternativeName([_general_name(host) for host in hosts]))
-        builder = _builder(_common_name(name), authority.subject, key, datetime.timedelta(days=days))
-        builder = builder.add_extension(_key_usage(for_authority=False), critical=True)
-        for extension in extensions:
-            builder = builder.add_extension(extension, critical=False)
-        _write_pair(where, name, key, builder.sign(authority_key, None))
+    _check_name(name)
+    _refuse_overwrite(where, (f"{name}.crt", f"{name}.key"), force)
+    authority, authority_key = _load_authority(where)
+    longest = _days_left(authority.not_valid_after_utc)
+    if not 1 <= days <= longest:
+        raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
+    key = _generate(algorithm or _algorithm(authority.public_key_algorithm_oid))
+    purpose = _PURPOSES["client" if hosts is None else "server"]
+    issuer_id = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id)
+    # Nothing that no peer looks at: a server sends this to whoever connects, and all that it sends before it knows
+    # the client should fit into the ten segments that TCP starts with.
+    builder = _builder(_common_name(name), authority.subject, key, days)
+    builder = builder.add_extension(_key_usage(for_authority=False), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+    builder = builder.add_extension(issuer, critical=False)
+    if hosts is not None:
+        if not hosts:
+            raise ValueError("--server: name the hosts or addresses that clients dial")
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    _write_pair(where, name, key, builder.sign(authority_key, None))
     return where / f"{name}.crt"
 
 
+@_told()
 def revoke(folder: PathLike, name: str) -> Path:
-    """Add NAME.crt to crl.pem, which is then valid for another LIST_DAYS; returns it. Raises TlsConfigError.
-
-    A list that is missing is not made afresh, for that would pardon whoever was on it.
-    """
+    """Add NAME.crt to crl.pem, which is then valid for another LIST_DAYS; returns it. Raises TlsConfigError."""
     where, file = Path(folder), Path(folder, "crl.pem")
-    with _told():
-        _check_name(name)
-        certificate = _load_certificates(where / f"{name}.crt")[0]
-        authority, authority_key = _load_authority(where)
-        try:
-            certificate.verify_directly_issued_by(authority)
-        except (ValueError, InvalidSignature):
-            raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
-        revocations = x509.load_pem_x509_crl(file.read_bytes())
-        entries = list(revocations)
-        if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
-            entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
-        number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        _write_revocations(file, authority.subject, authority_key, number + 1, entries)
+    _check_name(name)
+    certificate = _load_certificates(where / f"{name}.crt")[0]
+    authority, authority_key = _load_authority(where)
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, InvalidSignature):
+        raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
+    revocations = x509.load_pem_x509_crl(file.read_bytes())  # a new one would pardon whoever was on a lost one
+    entries = list(revocations)
+    if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
+        entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
+    number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    _write_revocations(file, authority.subject, authority_key, number + 1, entries)
     return file
 
 
+@_told()
 def show(target: PathLike) -> list[str]:
-    """Lines about each certificate in a folder, or in one file, with the revocation list beside it.
-
-    Raises TlsConfigError.
-    """
+    """Lines about each certificate in a folder or a file, by the revocation list beside it. Raises TlsConfigError."""
     path = Path(target)
-    lines = []
-    with _told():
-        files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
-        if not files:
-            raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
-        listed = files[0].with_name("crl.pem")
-        revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
-        for file in files:
-            certificate = _load_certificates(file)[0]
-            lines.append(str(file))
-            lines += (f"  {key:<11}{value}" for key, value in _facts(certificate, revocations).items())
-    return lines
+    files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
+    listed = files[0].with_name("crl.pem")
+    revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
+    return [line for file in files for line in _lines(file, revocations)]
 
 
-def _facts(certificate: x509.Certificate, revocations: x509.CertificateRevocationList | None) -> dict[str, str]:
+def _lines(file: Path, revocations: x509.CertificateRevocationList | None) -> list[str]:
+    certificate = _load_certificates(file)[0]
     roles = [role for role, purpose in _PURPOSES.items() if purpose in _purposes(certificate)]
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     revoked = "unknown, for there is no list of its issuer"
     if revocations is not None and revocations.issuer == certificate.issuer:
         entry = revocations.get_revoked_certificate_by_serial_number(certificate.serial_number)
         revoked = f"YES, on {_iso(entry.revocation_date_utc)}" if entry else "no"
-    return {
+    facts = {
         "subject": certificate.subject.rfc4514_string(),
         "issuer": certificate.issuer.rfc4514_string(),
         "role": " and ".join(roles) or ("authority" if _is_authority(certificate) else "none"),
@@ -1002,9 +955,10 @@ def _facts(certificate: x509.Certificate, revocations: x509.CertificateRevocatio
         "signed by": _algorithm(certificate.signature_algorithm_oid),
         "valid": f"{_iso(begin)} to {_iso(end)}, {_days_left(end)} days left",
         "serial": f"{certificate.serial_number:x}",
-        "sha256": _sha256(certificate),
+        "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
         "revoked": revoked,
     }
+    return [str(file), *(f"  {key:<11}{value}" for key, value in facts.items())]
 
 
 def _load_authority(folder: Path) -> tuple[x509.Certificate, Any]:
@@ -1049,8 +1003,8 @@ def _key_usage(*, for_authority: bool) -> x509.KeyUsage:
     return x509.KeyUsage(not for_authority, *others, for_authority, for_authority, False, False)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: Any, life: datetime.timedelta) -> x509.CertificateBuilder:
-    begin, end, serial = _now() - CLOCK_SKEW, _now() + life, x509.random_serial_number()
+def _builder(subject: x509.Name, issuer: x509.Name, key: Any, days: int) -> x509.CertificateBuilder:
+    begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
     return x509.CertificateBuilder(issuer, subject, key.public_key(), serial, begin, end)
 
 
@@ -1071,13 +1025,10 @@ def _write_revocations(
 
 
 def _write(file: Path, content: bytes, mode: int) -> None:
-    """Write a whole file or none: into a new one beside it, to the disk, then renamed over what was there.
-
-    The mode holds from the first byte. Windows has no such modes: there the folder's own rights protect a key.
-    """
+    """Write a whole file or none: into a new one beside it, to the disk, then renamed over what was there."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
+    try:  # the mode holds from the first byte; Windows has none, and there the folder's own rights protect a key
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -217,12 +217,12 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
     files = house.files("server")
     pair = Pair.__new__(Pair)
     pair.cert, pair.key = files["cert"], files["key"]
-    for restrict, reason in (
-        (lambda context: rtunnel_tls._set_groups(context, ["MLKEM1024"]), "group"),
-        (lambda context: rtunnel_tls._set_signatures(context, ["mldsa87"]), "signature"),
+    for restriction, reason in (
+        (("set_groups", "SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
+        (("set_sigalgs", "SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
     ):
         context = raw_context(pair, house.ca, groups="MLKEM768", signatures="mldsa65:mldsa87")
-        restrict(context)
+        rtunnel_tls._set_list(context, *restriction)
         refused, told = meet(house.client("pure"), raw_peer(context, "server"))
         if reason == "group":
             assert isinstance(refused, Receipt), "asked for the other group, and agreed"
