@@ -12,7 +12,7 @@ gets past the handshake.
 Threads
 -------
     thread           how many                 does                                    waits only in
-    main             1                        signals: reload, state, drain and stop  an Event, in steps of 0.25 s
+    main             1                        signals: reload, state, drain and stop  an Event or a sleep of 0.25 s
     control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
                                               oldest strangers                        have been shut to leave
     public acceptor  1 per lease              accepts visitors                        its selector; while the lease
@@ -37,8 +37,8 @@ Taken in this order, each for a few statements; nothing that can wait is done un
                    `_lock`: its holder alone calls the transport's `send`, and that may wait
     Stream._lock   one stream's queue, windows and state, and each call on its socket but the pump's `recv` and its
                    final `close`. Never taken under another, nor another under it but Budget._lock
-    Budget._lock, Pool._lock, LimitLog._lock, PlainTransport._lock   a number; the threads and the idle; when a line was
-                   last logged; that a descriptor is not shut after it is closed
+    Budget._lock, Pool._lock, LimitLog._lock, PlainTransport._lock, Listener._closing   a number; the threads and the
+                   idle; when a line was last logged; that a descriptor is not shut after it is closed
 
 Errors
 ------
@@ -108,6 +108,7 @@ UNLIMITED = 2**62  # level 0: a window that never runs out
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # of what all windows of a session have grown by
 STALL_S = 5.0  # a grown window whose queue has not moved for so long gives its growth back
 WATCH_S = 1.0  # how often a pump that waits for credit looks whether its socket was reset
+MAX_UNSENT_FRAMES = 4096  # of control, whose streams may have ended: beyond that no stream is opened
 MAX_PROVOKED = 64  # unsent PONGs and refusals: a peer that asks and does not read
 MAX_MESSAGE_CHARACTERS = 256  # of the server's sentence in a WELCOME; it goes into one log line
 MAX_ASSIGNED_PORTS = 1024  # instances whose server-chosen port is remembered
@@ -131,13 +132,14 @@ FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 MAX_STRANGERS = 64  # connections that are no client yet: each costs a thread or two and, with TLS, some 300 kB.
 # Beyond that the oldest goes, so that the silent cannot lock others out; sshd (100) drops the newest, at random
 MAX_STRANGERS_PER_SITE = 16  # the same for one IPv4 address, or one IPv6 network of 64 bits
+MAX_RETIRED = 8  # a client's sessions that a GOAWAY has retired, and that still have streams
 MAX_CLIENTS = 256  # each may cost its budget
 MAX_LEASES = 64  # of one identity; in plain mode all are one. Each costs a port, a thread, a listen queue
 MAX_STREAMS = 16384  # of one process: each costs a descriptor, a thread or two, and 64 KiB where it is stalled
 STUCK_S = 600.0  # a stream whose other direction has ended lives so long at most without a byte
 STUCK_CHECK_S = 10.0
 LOG_EVERY_S = 1.0  # a line about a limit, at most
-STATE_STEP_S = 0.25  # how often main looks for SIGHUP and SIGUSR1
+MAIN_STEP_S = 0.25  # how often main looks whether a signal has come
 
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
 SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port
@@ -467,9 +469,10 @@ class Init(NamedTuple):
         try:
             if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
                 raise ProtocolError(f"INIT is {first[:32]!r}, PORT:LOCAL is wanted")
-            init = cls(number(port, 0, 65535), local, pairs.get("instance", ""), version=0)
+            init = cls(number(port, 0, 65535), local)
             if "version" not in pairs:
                 return init
+            init = init._replace(instance=pairs.get("instance", ""))
             payload.decode("utf-8")
             if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
@@ -910,6 +913,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self._tick = tick
         self._asked = threading.Event()
         self._open = threading.Event()
+        self._closing = threading.Lock()  # held in `shutdown` and `close` of the socket, as in PlainTransport
         if not address.host and socket.has_dualstack_ipv6():
             address = Address("::", address.port)
         family, _, _, _, target = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[
@@ -946,7 +950,8 @@ class Listener(socketserver.ThreadingTCPServer):
     def _accept(self) -> None:
         with contextlib.suppress(_AskedToStop):
             self.serve_forever(poll_interval=DRAIN_STEP_S)
-        self.socket.close()
+        with self._closing:
+            self.socket.close()
 
     def service_actions(self) -> None:
         if self._asked.is_set():  # `shutdown()` would wait here, one port after the other
@@ -990,12 +995,12 @@ class Listener(socketserver.ThreadingTCPServer):
         """No more connections; returns at once. The acceptor closes the socket, on Linux the port is free already."""
         self._asked.set()
         self._open.set()
-        with contextlib.suppress(OSError):
+        with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector; elsewhere its poll interval does
 
     def join(self) -> None:
         """After `ask_to_stop`: wait until the socket is closed, at most the selector's poll interval."""
-        if self._acceptor is not threading.current_thread():
+        if self._acceptor.ident is not None and self._acceptor is not threading.current_thread():
             self._acceptor.join()
 
 
@@ -1096,7 +1101,8 @@ class Writer:
     Locking: `_lock` guards everything below the marker. The transport is called by the turn's holder, without it.
     Invariant: where the turn is free nothing waits to be sent, but what the control sender has just been told of.
     Memory: SMALL_QUEUE_BYTES of small frames. Control frames are bounded by structure: WINDOW is summed per stream;
-    one NEW_CONN, one BLOCKED and one last frame per stream; one PING; MAX_PROVOKED of what only the peer provokes.
+    one NEW_CONN, one BLOCKED and one last frame per stream, and no new stream beyond MAX_UNSENT_FRAMES; one PING;
+    MAX_PROVOKED of what only the peer provokes.
     """
 
     SENDER = "the control sender"
@@ -1183,6 +1189,15 @@ class Writer:
                 self._waiting.remove(entry)
                 entry[0].release()
         self.post(frame)
+
+    def is_behind(self) -> bool:
+        """Whether the peer reads too little for more streams: each leaves frames behind, also when it has ended."""
+        with self._lock:
+            return len(self._control) > MAX_UNSENT_FRAMES
+
+    def unsent_bytes(self) -> int:
+        with self._lock:
+            return self._small_bytes + sum(map(len, self._control))
 
     def push(self) -> None:
         """Write what is queued, if the turn is free; else its holder does. Raises SessionEnded."""
@@ -1805,6 +1820,7 @@ class Session:
         self.budget = Budget(settings.session_budget_bytes)
         self.level = 0  # fixed before the first stream
         self.peer_window = WINDOW_BYTES  # at level 1, where each stream's credit starts
+        self.refused: Refused | None = None  # the reader's
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
         self._pool = pool
@@ -1834,6 +1850,7 @@ class Session:
             try:
                 self._read()
             except Refused as refused:
+                self.refused = refused
                 self.refuse(refused)
                 self._read()  # discards: a close with unread bytes would send RST and swallow the reason
             self.end("closed by the peer")
@@ -2043,7 +2060,8 @@ class Session:
         """What a line of the log says about it."""
         receipt = self.transport.receipt
         state = {"peer": self.transport.peer, "identity": self.transport.identity, "level": self.level}
-        state |= {"streams": self.stream_count(), "budget_left": self.budget.left, **self.rtt()}
+        state |= {"streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left}
+        state |= self.rtt()
         return state if receipt is None else state | {"certificate_days_left": receipt.days_left}
 
     def stream_count(self) -> int:
@@ -2145,15 +2163,14 @@ class Program:
     def stream_count(self) -> int:
         return sum(session.stream_count() for session in self.sessions())
 
-    def drain(self, hurry: threading.Event) -> None:
-        """Nothing new, and the open streams may finish: as long as `--drain` says, or until `hurry`."""
+    def drain(self, in_hurry: Callable[[], bool]) -> None:
+        """Nothing new, and the open streams may finish: as long as `--drain` says, or until somebody is in a hurry."""
         deadline = Deadline(self.settings.drain_s)
         self._take_nothing_new()
         for session in self.sessions():
             session.retire("stopping")
-        while self.stream_count() and deadline.remaining():
-            if hurry.wait(min(DRAIN_STEP_S, deadline.remaining())):
-                break
+        while self.stream_count() and deadline.remaining() and not in_hurry():
+            time.sleep(min(MAIN_STEP_S, deadline.remaining()))
 
     def reload(self, fresh: Program) -> None:
         """New handshakes and ports go by the settings of `fresh`; sessions that they do not allow are cut.
@@ -2270,6 +2287,8 @@ class ServerSession(Session):
 
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
         """Open a stream for a visitor and be its pump. Raises SessionEnded where none can be opened."""
+        if self.writer.is_behind():
+            raise SessionEnded("its client does not read")
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
@@ -2402,10 +2421,10 @@ class Server(Program):
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
-    def drain(self, hurry: threading.Event) -> None:
+    def drain(self, in_hurry: Callable[[], bool]) -> None:
         for listener in self._listeners():
             listener.ask_to_stop()
-        super().drain(hurry)
+        super().drain(in_hurry)
 
     def _listeners(self) -> list[Listener]:
         with self._lock:
@@ -2428,7 +2447,7 @@ class Server(Program):
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
-        stranger, level, opened = self._strangers[sock], 0, False
+        stranger, level, opened, limited = self._strangers[sock], 0, False, False
         try:
             transport = self.secure(stranger.carrier, deadline)
             log_receipt(transport)
@@ -2436,14 +2455,17 @@ class Server(Program):
             with self.registered(session):
                 reason = session.run()
                 level, opened = session.level, session.is_client
+                limited = session.refused is not None and session.refused.code == "too-many-clients"
                 self.leave_lease(session, reason, linger=level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         if opened:
             log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **session.rtt())
-        elif stranger.gives_way:
+            return
+        if stranger.gives_way:
             reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
-            log_limit("refused", peer=address, level=0, reason=reason)
+        if stranger.gives_way or limited:
+            log_limit("refused", peer=address, level=level, reason=reason)
         else:
             log_event(WARNING, "refused", peer=address, level=level, reason=reason)
 
@@ -2483,36 +2505,45 @@ class Server(Program):
     def open_lease(self, session: ServerSession, init: Init) -> None:
         """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
         peer = session.transport.peer
-        with self._lock:
-            # The server's first frame fixes the level. No visitor is given to the session while WELCOME is on its way.
-            if init.version and not session.visitors and not session.has_had_streams():
-                session.level, session.peer_window = 1, init.window
-            if self._stopping:
-                raise Refused("shutting-down", "the server stops")
-            try:
-                lease = self._find_locked(session, init)
-                self._check_limits_locked(session, init, lease)
-                lease = lease or self._bind_free_locked(session, init)
-            except OSError as error:
-                log_event(
-                    ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error)
-                )
-                code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
-                raise Refused(code, f"port {init.port} cannot be opened: {reason_of(error)}") from error
-            port = lease.listener.address.port
-            if session.level:  # its first frame, ahead of all NEW_CONN
-                session.writer.post(encode(FrameType.WELCOME, 0, Welcome(port).payload()))
-            replaced = lease.join(session)
-            self._forget_stranger_locked(session.sock)
-            self._changed.notify_all()
+        try:
+            with self._lock:
+                known = set(self._leases)
+                lease, replaced = self._join_lease_locked(session, init)
+        except OSError as error:
+            log_event(ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error))
+            code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
+            if error.errno in (None, *OUT_OF_RESOURCES):  # None: there was no thread
+                code = "too-many-clients"
+            raise Refused(code, f"port {init.port} cannot be opened: {reason_of(error)}") from error
+        address = lease.listener.address
+        if address.port not in known:
+            log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         log_event(
-            INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level, port=port,
-            local=init.local,
+            INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level,
+            port=address.port, local=init.local[:MAX_MESSAGE_CHARACTERS],
         )  # fmt: skip
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.say_goodbye("replaced")
             session.after(FAREWELL_S, lambda other=other: other.end("replaced"))  # type: ignore[misc]
+
+    def _join_lease_locked(self, session: ServerSession, init: Init) -> tuple[Lease, list[ServerSession]]:
+        """The session's lease from now on, and the sessions that it replaces. Raises Refused, OSError."""
+        # The server's first frame fixes the level. No visitor is given to the session while WELCOME is on its way.
+        if init.version and not session.visitors and not session.has_had_streams():
+            session.level, session.peer_window = 1, init.window
+        if self._stopping:
+            raise Refused("shutting-down", "the server stops")
+        lease = self._find_locked(session, init)
+        self._check_limits_locked(session, init, lease)
+        lease = lease or self._bind_free_locked(session, init)
+        replaced = lease.join(session)  # before WELCOME, which fails where the session has ended: its end leaves it
+        if session.level:  # its first frame, ahead of all NEW_CONN
+            with contextlib.suppress(SessionEnded):
+                session.writer.post(encode(FrameType.WELCOME, 0, Welcome(lease.listener.address.port).payload()))
+        self._forget_stranger_locked(session.sock)
+        self._changed.notify_all()
+        return lease, replaced
 
     def _find_locked(self, session: ServerSession, init: Init) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
@@ -2534,8 +2565,7 @@ class Server(Program):
         if not self._may_open(session):
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         replaces = lease is not None and not lease.shared and lease.sessions
-        asked = [client for client in self._clients_locked() if client.init is not None and client is not session]
-        if not replaces and len(asked) >= MAX_CLIENTS:
+        if not replaces and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
         if lease is None and sum(other.identity == identity for other in self._leases.values()) >= MAX_LEASES:
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
@@ -2547,9 +2577,11 @@ class Server(Program):
             asked is None or self.has_global_port or self.settings.allow.allow(session.transport.identity, asked.port)
         )
 
-    def _clients_locked(self) -> list[ServerSession]:
+    def _client_count_locked(self) -> int:
+        """Sessions, those too that have left their lease, but have streams."""
         assert self._lock.locked()
-        return [session for lease in self._leases.values() for session in lease.sessions]
+        sessions = (session for session in self._connections if isinstance(session, ServerSession))
+        return sum(session.sock not in self._strangers for session in sessions)
 
     def judge(self, session: Session) -> None:
         super().judge(session)
@@ -2567,13 +2599,14 @@ class Server(Program):
         with self._lock:
             used = {
                 "strangers": f"{len(self._strangers)}/{MAX_STRANGERS}",
-                "clients": f"{len(self._clients_locked())}/{MAX_CLIENTS}",
+                "clients": f"{self._client_count_locked()}/{MAX_CLIENTS}",
                 "leases": str(len(self._leases)),
                 "visitors": f"{self._visitors}/{MAX_STREAMS}",
             }
         return super().limits_used() | used
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
+        """A lease of the port asked for, or that this instance had before, or any. Raises OSError."""
         key = (session.holder or "", init.instance)
         if not init.port and (port := self._assigned.get(key)):
             with contextlib.suppress(OSError):
@@ -2598,10 +2631,6 @@ class Server(Program):
         lease = Lease(listener, session)
         lease.listener.start()
         self._leases[lease.listener.address.port] = lease
-        if session is not None:
-            log_event(
-                INFO, "lease-opened", address=lease.listener.address, peer=session.transport.peer, level=session.level
-            )  # fmt: skip
         return lease
 
     def join_silent(self, session: ServerSession) -> bool:
@@ -2629,7 +2658,8 @@ class Server(Program):
                 lease.listener.pause()
                 lease.lingers_until = time.monotonic() + LEASE_LINGER_S
                 return
-            self._drop_locked(lease, reason)
+            self._drop_locked(lease)
+        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
         lease.listener.join()
 
     def _tick(self, lease: Lease) -> None:
@@ -2640,14 +2670,14 @@ class Server(Program):
             lease.lingers_until = None
             if lease.shared:
                 lease.listener.resume()
-            else:
-                self._drop_locked(lease, "its client did not come back")
+                return
+            self._drop_locked(lease)
+        log_event(INFO, "lease-closed", address=lease.listener.address, reason="its client did not come back")
 
-    def _drop_locked(self, lease: Lease, reason: str) -> None:
+    def _drop_locked(self, lease: Lease) -> None:
         assert self._lock.locked()
         del self._leases[lease.listener.address.port]
         lease.listener.ask_to_stop()
-        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
 
     def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
@@ -2740,11 +2770,11 @@ class ClientSession(Session):
         super().__init__(transport, pool, settings)
         self._client = client
         self._mapping = mapping
+        self._began = time.monotonic()
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
         self.is_open = False  # set once, by the reader (first frame) or the control sender (10 s)
         self.goaway: str | None = None  # the server's reason; the reader's
-        self.refused: Refused | None = None  # the same
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, version=1)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
         self.after(LIVED_S, self._open)
@@ -2775,23 +2805,24 @@ class ClientSession(Session):
             )  # fmt: skip
             log_receipt(self.transport)  # behind the public address, which users look for in the first line
 
-    def refuse(self, refused: Refused) -> None:
-        self.refused = refused
-        self.end(str(refused))
-
     def on_goaway(self, reason: str) -> None:
         if self.goaway is not None:
             return  # another thread has the mapping already
         log_event(INFO, "goaway", server=self.transport.peer, level=self.level, reason=reason)
         if reason != REPLACED:
+            if len(self._client.sessions()) >= self._client.max_sessions:
+                raise SessionEnded("GOAWAY again, and older sessions still have streams")  # this thread connects anew
+            young = time.monotonic() < self._began + FIRST_RETRY_S
             try:
-                self._client.connect(self._mapping)  # anew; the streams of this session go on
+                self._client.connect(self._mapping, FIRST_RETRY_S if young else 0)  # this session's streams go on
             except RuntimeError as error:
-                raise SessionEnded(reason_of(error)) from error  # then this thread connects anew
+                raise SessionEnded(reason_of(error)) from error  # the same
         self.goaway = reason
 
     def _on_new_conn(self, frame: Frame) -> None:
         visitor = self._visitor(frame.payload) if self.level else None
+        if self.writer.is_behind():
+            raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_FRAMES} frames that the server has not read")
         full = self._client.stream_count() >= MAX_STREAMS
         with self._lock:
             # At level 0 any order: the original numbers its visitors before it takes their turn to write.
@@ -2853,15 +2884,16 @@ class Client(Program):
         self._load_context = load_context or (lambda: context)
         self._server = server
         self._mappings = mappings
+        self.max_sessions = len(mappings) + MAX_RETIRED
         self._reconnect_max_s = reconnect_max_s
 
     def start(self) -> None:
         for mapping in self._mappings:
             self.connect(mapping)
 
-    def connect(self, mapping: Mapping) -> None:
+    def connect(self, mapping: Mapping, wait_s: float = 0) -> None:
         """Start the mapping's thread."""
-        self._pool.run(f"mapping {mapping.local}", lambda: self._run_mapping(mapping))
+        self._pool.run(f"mapping {mapping.local}", lambda: self._run_mapping(mapping, wait_s))
 
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
@@ -2881,7 +2913,8 @@ class Client(Program):
         except rtunnel_tls.TlsConfigError as error:
             log_event(ERROR, "reload-failed", reason=error)
 
-    def _run_mapping(self, mapping: Mapping) -> None:
+    def _run_mapping(self, mapping: Mapping, wait_s: float) -> None:
+        self.stop_asked.wait(wait_s)
         backoff = Backoff(self._reconnect_max_s)
         while not self.stop_asked.is_set():
             log_event(DEBUG, "connecting", server=self._server)
@@ -2940,8 +2973,10 @@ def dial_address(text: str) -> Address | None:
 
 
 def bind_host(text: str) -> str:
-    text = text.strip("[]")
-    return Address.parse(f"[{text}]:0" if ":" in text else f"{text}:0", listen=True).host
+    host = text.strip("[]")
+    with contextlib.suppress(ValueError):  # no name: it is bound under a lock, where nobody may wait for a resolver
+        return str(ipaddress.ip_address(host)) if host else ""
+    raise ConfigError(f"{text!r} is no IP address: write one of this machine's, or nothing for all")
 
 
 def seconds(text: str) -> float:
@@ -3046,9 +3081,12 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             settings: dict[str, Any] = super().parse(stream)
         except UnicodeDecodeError:
             raise configargparse.ConfigFileParserException(f"{stream.name}: this is no UTF-8 text") from None
-        for key in settings:
-            if not any(key == option.name for option in OPTIONS[self.command]):
+        options = {option.name: option for option in OPTIONS[self.command]}
+        for key, value in settings.items():
+            if key not in options:
                 raise configargparse.ConfigFileParserException(f"{stream.name}: unknown key {key!r}; --help lists all")
+            if isinstance(value, list) and options[key].action != "append":
+                raise configargparse.ConfigFileParserException(f"{stream.name}: {key} takes one value, and no list")
         return settings
 
 
@@ -3147,36 +3185,37 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
 
     The first SIGTERM drains where `--drain` says so; SIGINT, and a second signal, do not wait; one more ends at once.
     """
-    asked: collections.deque[str] = collections.deque()  # SIGHUP, SIGUSR1: for main, as a handler may come at any time
+    asked: collections.deque[str] = collections.deque()  # SIGHUP, SIGUSR1
     stopped_by: list[str] = []
-    hurry = threading.Event()
+
+    def in_hurry() -> bool:
+        return len(stopped_by) > 1 or stopped_by[:1] != ["SIGTERM"] or not program.settings.drain_s
 
     def on_signal(number: int, frame: types.FrameType | None) -> None:
+        # It only takes notes, for main: it may have come while main was inside an Event, whose lock it would want.
         name = signal.Signals(number).name
         if name in ("SIGHUP", "SIGUSR1"):
             asked.append(name)
-        elif hurry.is_set():
+        elif stopped_by and in_hurry():
             os._exit(1)
         else:
-            if stopped_by or name != "SIGTERM" or not program.settings.drain_s:
-                hurry.set()
             stopped_by.append(name)
-            program.stop_asked.set()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     program.start()
-    while not program.stop_asked.wait(STATE_STEP_S):  # in steps: on Windows a wait without end hides the signal
+    while not (stopped_by or program.stop_asked.wait(MAIN_STEP_S)):
         while asked:
             if asked.popleft() == "SIGUSR1":
                 program.log_state()
             else:
                 reload(program, remake)
     log_event(INFO, "stopping", signal=stopped_by[0] if stopped_by else "none")
-    if stopped_by and not hurry.is_set():
-        program.drain(hurry)
-    hurry.set()
+    program.stop_asked.set()
+    if not in_hurry():
+        program.drain(in_hurry)
+        stopped_by.append("drained")  # from now on one more signal ends at once
     program.stop()
     log_event(INFO, "stopped", status=program.status)
     try:
@@ -3187,11 +3226,11 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
 
 
 def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> None:
-    """What is broken is refused, all of it, and the old stays."""
+    """What is broken is refused, all of it, in whatever way it is, and the old stays."""
     try:
         program.reload(remake())
-    except (ConfigError, rtunnel_tls.TlsConfigError) as error:
-        log_event(ERROR, "reload-failed", reason=error)
+    except Exception as error:
+        log_event(ERROR, "reload-failed", reason=reason_of(error))
     else:
         log_event(INFO, "reloaded")
 

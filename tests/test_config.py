@@ -205,6 +205,7 @@ WRONG = [
     (*CLIENT, "--forward", "1:h:1"),
     ("client", "--server", "h:1", "--forward", "1:h:1", "--remote-port", "2"),
     ("server", "--public-bind", "a b"),
+    ("server", "--public-bind", "localhost"),
     ("server", "--log-lev", "info"),
     ("server", "--no-such-flag"),
     ("server", "extra"),

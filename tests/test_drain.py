@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import socket
 import time
@@ -140,7 +141,7 @@ def test_a_second_goaway() -> None:
 def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that can start no thread when GOAWAY comes ends that session, and connects anew all the same."""
 
-    def fail(mapping: rtunnel.Mapping) -> None:
+    def fail(mapping: rtunnel.Mapping, wait_s: float) -> None:
         raise RuntimeError("can't start new thread")
 
     with PeerServer() as server, Ends() as ends:
@@ -150,6 +151,23 @@ def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(client, "connect", fail)
         first.send_frame(FrameType.GOAWAY, 0, b"stopping")
         server.accept()
+
+
+def test_a_server_that_sends_its_clients_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that says GOAWAY again and again gets one connection a second, and no more sessions of a client than
+    it may hold beside the new one: the next one ends, and is connected anew."""
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.3)
+    monkeypatch.setattr(rtunnel, "MAX_RETIRED", 2)
+    with PeerServer() as server, Ends() as ends:
+        ends.open_client(server.address, mapping(("127.0.0.1", 1)))
+        times = []
+        for _ in range(3):
+            server.accept().send_frame(FrameType.GOAWAY, 0, b"stopping")
+            times.append(time.monotonic())
+        assert min(later - earlier for earlier, later in itertools.pairwise(times)) > 0.2
+        assert "GOAWAY again" in ends.log.wait_for("session-closed")["reason"]
+        server.accept()
+        eventually(lambda: len(ends.client_sessions()) == 3)
 
 
 def test_a_restart_under_load(server: Factory, client: Factory) -> None:

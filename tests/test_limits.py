@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from level1 import Ends, Log, Peer, Unwelcome, mapping
+from level1 import Ends, Log, Peer, PeerServer, Unwelcome, init, mapping, new_instance
 from relay import Relay
 from support import Address, Program, Service, connect, echo_service, ends_with, eventually, read_exactly
 from tls_peers import House
@@ -19,6 +21,13 @@ from tunnels import Factory, open_tunnel, text, visit
 
 import rtunnel
 import rtunnel_tls
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Ends in this process, stopped after the test."""
+    with Ends() as made:
+        yield made
 
 
 def stranger(server: Address, source: str = "127.0.0.1") -> socket.socket:
@@ -395,3 +404,123 @@ def test_what_has_ended_is_gone(house: House, monkeypatch: pytest.MonkeyPatch, t
             eventually(lambda: len([each for each in made if each() is not None]) == (8 if tls else 4))
         finally:
             gc.enable()
+
+
+# --- what a client, or a server, could make grow ------------------------------------------------------------
+
+
+def test_a_session_that_ends_as_it_is_welcomed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that ends between its INIT and its WELCOME leaves no port behind."""
+    monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.1)
+    post = rtunnel.Writer.post
+
+    def ended(writer: rtunnel.Writer, frame: bytes, **options: bool) -> None:
+        if frame[0] == rtunnel.FrameType.WELCOME:
+            writer.close("the deadline has come")
+        post(writer, frame, **options)
+
+    control = ends.open_server()
+    with monkeypatch.context() as patch:
+        patch.setattr(rtunnel.Writer, "post", ended)
+        with connect(control) as sock:
+            sock.sendall(rtunnel.encode(rtunnel.FrameType.INIT, 0, init(0, new_instance())))
+            assert ends_with(sock) in ("eof", "reset")
+        ends.log.wait_for("lease-closed")
+    with Peer.as_client(control):
+        assert len(ends.server._leases) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError("can't start new thread")])
+def test_a_port_for_which_there_is_nothing_left(ends: Ends, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    """A server that is out of descriptors, or threads, sends a client away for now, not for good."""
+    bind, failures = rtunnel.Server._bind_locked, [error]
+
+    def fail_once(server: rtunnel.Server, *what: Any) -> rtunnel.Lease:
+        if failures:
+            raise failures.pop()
+        return bind(server, *what)
+
+    monkeypatch.setattr(rtunnel.Server, "_bind_locked", fail_once)
+    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
+    ends.open_client(ends.open_server(), mapping(("127.0.0.1", 1)))
+    assert ends.log.wait_for("lease-failed")["reason"] == (error.strerror or str(error))
+    assert "too-many-clients" in ends.log.wait_for("refused")["reason"]
+    ends.public()
+
+
+def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visitors that come and go leave frames behind for a client that does not read them: over a limit its visitors
+    are refused, so what waits for it does not grow."""
+    monkeypatch.setattr(rtunnel, "MAX_UNSENT_FRAMES", 20)
+    monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.1)
+    with Peer.as_client(ends.open_server(), window=1 << 30) as peer, connect(peer.public) as pouring:
+        pouring.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                pouring.sendall(bytes(1 << 20))
+        [session] = ends.sessions()
+        for _ in range(100):
+            connect(peer.public).close()
+        ends.log.wait_for("visitor-refused")
+        assert session.writer.unsent_bytes() < 100 * rtunnel.HEADER_BYTES + 25 * 64
+
+
+def test_streams_of_a_server_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that opens streams, and does not read what becomes of them, is no server: its session ends."""
+    monkeypatch.setattr(rtunnel, "MAX_UNSENT_FRAMES", 0)
+    with PeerServer() as server:
+        ends.open_client(server.address, mapping(("127.0.0.1", 1)))
+        peer = server.accept()
+        ends.log.wait_for("session-opened")
+        [session] = ends.client_sessions()
+        with session.writer._lock:  # nobody can write, so the frame of the test waits
+            session.writer._control.append(b"")
+            session.writer._holder = 1
+        peer.send_frame(rtunnel.FrameType.NEW_CONN, 1, b"203.0.113.7:51234")
+        eventually(lambda: session._cause)
+        session.writer._pass_turn()
+        assert "has not read" in ends.log.wait_for("session-closed")["reason"]
+
+
+def test_clients_that_say_goaway_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has said GOAWAY, and stays, still is a client: the limit holds for it, too."""
+    monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 2)
+    control = ends.open_server()
+    with Peer.as_client(control) as first, Peer.as_client(control):
+        first.send_frame(rtunnel.FrameType.GOAWAY, 0, b"later")
+        ends.log.wait_for("lease-closed")
+        with pytest.raises(Unwelcome, match="too-many-clients"):
+            Peer.as_client(control)
+    eventually(lambda: ends.server.limits_used()["clients"] == "0/2")
+
+
+def test_refusals_for_a_limit_are_told_once_a_second(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is refused for a limit, and comes again and again, costs a line a second."""
+    monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 0)
+    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
+    control, started = ends.open_server(), time.monotonic()
+    for _ in range(20):
+        with pytest.raises(Unwelcome, match="too-many-clients"):
+            Peer.as_client(control)
+    assert 1 <= len(ends.log.events("refused")) <= 1 + time.monotonic() - started
+
+
+def test_what_a_client_names_is_cut_in_the_log(ends: Ends) -> None:
+    """The local service as a client names it is shortened in the log, and a level-0 client's instance is not kept."""
+    with connect(ends.open_server()) as sock:
+        payload = b"0:" + 3000 * b"x" + b":80\ninstance=" + 500 * b"y"
+        sock.sendall(rtunnel.encode(rtunnel.FrameType.INIT, 0, payload))
+        assert len(ends.log.wait_for("session-opened")["local"]) == rtunnel.MAX_MESSAGE_CHARACTERS
+        assert not ends.server._assigned
+    assert rtunnel.Init.parse(payload).instance == ""
+
+
+def test_only_what_the_peer_provokes_is_its_fault() -> None:
+    """Behind too many answers that the peer has not read, this side's own frames are no protocol error."""
+    unused: Any = None
+    writer = rtunnel.Writer(unused)
+    for _ in range(rtunnel.MAX_PROVOKED):
+        writer.post(b"pong", provoked=True)
+    with pytest.raises(rtunnel.ProtocolError):
+        writer.post(b"pong", provoked=True)
+    writer.post(b"ping")

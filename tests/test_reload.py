@@ -172,6 +172,8 @@ def test_a_broken_file(guarded: Guarded, what: str) -> None:
         ["control-listen = 127.0.0.1:0", "allow = anonymous=1", "public-listen = :8080"],
         ["control-listen = 127.0.0.1:0", "tls = true"],
         ["control-listen ="],
+        ["control-listen = 127.0.0.1:0", "tls = [true]"],
+        ["control-listen = [127.0.0.1:0, 127.0.0.1:1]"],
         ["control-listen = nowhere"],
         None,
     ],
