@@ -18,7 +18,7 @@ def version() -> str:
 
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
 FUZZ = [*TEST, "atheris>=3"]
-DEV = [*TEST, "mypy>=1.15", "ruff>=0.9"]
+DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9"]
 
 setup(
     name="rtunnel",

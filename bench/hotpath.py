@@ -100,6 +100,7 @@ class Look:
 
     @staticmethod
     def ends(tunnel: Tunnel) -> dict[str, int]:
+        assert tunnel.processes is not None
         server, client = tunnel.processes.started
         return {"server": server.pid, "client": client.pid}
 
@@ -130,8 +131,8 @@ class Look:
             for line in file.read_text().splitlines():
                 stacked, _, count = line.rpartition(" ")
                 counts[re.sub(r"\S*/", "", stacked.rpartition(";")[2])] += int(count)
-            for function, count in counts.most_common(SHOWN):
-                print(f"    {100 * count / sum(counts.values()):5.1f} %  {function}")
+            for function, samples in counts.most_common(SHOWN):
+                print(f"    {100 * samples / sum(counts.values()):5.1f} %  {function}")
 
     def system_calls(self) -> None:
         if STRACE is None:

@@ -62,7 +62,7 @@ class Processes:
         """Start it with its stderr in a file."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         with (self.folder / "log").open("a") as log:
-            process = subprocess.Popen(
+            process: subprocess.Popen[str] = subprocess.Popen(
                 [str(word) for word in arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 text=True, **{"env": environment, **options},
             )  # type: ignore[call-overload]  # fmt: skip
@@ -193,13 +193,13 @@ class Ours(Peer):
         self._pki = folder / f"pki-{profile}"
 
     def _make_certificates(self) -> None:
-        pki = [sys.executable, ROOT / "rtunnel.py", "pki"]
+        pki = [sys.executable, str(ROOT / "rtunnel.py"), "pki"]
         for words in (
             ["init", "--algorithm", "mldsa87" if self._profile == "cnsa2" else "mldsa65"],
             ["issue", "server", "--server", HOST],
             ["issue", "client", "--client"],
         ):
-            subprocess.run([*pki, *words, "--dir", self._pki], check=True, capture_output=True)
+            subprocess.run([*pki, *words, "--dir", str(self._pki)], check=True, capture_output=True)
 
     def flags(self, role: str) -> list[object]:
         """The TLS flags of one end."""
@@ -233,7 +233,7 @@ class Ssh(Peer):
     def _make_keys(self) -> None:
         self._keys.mkdir()
         for name in ("host", "user"):
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self._keys / name]
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._keys / name)]
             subprocess.run(command, check=True)
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants its empty folder, which its service would make

@@ -41,7 +41,7 @@ TITLES = {
     "distance_50": ("Download, 1 stream, 50 ms round trip", "MB/s", MORE),
     "distance_100": ("Download, 1 stream, 100 ms round trip", "MB/s", MORE),
 }
-OURS, FIELD = "default", "ssh -R"  # the columns whose ratio is told
+RATIOS = [("default", "ssh -R"), ("plain", "ssh -R")]
 DIRECT = "direct"
 
 
@@ -58,15 +58,15 @@ def spread(values: list[float]) -> str:
 
 def markdown(results: Results) -> str:
     """The table, the machine, what is missing."""
-    both = OURS in results.peers and FIELD in results.peers
-    lines = ["| | " + " | ".join([*results.peers, *([f"{OURS} / {FIELD}"] if both else [])]) + " |"]
-    lines.append("|---" * (len(results.peers) + 1 + both) + "|")
+    ratios = [pair for pair in RATIOS if set(pair) <= set(results.peers)]
+    lines = ["| | " + " | ".join([*results.peers, *map(" / ".join, ratios)]) + " |"]
+    lines.append("|---" * (len(results.peers) + 1 + len(ratios)) + "|")
     for figure, (title, unit, better) in TITLES.items():
         if values := results.figures.get(figure):
             cells = [spread(values[peer]) if peer in values else "-" for peer in results.peers]
-            if both:
-                ratio = OURS in values and FIELD in values
-                cells.append(f"{middle(values, OURS) / middle(values, FIELD):.2f}" if ratio else "-")
+            for ours, other in ratios:
+                measured = ours in values and other in values
+                cells.append(f"{middle(values, ours) / middle(values, other):.2f}" if measured else "-")
             lines.append(f"| {title}, {unit} ({better}) | " + " | ".join(cells) + " |")
     lines += ["", f"Median of {results.runs} (lowest to highest), {results.seconds:g} s each."]
     lines += [", ".join(f"{key}: {value}" for key, value in results.machine.items()) + "."]
