@@ -136,9 +136,7 @@ def main() -> None:
     print(f"| round trip | way | TCP alone | tunnel, {name} | fixed 256 KiB window | tunnel / fixed |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, child(str(Path(__file__).resolve()), "--serve") as service:
-        flags: dict[str, Sequence[str]] = (
-            tls_flags(Path(folder)) if arguments.tls else {"server": (), "client": ()}
-        )
+        flags: dict[str, Sequence[str]] = tls_flags(Path(folder)) if arguments.tls else {"server": (), "client": ()}
         for round_trip_s in ROUND_TRIPS_S:
             for way, transfer in (("download", download), ("upload", upload)):
                 with relay(service, round_trip_s) as far:

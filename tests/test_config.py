@@ -206,6 +206,7 @@ WRONG = [
     ("client", "--server", "h:1", "--forward", "1:h:1", "--remote-port", "2"),
     ("server", "--public-bind", "a b"),
     ("server", "--public-bind", "localhost"),
+    ("server", "--cpu", "first"),
     ("server", "--log-lev", "info"),
     ("server", "--no-such-flag"),
     ("server", "extra"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -281,3 +282,25 @@ def test_out_of_descriptors(server: Factory, client: Factory) -> None:
         eventually(lambda: serving.descriptors() < limit - 4)
         tunnel.check_echo()
         assert not serving.events("session-closed")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system keeps no process on a CPU")
+def test_a_process_stays_on_one_cpu(server: Factory, client: Factory) -> None:
+    """All threads of a server run on the first CPU, those of a client on another; `any` is all, and a CPU that there
+    is not is wrong usage."""
+    allowed = sorted(os.sched_getaffinity(0))
+    serving = server()
+    asking = client("--server", text(serving.control_address), "--local", "127.0.0.1:9")
+    asking.wait_for("session-opened")
+    assert set(map(frozenset, cpus(serving))) == {frozenset(allowed[:1])}
+    assert all(len(cpu) == 1 and (cpu != set(allowed[:1]) or len(allowed) == 1) for cpu in cpus(asking))
+    everywhere = server("--cpu", "any")
+    everywhere.wait_for("listening")
+    assert all(cpu == set(allowed) for cpu in cpus(everywhere))
+    with pytest.raises(rtunnel.ConfigError, match="--cpu 9999: this process may run on"):
+        rtunnel.stay_on_cpu(9999, "server")
+
+
+def cpus(program: Program) -> list[set[int]]:
+    """Where each thread may run."""
+    return [os.sched_getaffinity(int(task)) for task in os.listdir(f"/proc/{program.pid}/task")]
