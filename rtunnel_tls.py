@@ -849,8 +849,9 @@ def init_authority(
     With `force` it replaces another, whose certificates are void from then on.
     """
     where = Path(folder)
-    if years < 1:
-        raise ValueError("--years: 1 at least")
+    most = datetime.MAXYEAR - _now().year
+    if not 1 <= years <= most:
+        raise ValueError(f"--years: 1 to {most}, for no certificate can end after the year {datetime.MAXYEAR}")
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")

@@ -205,6 +205,18 @@ def test_an_authority_is_needed(tmp_path: Path) -> None:
     refuse("pki init", show, tmp_path)
 
 
+def test_no_validity_reaches_beyond_the_calendar(tmp_path: Path) -> None:
+    """Years and days that end after the year 9999 are refused with the most that can be had, and that can be had."""
+    most = 9999 - rtunnel_tls._now().year
+    for years in (most + 1, 9000, 10**12):
+        refuse(f"--years: 1 to {most}", init_authority, tmp_path / "pki", years=years)
+    authority = load(init_authority(tmp_path / "pki", years=most))
+    refuse("--days: 1 to", issue, tmp_path / "pki", "x", hosts=None, days=10**12)
+    longest = rtunnel_tls._days_left(authority.not_valid_after_utc)
+    leaf = load(issue(tmp_path / "pki", "x", hosts=None, days=longest))
+    assert leaf.not_valid_after_utc <= authority.not_valid_after_utc
+
+
 def test_revocations_add_up(folder: Path) -> None:
     """Each revocation keeps the ones before; twice is once; the list's number rises and its end moves on."""
     for name in ("a", "b", "c"):
