@@ -183,7 +183,7 @@ class TlsContext:
     role: Role
     profile: Profile
     peer_name: str | Address | None  # what the server's certificate must name; None in a server's context
-    expiries: tuple[tuple[str, datetime.datetime], ...]  # each of our files, and when it ends
+    expiries: tuple[tuple[str, datetime.datetime], ...]  # each of our files, and when the first in it ends
     keylog: str | None  # the file that SSLKEYLOGFILE makes us write secrets to: worth a warning
     ssl_context: SSL.Context = dataclasses.field(repr=False)
     revocations: tuple[x509.CertificateRevocationList, ...] = dataclasses.field(repr=False)
@@ -254,19 +254,20 @@ def make_context(
         # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap the file now could have read it.
         context.use_privatekey_file(str(key))
         context.check_privatekey()
-    expiries = [(str(cert), chain[0].not_valid_after_utc), *((str(ca), root.not_valid_after_utc) for root in roots)]
+    ends = [(str(cert), chain[0].not_valid_after_utc), *((str(ca), root.not_valid_after_utc) for root in roots)]
     revocations: list[x509.CertificateRevocationList] = []
     if crl is not None:
         with _told(f"--tls-crl {crl}", "write a new one by: rtunnel.py pki revoke NAME"):
             revocations = _load_revocations(Path(crl), profile)
             for each in revocations:
                 store.add_crl(each)
-                expiries.append((str(crl), _end(each)))
+                ends.append((str(crl), _end(each)))
             store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
     keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is not None:
         _log_secrets(context, keylog)
-    return TlsContext(role, profile, peer_name, tuple(expiries), keylog, context, tuple(revocations))
+    expiries = tuple(dict(sorted(ends, reverse=True)).items())  # a file's last counts: of its ends the first
+    return TlsContext(role, profile, peer_name, expiries, keylog, context, tuple(revocations))
 
 
 _MODE_ENABLE_PARTIAL_WRITE, _MODE_NO_AUTO_CHAIN = 0x1, 0x8  # ssl.h; pyOpenSSL has no names for them
