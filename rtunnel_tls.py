@@ -254,7 +254,7 @@ def make_context(
         # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap the file now could have read it.
         context.use_privatekey_file(str(key))
         context.check_privatekey()
-    ends = [(str(cert), chain[0].not_valid_after_utc), *((str(ca), root.not_valid_after_utc) for root in roots)]
+    ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
     revocations: list[x509.CertificateRevocationList] = []
     if crl is not None:
         with _told(f"--tls-crl {crl}", "write a new one by: rtunnel.py pki revoke NAME"):

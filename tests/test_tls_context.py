@@ -316,6 +316,15 @@ def test_a_file_ends_with_the_first_that_it_holds(
         assert {file: left for file, _, left in context.expiring()} == days
 
 
+def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path: Path, house: House) -> None:
+    """A certificate file ends with the authority in it, where that ends before the leaf."""
+    between = Signer("mldsa87", name="between", by=root)
+    pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"], after=datetime.timedelta(days=90))
+    context = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    end = between.certificate.not_valid_after_utc
+    assert context.expiring() == [(str(pair.cert), end, 0)]
+
+
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
     key = rtunnel_tls._load_key(house.folder / "ca.key")
