@@ -996,7 +996,11 @@ def _general_name(host: str) -> x509.GeneralName:
     """A subjectAltName; `*.` may stand for one label. Raises ValueError."""
     wildcard = "*." if host.startswith("*.") else ""
     name = parse_name(host.removeprefix("*."))
-    return x509.DNSName(wildcard + name) if isinstance(name, str) else x509.IPAddress(name)
+    if isinstance(name, str):
+        return x509.DNSName(wildcard + name)
+    if wildcard:
+        raise ValueError(f"{host!r}: no wildcard can stand in an address; name each address by itself")
+    return x509.IPAddress(name)
 
 
 def _key_usage(*, for_authority: bool) -> x509.KeyUsage:

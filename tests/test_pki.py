@@ -182,10 +182,12 @@ def test_a_name_cannot_leave_the_folder(folder: Path, name: str) -> None:
         ("neither", {"hosts": ["a b"]}),
         ("neither", {"hosts": ["*.*.example.org"]}),
         ("neither", {"hosts": [""]}),
+        ("'*.192.0.2.1'|wildcard", {"hosts": ["*.192.0.2.1"]}),
+        ("'*.2001:db8::1'|wildcard", {"hosts": ["*.2001:db8::1"]}),
     ],
 )
 def test_what_cannot_be_issued_is_one_sentence(folder: Path, words: str, given: dict[str, object]) -> None:
-    """And nothing is written."""
+    """A wrong validity, algorithm, host or wildcard is told in one sentence, and nothing is written."""
     before = sorted(folder.iterdir())
     refuse(words, issue, folder, "x", **given)
     assert sorted(folder.iterdir()) == before
