@@ -325,7 +325,7 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
 def _load_revocations(file: Path, profile: Profile) -> list[x509.CertificateRevocationList]:
     """OpenSSL checks their signatures in each handshake, and refuses everybody with an expired one."""
     found = re.findall(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", file.read_bytes(), re.DOTALL)
-    revocations = [x509.load_pem_x509_crl(pem) for pem in found]
+    revocations = [_parse_revocations(pem) for pem in found]
     if not revocations:
         raise ValueError("it holds no revocation list (X509 CRL)")
     for each in revocations:
@@ -390,6 +390,14 @@ def _load_certificates(file: Path) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(file.read_bytes())
     except ValueError:
         raise ValueError(f"{file} holds no certificate (PEM), or a broken one") from None
+
+
+def _parse_revocations(pem: bytes) -> x509.CertificateRevocationList:
+    """Raises ValueError."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError:
+        raise ValueError("it holds no revocation list (X509 CRL), or a broken one") from None
 
 
 def _load_key(file: Path) -> Any:
@@ -839,6 +847,7 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _NAME_IN_PATH = r"(?!(?i:ca)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # it stays in the folder, and is never the authority's
+_RESTORE = "put a copy of the list back, for a new one would pardon whoever was on it"
 
 
 @_told()
@@ -919,11 +928,12 @@ def revoke(folder: PathLike, name: str) -> Path:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, InvalidSignature):
         raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
-    revocations = x509.load_pem_x509_crl(file.read_bytes())  # a new one would pardon whoever was on a lost one
+    with _told(str(file), _RESTORE):
+        revocations = _parse_revocations(file.read_bytes())
+        number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     entries = list(revocations)
     if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
         entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
-    number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     _write_revocations(file, authority.subject, authority_key, number + 1, entries)
     return file
 
@@ -936,7 +946,8 @@ def show(target: PathLike) -> list[str]:
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
     listed = files[0].with_name("crl.pem")
-    revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
+    with _told(str(listed), _RESTORE):
+        revocations = _parse_revocations(listed.read_bytes()) if listed.exists() else None
     return [line for file in files for line in _lines(file, revocations)]
 
 

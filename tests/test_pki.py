@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tls_peers import House, session
 
@@ -238,6 +238,22 @@ def test_a_lost_list_is_not_made_afresh(folder: Path) -> None:
     issue(folder, "a", hosts=None)
     (folder / "crl.pem").unlink()
     refuse("crl.pem", revoke, folder, "a")
+
+
+@pytest.mark.parametrize("broken", ["nothing", "half", "text", "unnumbered"])
+def test_a_broken_list_is_named_and_kept(folder: Path, broken: str) -> None:
+    """A list that cannot be read is named with what to do, and is not written over."""
+    issue(folder, "a", hosts=None)
+    file, now = folder / "crl.pem", rtunnel_tls._now()
+    builder = x509.CertificateRevocationListBuilder(load(folder / "ca.crt").subject, now, now)
+    unnumbered = builder.sign(rtunnel_tls._load_key(folder / "ca.key"), None).public_bytes(serialization.Encoding.PEM)
+    half = file.read_bytes()[:1000] + b"\n-----END X509 CRL-----\n"
+    content = {"nothing": b"", "half": half, "text": b"x", "unnumbered": unnumbered}[broken]
+    file.write_bytes(content)
+    refuse(f"{file}: |copy", revoke, folder, "a")
+    if broken != "unnumbered":  # which tells who is revoked, but not where to count on
+        refuse(f"{file}: it holds no|copy", show, folder)
+    assert file.read_bytes() == content
 
 
 def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_path: Path) -> None:
