@@ -183,7 +183,7 @@ class TlsContext:
     role: Role
     profile: Profile
     peer_name: str | Address | None  # what the server's certificate must name; None in a server's context
-    expiries: tuple[tuple[str, datetime.datetime], ...]  # each of our files, and when it ends
+    expiries: tuple[tuple[str, datetime.datetime], ...]  # each of our files, and when the first in it ends
     keylog: str | None  # the file that SSLKEYLOGFILE makes us write secrets to: worth a warning
     ssl_context: SSL.Context = dataclasses.field(repr=False)
     revocations: tuple[x509.CertificateRevocationList, ...] = dataclasses.field(repr=False)
@@ -254,19 +254,20 @@ def make_context(
         # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap the file now could have read it.
         context.use_privatekey_file(str(key))
         context.check_privatekey()
-    expiries = [(str(cert), chain[0].not_valid_after_utc), *((str(ca), root.not_valid_after_utc) for root in roots)]
+    ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
     revocations: list[x509.CertificateRevocationList] = []
     if crl is not None:
         with _told(f"--tls-crl {crl}", "write a new one by: rtunnel.py pki revoke NAME"):
             revocations = _load_revocations(Path(crl), profile)
             for each in revocations:
                 store.add_crl(each)
-                expiries.append((str(crl), _end(each)))
+                ends.append((str(crl), _end(each)))
             store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
     keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is not None:
         _log_secrets(context, keylog)
-    return TlsContext(role, profile, peer_name, tuple(expiries), keylog, context, tuple(revocations))
+    expiries = tuple(dict(sorted(ends, reverse=True)).items())  # a file's last counts: of its ends the first
+    return TlsContext(role, profile, peer_name, expiries, keylog, context, tuple(revocations))
 
 
 _MODE_ENABLE_PARTIAL_WRITE, _MODE_NO_AUTO_CHAIN = 0x1, 0x8  # ssl.h; pyOpenSSL has no names for them
@@ -324,7 +325,7 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
 def _load_revocations(file: Path, profile: Profile) -> list[x509.CertificateRevocationList]:
     """OpenSSL checks their signatures in each handshake, and refuses everybody with an expired one."""
     found = re.findall(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", file.read_bytes(), re.DOTALL)
-    revocations = [x509.load_pem_x509_crl(pem) for pem in found]
+    revocations = [_parse_revocations(pem) for pem in found]
     if not revocations:
         raise ValueError("it holds no revocation list (X509 CRL)")
     for each in revocations:
@@ -389,6 +390,14 @@ def _load_certificates(file: Path) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(file.read_bytes())
     except ValueError:
         raise ValueError(f"{file} holds no certificate (PEM), or a broken one") from None
+
+
+def _parse_revocations(pem: bytes) -> x509.CertificateRevocationList:
+    """Raises ValueError."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError:
+        raise ValueError("it holds no revocation list (X509 CRL), or a broken one") from None
 
 
 def _load_key(file: Path) -> Any:
@@ -838,6 +847,7 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _NAME_IN_PATH = r"(?!(?i:ca)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # it stays in the folder, and is never the authority's
+_RESTORE = "put a copy of the list back, for a new one would pardon whoever was on it"
 
 
 @_told()
@@ -849,8 +859,9 @@ def init_authority(
     With `force` it replaces another, whose certificates are void from then on.
     """
     where = Path(folder)
-    if years < 1:
-        raise ValueError("--years: 1 at least")
+    most = datetime.MAXYEAR - _now().year
+    if not 1 <= years <= most:
+        raise ValueError(f"--years: 1 to {most}, for no certificate can end after the year {datetime.MAXYEAR}")
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
@@ -917,11 +928,12 @@ def revoke(folder: PathLike, name: str) -> Path:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, InvalidSignature):
         raise ValueError(f"{name}.crt is of another authority, which alone can revoke it") from None
-    revocations = x509.load_pem_x509_crl(file.read_bytes())  # a new one would pardon whoever was on a lost one
+    with _told(str(file), _RESTORE):
+        revocations = _parse_revocations(file.read_bytes())
+        number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     entries = list(revocations)
     if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is None:
         entries.append(x509.RevokedCertificateBuilder(certificate.serial_number, _now()).build())
-    number = revocations.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     _write_revocations(file, authority.subject, authority_key, number + 1, entries)
     return file
 
@@ -934,7 +946,8 @@ def show(target: PathLike) -> list[str]:
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: rtunnel.py pki init")
     listed = files[0].with_name("crl.pem")
-    revocations = x509.load_pem_x509_crl(listed.read_bytes()) if listed.exists() else None
+    with _told(str(listed), _RESTORE):
+        revocations = _parse_revocations(listed.read_bytes()) if listed.exists() else None
     return [line for file in files for line in _lines(file, revocations)]
 
 
@@ -994,7 +1007,11 @@ def _general_name(host: str) -> x509.GeneralName:
     """A subjectAltName; `*.` may stand for one label. Raises ValueError."""
     wildcard = "*." if host.startswith("*.") else ""
     name = parse_name(host.removeprefix("*."))
-    return x509.DNSName(wildcard + name) if isinstance(name, str) else x509.IPAddress(name)
+    if isinstance(name, str):
+        return x509.DNSName(wildcard + name)
+    if wildcard:
+        raise ValueError(f"{host!r}: no wildcard can stand in an address; name each address by itself")
+    return x509.IPAddress(name)
 
 
 def _key_usage(*, for_authority: bool) -> x509.KeyUsage:

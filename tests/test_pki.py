@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from tls_peers import House, session
 
@@ -182,10 +182,12 @@ def test_a_name_cannot_leave_the_folder(folder: Path, name: str) -> None:
         ("neither", {"hosts": ["a b"]}),
         ("neither", {"hosts": ["*.*.example.org"]}),
         ("neither", {"hosts": [""]}),
+        ("'*.192.0.2.1'|wildcard", {"hosts": ["*.192.0.2.1"]}),
+        ("'*.2001:db8::1'|wildcard", {"hosts": ["*.2001:db8::1"]}),
     ],
 )
 def test_what_cannot_be_issued_is_one_sentence(folder: Path, words: str, given: dict[str, object]) -> None:
-    """And nothing is written."""
+    """A wrong validity, algorithm, host or wildcard is told in one sentence, and nothing is written."""
     before = sorted(folder.iterdir())
     refuse(words, issue, folder, "x", **given)
     assert sorted(folder.iterdir()) == before
@@ -203,6 +205,18 @@ def test_an_authority_is_needed(tmp_path: Path) -> None:
     refuse("--years", init_authority, tmp_path / "pki", years=0)
     refuse("--algorithm", init_authority, tmp_path / "pki", algorithm="rsa")
     refuse("pki init", show, tmp_path)
+
+
+def test_no_validity_reaches_beyond_the_calendar(tmp_path: Path) -> None:
+    """Years and days that end after the year 9999 are refused with the most that can be had, and that can be had."""
+    most = 9999 - rtunnel_tls._now().year
+    for years in (most + 1, 9000, 10**12):
+        refuse(f"--years: 1 to {most}", init_authority, tmp_path / "pki", years=years)
+    authority = load(init_authority(tmp_path / "pki", years=most))
+    refuse("--days: 1 to", issue, tmp_path / "pki", "x", hosts=None, days=10**12)
+    longest = rtunnel_tls._days_left(authority.not_valid_after_utc)
+    leaf = load(issue(tmp_path / "pki", "x", hosts=None, days=longest))
+    assert leaf.not_valid_after_utc <= authority.not_valid_after_utc
 
 
 def test_revocations_add_up(folder: Path) -> None:
@@ -224,6 +238,22 @@ def test_a_lost_list_is_not_made_afresh(folder: Path) -> None:
     issue(folder, "a", hosts=None)
     (folder / "crl.pem").unlink()
     refuse("crl.pem", revoke, folder, "a")
+
+
+@pytest.mark.parametrize("broken", ["nothing", "half", "text", "unnumbered"])
+def test_a_broken_list_is_named_and_kept(folder: Path, broken: str) -> None:
+    """A list that cannot be read is named with what to do, and is not written over."""
+    issue(folder, "a", hosts=None)
+    file, now = folder / "crl.pem", rtunnel_tls._now()
+    builder = x509.CertificateRevocationListBuilder(load(folder / "ca.crt").subject, now, now)
+    unnumbered = builder.sign(rtunnel_tls._load_key(folder / "ca.key"), None).public_bytes(serialization.Encoding.PEM)
+    half = file.read_bytes()[:1000] + b"\n-----END X509 CRL-----\n"
+    content = {"nothing": b"", "half": half, "text": b"x", "unnumbered": unnumbered}[broken]
+    file.write_bytes(content)
+    refuse(f"{file}: |copy", revoke, folder, "a")
+    if broken != "unnumbered":  # which tells who is revoked, but not where to count on
+        refuse(f"{file}: it holds no|copy", show, folder)
+    assert file.read_bytes() == content
 
 
 def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_path: Path) -> None:

@@ -300,6 +300,31 @@ def test_what_ends_soon_is_known(root: Signer, tmp_path: Path, house: House) -> 
         assert [(file, days) for file, _, days in context.expiring()] == [(str(pair.cert), left.days)] * listed
 
 
+def test_a_file_ends_with_the_first_that_it_holds(
+    house: House, tmp_path: Path, root: Signer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several roots, or lists, in one file the one that ends first counts, wherever it stands."""
+    monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 6)
+    rtunnel_tls._write_revocations(tmp_path / "short.pem", root.certificate.subject, root.key, 1, ())
+    roots, lists = [root.save(tmp_path), house.ca], [tmp_path / "short.pem", house.crl]
+    for order in (1, -1):
+        for name, held in (("roots", roots), ("lists", lists)):
+            (tmp_path / name).write_bytes(b"".join(file.read_bytes() for file in held[::order]))
+        context = house.server(ca=tmp_path / "roots", crl=tmp_path / "lists")
+        days = {str(tmp_path / "roots"): 0, str(tmp_path / "lists"): 5}
+        assert context.days_left() == days | {str(house.files("server")["cert"]): 396}
+        assert {file: left for file, _, left in context.expiring()} == days
+
+
+def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path: Path, house: House) -> None:
+    """A certificate file ends with the authority in it, where that ends before the leaf."""
+    between = Signer("mldsa87", name="between", by=root)
+    pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"], after=datetime.timedelta(days=90))
+    context = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    end = between.certificate.not_valid_after_utc
+    assert context.expiring() == [(str(pair.cert), end, 0)]
+
+
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
     key = rtunnel_tls._load_key(house.folder / "ca.key")
