@@ -136,6 +136,7 @@ MAX_RETIRED = 8  # a client's sessions that a GOAWAY has retired, and that still
 MAX_CLIENTS = 256  # each may cost its budget
 MAX_LEASES = 64  # of one identity; in plain mode all are one. Each costs a port, a thread, a listen queue
 MAX_STREAMS = 16384  # of one process: each costs a descriptor, a thread or two, and 64 KiB where it is stalled
+MAX_SESSION_STREAMS = 12288  # of one session at the server: no client's visitors take all places
 STUCK_S = 600.0  # a stream whose other direction has ended lives so long at most without a byte
 STUCK_CHECK_S = 10.0
 LOG_EVERY_S = 1.0  # a line about a limit, at most
@@ -2111,7 +2112,7 @@ class Program:
         self._context = context
         self._pool = Pool()
         self._lock = threading.Lock()
-        # the stop has begun; on the server also: a session has joined or left a lease, a stranger has left
+        # the stop has begun; on the server also: a session has joined or left a lease, a stranger or visitor has left
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
@@ -2350,7 +2351,8 @@ class Lease:
 
     def choose(self, ended: list[ServerSession]) -> ServerSession | None:
         """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
-        alive = [session for session in self.sessions if session not in ended]
+        free = (session for session in self.sessions if session.visitors < MAX_SESSION_STREAMS)
+        alive = [session for session in free if session not in ended]
         asked = [session for session in alive if session.init is not None]
         session = min(asked or alive, key=lambda client: client.visitors, default=None)
         if session is not None:
@@ -2693,7 +2695,8 @@ class Server(Program):
                 finally:
                     with self._lock:
                         session.visitors -= 1
-            raise SessionEnded("no client is connected")
+                        self._changed.notify_all()
+            raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))

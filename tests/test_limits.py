@@ -195,6 +195,7 @@ def test_a_client_that_comes_back_needs_no_place(server: Factory) -> None:
         for _ in range(3):
             peer = Peer.as_client(serving.control_address, instance="ab" * 16)
             stack.enter_context(peer.sock)
+            serving.wait_for("session-opened")
         assert len(serving.events("lease-opened")) == 1
 
 
@@ -213,6 +214,33 @@ def test_streams_of_the_server(server: Factory, client: Factory) -> None:
         assert "too many" in serving.wait_for("visitor-refused")["reason"]
         visitors.pop().close()
         eventually(lambda: is_served(public))
+
+
+def test_streams_of_a_session(server: Factory, client: Factory) -> None:
+    """One client has so many visitors; the next waits for a place as for a client's return, and is reset in the end.
+    Another client has room."""
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        serving = server(limits={"MAX_SESSION_STREAMS": 2, "LEASE_LINGER_S": 0.5})
+        client(
+            "--server",
+            text(serving.control_address),
+            "--forward",
+            f"0:{service.text}",
+            "--forward",
+            f"0:{service.text}",
+        )
+        full = serving.lease_address()
+        for _ in range(2):
+            visitor = stack.enter_context(connect(full))
+            visitor.sendall(b"marco")
+            assert read_exactly(visitor, 5) == b"marco"
+        assert visit(full) == "reset"
+        assert "none takes more" in serving.wait_for("visitor-refused")["reason"]
+        assert is_served(serving.lease_address())
+        with connect(full) as waiting:
+            waiting.sendall(b"polo")
+            visitor.close()
+            assert read_exactly(waiting, 4) == b"polo"
 
 
 def test_streams_of_the_client(server: Factory, client: Factory) -> None:

@@ -20,7 +20,7 @@ def test_the_tests_that_it_names() -> None:
         assert f"\ndef test_{test}(" in (ROOT / "tests" / f"test_{file}.py").read_text(), f"{file}::{test}"
 
 
-@pytest.mark.parametrize("name", ["MAX_STRANGERS", "MAX_CLIENTS", "MAX_LEASES", "MAX_STREAMS"])
+@pytest.mark.parametrize("name", ["MAX_STRANGERS", "MAX_CLIENTS", "MAX_LEASES", "MAX_STREAMS", "MAX_SESSION_STREAMS"])
 def test_the_limits_that_it_names(name: str) -> None:
     """A limit has the value that SECURITY.md and README.md say."""
     value = f"{getattr(rtunnel, name):,}"
