@@ -4,7 +4,7 @@
 # make bench   speed, beside `ssh -R`: bench/results.* (make bench ARGS="--quick"; --help shows all options)
 # make profile where the time goes, per message and per byte
 # make attack  attackers of a dozen kinds beside good visitors, 60 s (make attack ARGS="--seconds 600"; so the next ones)
-# make faults  a network that cuts, stalls and truncates; processes that are killed, 300 s
+# make faults  a network that cuts, stalls and truncates; processes that are killed, 450 s
 # make soak    mixed load with reconnects and reloads, 1,800 s: memory and descriptors stay flat
 # make fuzz    a coverage-guided fuzzer on all that is parsed, 600 s
 # make clean   removes all that the others made

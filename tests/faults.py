@@ -1,6 +1,6 @@
 """Faults, each with full recovery, no wrong byte, and no truncation that looks like success.
 
-`python tests/faults.py --seconds 300`. All on loopback; every process that is killed is one that this program started.
+`python tests/faults.py --seconds 450`. All on loopback; every process that is killed is one that this program started.
 """
 
 from __future__ import annotations
@@ -197,4 +197,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--link"]:
         link_fault()
     else:
-        main(faults, 300.0)
+        main(faults, 450.0)
