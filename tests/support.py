@@ -215,6 +215,11 @@ class Program:
         self.process.wait()
         self._reader.join()
 
+    def state(self) -> Fields:
+        """What it logs of itself when it is asked. POSIX only."""
+        self.send_signal(signal.SIGUSR1)
+        return self.wait_for("state")
+
     def cpu_seconds(self) -> float:
         """Processor time used so far, user and system. Linux only."""
         stat = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()

@@ -126,6 +126,8 @@ def test_the_client_with_the_fewest_streams(server: Factory) -> None:
         peers[1].send_frame(CLOSE_CONN, 2, b"reset")
         peers[1].expect(CLOSE_CONN, 2)
         program.wait_for("stream-closed", stream=2)
+        while not program.state()["visitors"].startswith("8/"):
+            continue
         stack.enter_context(connect(program.public_address))
         peers[1].expect(NEW_CONN, 4)
 
