@@ -477,7 +477,7 @@ def test_a_port_for_which_there_is_nothing_left(ends: Ends, monkeypatch: pytest.
 
 
 def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visitors that come and go leave frames behind for a client that does not read them: over a limit its visitors
+    """[S-11]: visitors that come and go leave frames behind for a client that does not read them: over a limit its visitors
     are refused, so what waits for it does not grow."""
     monkeypatch.setattr(rtunnel, "MAX_UNSENT_FRAMES", 20)
     monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.1)
@@ -494,7 +494,7 @@ def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest
 
 
 def test_streams_of_a_server_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that opens streams, and does not read what becomes of them, is no server: its session ends."""
+    """[S-11]: a server that opens streams, and does not read what becomes of them, is no server: its session ends."""
     monkeypatch.setattr(rtunnel, "MAX_UNSENT_FRAMES", 0)
     with PeerServer() as server:
         ends.open_client(server.address, mapping(("127.0.0.1", 1)))

@@ -81,6 +81,8 @@ CONSTANTS = {
     "heartbeats without a byte": rtunnel.HEARTBEATS_TO_DEATH,
     "transport that takes no byte": rtunnel.WRITE_TIMEOUT_S,
     "unsent answers": rtunnel.MAX_PROVOKED,
+    "unsent control frames": rtunnel.MAX_UNSENT_FRAMES,
+    "sessions of a client beyond its mappings": rtunnel.MAX_RETIRED,
     "after `replaced`": rtunnel.REPLACED_RETRY_S,
     "lease without a session": rtunnel.LEASE_LINGER_S,
     "first wait of a client": rtunnel.FIRST_RETRY_S,
