@@ -160,6 +160,27 @@ class Attackers:
                 self._welcome(transport)
                 time.sleep(0.02)
 
+    def goaway_and_stay(self, dial: Callable[[Address], socket.socket]) -> None:
+        """Give each port back at once, and keep the session."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                transport = self._enter(dial)
+                stack.callback(transport.close)
+                self._welcome(transport)
+                transport.send(encode(FrameType.GOAWAY, 0))
+                time.sleep(0.02)
+
+    def visitors_that_come_and_go(self, dial: Callable[[Address], socket.socket]) -> None:
+        """And a client that reads nothing of them, with a visitor that has filled the way."""
+        with contextlib.closing(self._enter(dial, window=1 << 30)) as transport:
+            address = self._welcome(transport)
+            with dial(address) as pouring, contextlib.suppress(TimeoutError):
+                while True:
+                    pouring.sendall(bytes(1 << 20))
+            for _ in range(2000):
+                dial(address).close()
+                time.sleep(0.001)
+
     # -- visitors of the good client's port
 
     def never_reads(self, dial: Callable[[Address], socket.socket]) -> None:

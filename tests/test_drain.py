@@ -154,8 +154,8 @@ def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_sends_its_clients_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """[G-1]: a server that says GOAWAY again and again gets one connection a second, and no more sessions of a client than
-    it may hold beside the new one: the next one ends, and is connected anew."""
+    """[G-1]: a server that says GOAWAY again and again gets one connection a second, and no more sessions of a client
+    than it may hold beside the new one: the next one ends, and is connected anew."""
     monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.3)
     monkeypatch.setattr(rtunnel, "MAX_RETIRED", 2)
     with PeerServer() as server, Ends() as ends:

@@ -477,8 +477,8 @@ def test_a_port_for_which_there_is_nothing_left(ends: Ends, monkeypatch: pytest.
 
 
 def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """[S-11]: visitors that come and go leave frames behind for a client that does not read them: over a limit its visitors
-    are refused, so what waits for it does not grow."""
+    """[S-11]: visitors that come and go leave frames behind for a client that does not read them: over a limit its
+    visitors are refused, so what waits for it does not grow."""
     monkeypatch.setattr(rtunnel, "MAX_UNSENT_FRAMES", 20)
     monkeypatch.setattr(rtunnel, "LEASE_LINGER_S", 0.1)
     with Peer.as_client(ends.open_server(), window=1 << 30) as peer, connect(peer.public) as pouring:
