@@ -12,7 +12,7 @@ gets past the handshake.
 Threads
 -------
     thread           how many                 does                                    waits only in
-    main             1                        signals: reload, state, drain and stop  an Event or a sleep of 0.25 s
+    main             1                        signals: reload, state, drain and stop  a lock, at most 0.25 s
     control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
                                               oldest strangers                        have been shut to leave
     public acceptor  1 per lease              accepts visitors                        its selector; while the lease
@@ -140,7 +140,7 @@ MAX_SESSION_STREAMS = 12288  # of one session at the server: no client's visitor
 STUCK_S = 600.0  # a stream whose other direction has ended lives so long at most without a byte
 STUCK_CHECK_S = 10.0
 LOG_EVERY_S = 1.0  # a line about a limit, at most
-MAIN_STEP_S = 0.25  # how often main looks whether a signal has come
+MAIN_STEP_S = 0.25  # how often main looks what has come: on Windows no signal wakes it, nor does a final refusal
 
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
 SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port
@@ -3194,9 +3194,14 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     def in_hurry() -> bool:
         return len(stopped_by) > 1 or stopped_by[:1] != ["SIGTERM"] or not program.settings.drain_s
 
+    wake = threading.Lock()  # held but between a signal and main's look at it
+    wake.acquire()
+
     def on_signal(number: int, frame: types.FrameType | None) -> None:
-        # It only takes notes, for main: it may have come while main was inside an Event, whose lock it would want.
+        # It takes notes for main, and sets no Event: main may be inside that one, with the lock that `set` wants.
         name = signal.Signals(number).name
+        with contextlib.suppress(RuntimeError):  # it is released already
+            wake.release()
         if name in ("SIGHUP", "SIGUSR1"):
             asked.append(name)
         elif stopped_by and in_hurry():
@@ -3208,7 +3213,8 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
     program.start()
-    while not (stopped_by or program.stop_asked.wait(MAIN_STEP_S)):
+    while not (stopped_by or program.stop_asked.is_set()):
+        wake.acquire(timeout=MAIN_STEP_S)
         while asked:
             if asked.popleft() == "SIGUSR1":
                 program.log_state()
