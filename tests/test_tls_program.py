@@ -580,8 +580,8 @@ def test_pki_by_the_command_line(
 
 
 def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.MonkeyPatch, house: House) -> None:
-    """With visitors that load a tunnel in both directions, no two threads are ever inside the same SSL object, while
-    readers, pumps and control senders all get into it."""
+    """With visitors that load a tunnel in both directions, and others that come and go all the time, no two threads are
+    ever inside the same SSL object, while readers, pumps and control senders all get into it."""
     watched: list[Watched] = []
 
     def watch(context: rtunnel_tls.TlsContext) -> Watched:
@@ -604,6 +604,11 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
             while sock.recv(1 << 18):
                 pass
 
+    def come_and_go() -> None:
+        while time.monotonic() < over:
+            with connect(public) as visitor:
+                visitor.recv(64)
+
     with Service(both) as service, ExitStack() as stack:
         stack.callback(serving.stop)
         serving.start()
@@ -621,6 +626,8 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
         for _ in range(threads):
             visitor = stack.enter_context(connect(public))
             stack.enter_context(running(lambda visitor=visitor: both(visitor)))  # type: ignore[misc]
+        for _ in range(threads):
+            stack.enter_context(running(come_and_go))
     assert len(watched) == 2
     for each in watched:
         assert isinstance(each, ByThread)
