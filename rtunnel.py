@@ -2112,7 +2112,7 @@ class Program:
         self._context = context
         self._pool = Pool()
         self._lock = threading.Lock()
-        # the stop has begun; on the server also: a session has joined or left a lease, a stranger or visitor has left
+        # the stop has begun; on the server also: a session has joined or left a lease, a stranger has left
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
@@ -2286,10 +2286,12 @@ class ServerSession(Session):
         if not self.is_client:
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
+    def has_room(self) -> bool:
+        """Whether it takes one more visitor. Called with Server._lock."""
+        return self.visitors < MAX_SESSION_STREAMS and not self.writer.is_behind()
+
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
         """Open a stream for a visitor and be its pump. Raises SessionEnded where none can be opened."""
-        if self.writer.is_behind():
-            raise SessionEnded("its client does not read")
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
@@ -2351,8 +2353,7 @@ class Lease:
 
     def choose(self, ended: list[ServerSession]) -> ServerSession | None:
         """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
-        free = (session for session in self.sessions if session.visitors < MAX_SESSION_STREAMS)
-        alive = [session for session in free if session not in ended]
+        alive = [session for session in self.sessions if session not in ended and session.has_room()]
         asked = [session for session in alive if session.init is not None]
         session = min(asked or alive, key=lambda client: client.visitors, default=None)
         if session is not None:
@@ -2695,7 +2696,6 @@ class Server(Program):
                 finally:
                     with self._lock:
                         session.visitors -= 1
-                        self._changed.notify_all()
             raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             reset_at_close(sock)
@@ -2720,8 +2720,9 @@ class Server(Program):
         """A session for a visitor. One who was accepted just before a session ended waits as those in the queue do."""
         with self._lock:
             while (session := lease.choose(ended)) is None and not self._stopping:
+                full = any(session not in ended for session in lease.sessions)
                 may_return = lease.sessions or lease.lingers_until is not None
-                if not may_return or not self._changed.wait(deadline.remaining()):
+                if full or not may_return or not self._changed.wait(deadline.remaining()):
                     break
             return session
 

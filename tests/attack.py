@@ -211,6 +211,7 @@ def attack(seconds: float) -> None:
         print("during, the server's most: " + ", ".join(f"{name} {value:.0f}" for name, value in most.items()))
         after = measure(here, quiet_s)
         eventually(lambda: here.server.descriptors() < 40, 20.0, "descriptors are given back")
+        eventually(lambda: here.server.threads() < 30, 20.0, "idle threads leave")
         print(f"after:  {here.cost()}")
     for name, load in (("before", alone), ("during", attacked), ("after", after)):
         print(
