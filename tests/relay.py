@@ -125,7 +125,8 @@ class Relay:
     def _order(self, action: Callable[[], object]) -> None:
         done = threading.Event()
         self._orders.put((action, done))
-        self._wake.send(b"x")
+        with contextlib.suppress(OSError):  # it has closed, as ordered, before it was woken
+            self._wake.send(b"x")
         done.wait()
 
     # -- the relaying thread
