@@ -245,6 +245,7 @@ FILES = {
     b"log-level = loud\n": "loud",
     b"log-level\n": "log-level",
     b"log-level = [info, debug]\n": "log-level",
+    b"tls = [true]\n": "tls takes one value",
     b"control-listen = nowhere\n": "nowhere",
     b"\x1b[2J = 1\n": "unknown",
     b"\xff\xfe\x00\n": "",
