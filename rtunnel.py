@@ -2901,9 +2901,10 @@ class Client(Program):
 
     def stop(self) -> None:
         """End all sessions, join all threads that do not resolve or dial."""
+        deadline = Deadline(STOP_TIMEOUT_S)
         self.stop_asked.set()
         self.stop_connections()
-        self._pool.close(Deadline(STOP_TIMEOUT_S))
+        self._pool.close(deadline)
 
     def reload(self, fresh: Program) -> None:
         assert isinstance(fresh, Client)
