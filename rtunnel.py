@@ -2790,6 +2790,7 @@ class ClientSession(Session):
             welcome = Welcome.parse(frame.payload)
             self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
             self.level, self.peer_window = 1, welcome.window
+            self._client.expects_welcome = True
             self.start_level_1()
         self._heard = True
         self._open()
@@ -2800,7 +2801,10 @@ class ClientSession(Session):
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
-        if not self.is_open:
+        if not self._heard and self._client.expects_welcome:  # once: it may have become an original, which says nothing
+            self._client.expects_welcome = False
+            self.end(f"no WELCOME within {LIVED_S:g} s")
+        elif not self.is_open:
             self.is_open = True
             public = self._public or f"port {self._mapping.remote_port}"
             log_event(
@@ -2889,6 +2893,7 @@ class Client(Program):
         self._server = server
         self._mappings = mappings
         self.max_sessions = len(mappings) + MAX_RETIRED
+        self.expects_welcome = False  # the server is of level 1: its silence is the network's. Any reader sets it
         self._reconnect_max_s = reconnect_max_s
 
     def start(self) -> None:

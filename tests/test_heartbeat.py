@@ -199,3 +199,21 @@ def test_control_frames_do_not_wait_behind_data(ends: Ends) -> None:
             kind, _, payload = peer.hear(FrameType.DATA, FrameType.PONG)
             before += len(payload)
         assert before < 16_000_000, "128 MB of DATA may be sent"
+
+
+def test_a_network_that_goes_silent_before_welcome(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[X-3]: a client that knows its server as one of level 1 does not wait for ever for a WELCOME that was lost; but
+    it stays the next time, for that server may be an original now."""
+    monkeypatch.setattr(rtunnel, "LIVED_S", 0.2)
+    with PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as other:
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 9)))
+        welcomed = server.accept()
+        ends.log.wait_for("session-opened", level=1)
+        monkeypatch.setattr(client, "_server", rtunnel.Address(*other.getsockname()))
+        welcomed.sock.close()
+        other.settimeout(10)
+        with other.accept()[0] as silent:
+            assert "no WELCOME" in ends.log.wait_for("session-closed", 2)["reason"]
+            with other.accept()[0]:
+                ends.log.wait_for("session-opened", level=0)
+            silent.close()
