@@ -131,7 +131,7 @@ def kills(seconds: float) -> None:
     with behind_a_relay() as (here, _), LocalService(here.killable[1]) as local:
         for name, kill in (("server", kill_server), ("client", kill_client), ("local service", local.restart)):
             with phase(here, f"{name} killed", second=name == "local service"):
-                count = repeat(seconds / 3, 1.0, lambda kill=kill: kill(here))  # type: ignore[misc]
+                count = repeat(seconds / 3, min(1.0, seconds), lambda kill=kill: kill(here))  # type: ignore[misc]
             print(f"{name} killed: {count} times; {here.cost()}")
 
 

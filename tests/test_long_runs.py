@@ -11,7 +11,7 @@ import soak
 
 
 @pytest.mark.parametrize(
-    ("run", "seconds"), [(attack.attack, 3.0), (faults.network_faults, 1.5), (faults.kills, 0.5), (soak.soak, 2.0)]
+    ("run", "seconds"), [(attack.attack, 1.5), (faults.network_faults, 1.0), (faults.kills, 0.3), (soak.soak, 1.0)]
 )
 def test_short_version(run: Callable[[float], None], seconds: float) -> None:
     """It holds: good visitors are served beside the attackers, faults leave nothing wrong behind, nothing grows."""
