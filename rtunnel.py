@@ -12,7 +12,8 @@ gets past the handshake.
 Threads
 -------
     thread           how many                 does                                    waits only in
-    main             1                        signals: reload, state, drain and stop  a lock, at most 0.25 s
+    main             1                        signals: reload, state, drain and stop  a lock, in a drain a sleep,
+                                                                                      0.25 s at a time
     control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
                                               oldest strangers                        have been shut to leave
     public acceptor  1 per lease              accepts visitors                        its selector; while the lease
@@ -1865,9 +1866,8 @@ class Session:
             self._sender_left.wait()
             self.writer.wait_unused()
             self.transport.close()
-            with (
-                self._lock
-            ):  # it is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection
+            # It is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection.
+            with self._lock:
                 self._timers.clear()
             self.transport.wants_flush = lambda: None
         assert self._cause is not None
@@ -3161,9 +3161,7 @@ def make_client(settings: argparse.Namespace) -> Client:
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
     context = make_context(settings)
     warn(settings, context)
-    return Client(
-        settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings)
-    )  # fmt: skip
+    return Client(settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings))
 
 
 def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:

@@ -53,6 +53,14 @@ def is_served(public: Address) -> bool:
     return False
 
 
+def served(public: Address) -> socket.socket:
+    """A visitor that has been answered, and stays."""
+    visitor = connect(public)
+    visitor.sendall(b"marco")
+    assert read_exactly(visitor, 5) == b"marco"
+    return visitor
+
+
 def count_open(socks: list[socket.socket]) -> int:
     return sum(is_open(sock) for sock in socks)
 
@@ -205,10 +213,7 @@ def test_streams_of_the_server(server: Factory, client: Factory) -> None:
         serving = server(limits={"MAX_STREAMS": 3})
         client("--server", text(serving.control_address), "--local", service.text)
         public = serving.lease_address()
-        visitors = [stack.enter_context(connect(public)) for _ in range(3)]
-        for visitor in visitors:
-            visitor.sendall(b"marco")
-            assert read_exactly(visitor, 5) == b"marco"
+        visitors = [stack.enter_context(served(public)) for _ in range(3)]
         for _ in range(3):
             assert visit(public) == "reset"
         assert "too many" in serving.wait_for("visitor-refused")["reason"]
@@ -223,10 +228,7 @@ def test_streams_of_a_session(server: Factory, client: Factory) -> None:
         serving = server(limits={"MAX_SESSION_STREAMS": 2})
         client("--server", text(serving.control_address), *2 * ("--forward", f"0:{service.text}"))
         full = serving.lease_address()
-        for _ in range(2):
-            visitor = stack.enter_context(connect(full))
-            visitor.sendall(b"marco")
-            assert read_exactly(visitor, 5) == b"marco"
+        visitor, _ = [stack.enter_context(served(full)) for _ in range(2)]
         assert visit(full) == "reset"
         assert "none takes more" in serving.wait_for("visitor-refused")["reason"]
         assert is_served(serving.lease_address())
@@ -243,9 +245,7 @@ def test_streams_of_the_client(server: Factory, client: Factory) -> None:
         )  # fmt: skip
         public = serving.lease_address()
         for _ in range(2):
-            visitor = stack.enter_context(connect(public))
-            visitor.sendall(b"marco")
-            assert read_exactly(visitor, 5) == b"marco"
+            stack.enter_context(served(public))
         assert visit(public) == "reset"
         assert "2 streams are open" in asking.wait_for("stream-refused")["reason"]
 
