@@ -2411,6 +2411,7 @@ class Server(Program):
                 option, address = "public", self._public_address
                 with self._lock:
                     lease = self._bind_locked(address, None)
+                lease.listener.start()
                 lease.listener.resume()
                 log_event(INFO, "listening", kind="public", address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2515,11 +2516,12 @@ class Server(Program):
         except OSError as error:
             log_event(ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error))
             code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
-            if error.errno in (None, *OUT_OF_RESOURCES):  # None: there was no thread
+            if error.errno in OUT_OF_RESOURCES:
                 code = "too-many-clients"
             raise Refused(code, f"port {init.port} cannot be opened: {reason_of(error)}") from error
         address = lease.listener.address
         if address.port not in known:
+            self._start(lease)
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         log_event(
             INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level,
@@ -2632,9 +2634,20 @@ class Server(Program):
             address, self._pool, serve, lambda: self._tick(lease), self._admit_visitor, self._visitor_left
         )
         lease = Lease(listener, session)
-        lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         return lease
+
+    def _start(self, lease: Lease) -> None:
+        """Start its acceptor; not under the lock, for that waits until the thread runs. Raises SessionEnded."""
+        try:
+            lease.listener.start()
+        except OSError as error:
+            with self._lock:
+                sessions = list(lease.sessions)  # nearly always one
+            for session in sessions:
+                self.leave_lease(session, reason_of(error), linger=False)
+                session.end(reason_of(error))
+            raise SessionEnded(reason_of(error)) from error
 
     def join_silent(self, session: ServerSession) -> bool:
         """Whether a connection without INIT has become a client of the global port."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import selectors
 import signal
 import socket
 import struct
@@ -371,6 +372,38 @@ def echo(sock: socket.socket) -> None:
 def echo_service(host: str = "127.0.0.1") -> Service:
     """A service that sends back what it gets."""
     return Service(echo, host)
+
+
+class EchoCrowd(Service):
+    """An echo service for a thousand connections that say a few bytes each, all in one thread.
+
+    A thousand threads of this process that wake at once, and while another has the interpreter's lock ask for it every
+    5 ms, take both processors from the programs under test, for seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(echo)
+
+    def _accept(self) -> None:
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self._stopping:
+                for key, _ in selector.select():
+                    if key.fileobj is self._listener:
+                        sock = stack.enter_context(self._listener.accept()[0])
+                        self.connections.append(sock)
+                        selector.register(sock, selectors.EVENT_READ)
+                    elif not self._answer(key.fileobj):
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+
+    @staticmethod
+    def _answer(sock: socket.socket) -> bool:
+        with contextlib.suppress(OSError):
+            if part := sock.recv(1 << 16):
+                sock.sendall(part)
+                return True
+        return False
 
 
 class Sink:

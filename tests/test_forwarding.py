@@ -16,6 +16,7 @@ import pytest
 from conftest import Factory
 from support import (
     Address,
+    EchoCrowd,
     Service,
     Sink,
     connect,
@@ -207,7 +208,7 @@ def test_50_downloads_at_a_time(tunnel: Opened) -> None:
 def test_1000_echo_connections(tunnel: Opened) -> None:
     """1,000 connections are open at the same time, and each gets its own words back."""
     raise_descriptor_limit(8192)
-    with echo_service() as service, ExitStack() as stack:
+    with EchoCrowd() as service, ExitStack() as stack:
         opened = tunnel(service)
         visitors = [stack.enter_context(opened.connect()) for _ in range(1000)]
         for number, visitor in enumerate(visitors):

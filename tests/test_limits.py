@@ -449,10 +449,9 @@ def test_a_session_that_ends_as_it_is_welcomed(ends: Ends, monkeypatch: pytest.M
         assert len(ends.server._leases) == 1
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), OSError("can't start new thread")])
-def test_a_port_for_which_there_is_nothing_left(ends: Ends, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-    """A server that is out of descriptors, or threads, sends a client away for now, not for good."""
-    bind, failures = rtunnel.Server._bind_locked, [error]
+def test_a_port_for_which_there_is_no_descriptor(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is out of descriptors sends a client away for now, not for good."""
+    bind, failures = rtunnel.Server._bind_locked, [OSError(errno.EMFILE, "Too many open files")]
 
     def fail_once(server: rtunnel.Server, *what: Any) -> rtunnel.Lease:
         if failures:
@@ -462,9 +461,34 @@ def test_a_port_for_which_there_is_nothing_left(ends: Ends, monkeypatch: pytest.
     monkeypatch.setattr(rtunnel.Server, "_bind_locked", fail_once)
     monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     ends.open_client(ends.open_server(), mapping(("127.0.0.1", 1)))
-    assert ends.log.wait_for("lease-failed")["reason"] == (error.strerror or str(error))
+    assert ends.log.wait_for("lease-failed")["reason"] == "Too many open files"
     assert "too-many-clients" in ends.log.wait_for("refused")["reason"]
     ends.public()
+
+
+def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is out of threads closes the port again, and the session; its client comes back and gets one. The
+    thread is started without the server's lock."""
+    control = ends.open_server()
+    start, failures, held, closed = rtunnel.Listener.start, [RuntimeError("can't start new thread")], [], []
+
+    def fail() -> None:
+        raise failures.pop()
+
+    def fail_once(listener: rtunnel.Listener) -> None:
+        held.append(ends.server._lock.locked())
+        if failures:
+            closed.append(listener.socket)
+            monkeypatch.setattr(listener._acceptor, "start", fail)
+        start(listener)
+
+    monkeypatch.setattr(rtunnel.Listener, "start", fail_once)
+    ends.open_client(control, mapping(("127.0.0.1", 1)))
+    assert "can't start new thread" in ends.log.wait_for("refused")["reason"]
+    ends.public()
+    assert [sock.fileno() for sock in closed] == [-1]
+    assert held == [False, False]
+    assert len(ends.server._leases) == 1
 
 
 def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

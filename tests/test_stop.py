@@ -14,7 +14,7 @@ from datetime import datetime
 import pytest
 from conftest import Factory
 from naive_peer import NEW_CONN, NaivePeer
-from support import Program, Service, connect, echo_service, ends_with, eventually, read_exactly, running
+from support import EchoCrowd, Program, Service, connect, echo_service, ends_with, eventually, read_exactly, running
 from tunnels import MODES, closed_port, fill, open_tunnel, own_sockets, raise_descriptor_limit, text, until_full
 
 import rtunnel
@@ -94,7 +94,7 @@ def test_both_ends_of_a_busy_tunnel(server: Factory, client: Factory, mode: str,
 def test_1000_streams(server: Factory, client: Factory, which: str) -> None:
     """With 1,000 streams open either end stops, and every visitor is reset."""
     raise_descriptor_limit(8192)
-    with echo_service() as service, ExitStack() as stack:
+    with EchoCrowd() as service, ExitStack() as stack:
         tunnel = open_tunnel(server, client, service)
         visitors = [stack.enter_context(tunnel.connect()) for _ in range(1000)]
         for visitor in visitors:

@@ -28,6 +28,7 @@ from naive_peer import CLOSE_CONN, DATA, INIT, NEW_CONN, NaivePeer
 from OpenSSL import SSL
 from support import (
     Address,
+    EchoCrowd,
     Program,
     Service,
     connect,
@@ -117,7 +118,7 @@ def test_50_downloads_at_a_time(tunnel: Opened, profile: str) -> None:
 def test_1000_echo_connections(tunnel: Opened) -> None:
     """1,000 connections are open at the same time, and each gets its own words back."""
     raise_descriptor_limit(8192)
-    with echo_service() as service, ExitStack() as stack:
+    with EchoCrowd() as service, ExitStack() as stack:
         opened = tunnel(service)
         visitors = [stack.enter_context(opened.connect()) for _ in range(1000)]
         for number, visitor in enumerate(visitors):
