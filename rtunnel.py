@@ -22,7 +22,9 @@ Threads
                      (client: the mapping's)  decodes and dispatches frames. Never    a stream's full queue, 20 s
                                               writes to the transport, never dials
     control sender   1 per control connection sends control frames; its wait is the   the writer's queue with a
-                                              session's clock                         timeout, the transport's send
+                                              session's clock; at the end resets the  timeout, the transport's send;
+                                              streams                                 at the end 1 s for the pumps,
+                                                                                      1 s for the reader
     stream pump      1 per stream (client:    socket to DATA frames; at last it       the socket, credit (1 s at a
                      it dials first)          alone closes the socket                 time), the writer, its drainer
     stream drainer   0 or 1 per stream, while queue to socket                         the socket, 0.5 s at a time
@@ -160,6 +162,8 @@ LEASE_LINGER_S = 5.0  # a port waits so long for its client's return: two attemp
 HEARTBEAT_S = 15.0  # yamux: 30 s
 HEARTBEATS_TO_DEATH = 3  # without a byte received
 WRITE_TIMEOUT_S = 30.0  # level 1: a transport that takes no byte for so long is dead; yamux: 10 s
+ABORTED_AT_ONCE = 64  # of the streams of a session that has ended: pumps that are closing, all at once
+ABORT_PACE_S = 1.0  # so long; then all that are left, for what a pump waits for may take longer
 FAREWELL_S = 1.0  # for the peer to read our last frame, and for us to read why a write failed
 FIRST_RETRY_S = 1.0
 REFUSED_RETRY_S = 2.0  # at most, where the server's host answers and only its port is closed: it restarts
@@ -755,15 +759,17 @@ class Pool:
     def _leave(self, worker: Worker) -> None:
         with self._lock:
             self._workers.discard(worker)
-            self._left.notify_all()
+            if self._closing and self._idle:
+                self._idle.pop().wake.release()  # to do nothing, and leave
+            if not self._workers:
+                self._left.notify_all()
 
     def close(self, deadline: Deadline) -> None:
-        """Let the idle go and wait for the others, until the deadline."""
+        """Let the idle go, each the next, and wait for the others, until the deadline."""
         with self._lock:
             self._closing = True  # under the lock: a worker that is about to idle must see it
-            for worker in self._idle:
-                worker.wake.release()  # to do nothing, and see it
-            self._idle.clear()
+            if self._idle:
+                self._idle.pop().wake.release()
             while self._workers and self._left.wait(deadline.remaining()):
                 pass
 
@@ -1831,6 +1837,7 @@ class Session:
         self._sender_left = threading.Event()
         self._order = itertools.count()  # ties of timers: callables have no order
         self._lock = threading.Lock()
+        self._fewer = LateCondition(self._lock)  # a stream has gone
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
@@ -1960,14 +1967,30 @@ class Session:
             while True:
                 self.writer.serve(self._run_timers())
         except SessionEnded as ended:
+            self._abort_streams(str(ended))
             self.writer.finish()
             self._reader_left.wait(FAREWELL_S)  # after a failed write the reader may still read why
             self.end(str(ended))
         except BaseException:
             self.end("internal error")
+            self._abort_streams("internal error")
             raise
         finally:
             self._sender_left.set()
+
+    def _abort_streams(self, cause: str) -> None:
+        """Reset the streams that `part` has left, for a second no faster than their pumps can close.
+
+        Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms, keep the process from
+        all other work for seconds: the stop took 5 to 8 s (NOTES.md).
+        """
+        deadline = Deadline(ABORT_PACE_S)
+        streams = self.streams()
+        for left, stream in zip(range(len(streams) - 1, -1, -1), streams, strict=True):
+            stream.abort(cause)
+            with self._lock:
+                while len(self._streams) - left > ABORTED_AT_ONCE and self._fewer.wait(deadline.remaining()):
+                    pass
 
     def _run_timers(self) -> float | None:
         """Do what is due; returns the seconds to the next timer."""
@@ -2021,7 +2044,7 @@ class Session:
     # -- any thread
 
     def end(self, cause: str) -> None:
-        """End the session and reset its streams; the first cause stays. Never waits: the reader does the rest."""
+        """End the session and reset its streams; the first cause stays. Never waits: its threads do the rest."""
         self.part(cause)
         self.transport.shutdown()
 
@@ -2029,9 +2052,9 @@ class Session:
         """End it as `end` does, but let the control sender say a last frame, and the peer read it, for a second."""
         with self._lock:
             self._cause = cause = self._cause or cause
-            streams = list(self._streams.values())
+            first = list(itertools.islice(self._streams.values(), ABORTED_AT_ONCE))
         self.writer.close(cause, last)
-        for stream in streams:
+        for stream in first:
             stream.abort(cause)
 
     def say_goodbye(self, reason: str) -> None:
@@ -2077,6 +2100,7 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
+            self._fewer.notify_all()
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises PoolClosed, RuntimeError."""

@@ -651,6 +651,18 @@ def test_closing_while_threads_go_idle(log: Log) -> None:
     assert not log.records("internal-error")
 
 
+def test_closing_lets_all_idle_threads_go(log: Log) -> None:
+    """However many are idle, each has ended when closing is over: one that leaves wakes the next."""
+    pool, together = rtunnel.Pool(), threading.Barrier(50)
+    for _ in range(50):
+        pool.run("task", lambda: together.wait(10))
+    eventually(lambda: len(pool._idle) == 50)
+    deadline = rtunnel.Deadline(10)
+    pool.close(deadline)
+    assert not pool._workers
+    assert deadline.remaining() > 5
+
+
 def test_closing_waits_no_longer_than_its_deadline(log: Log) -> None:
     """A thread that does not end is waited for until the deadline."""
     pool, leave = rtunnel.Pool(), threading.Event()
