@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import selectors
 import signal
@@ -253,11 +254,17 @@ def reachable(address: str) -> Address:
 # --- sockets ------------------------------------------------------------------------------------------------
 
 
+# Below the ports that a system gives to whoever asks for any: no connection of another test takes one meanwhile.
+_ports = iter(random.sample(range(20000, 32768), 32768 - 20000))
+
+
 def free_port() -> int:
-    """A port that was free a moment ago; only for a test that starts a server again on the same port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on which nothing listens, another one at each call; only for a test that has to name it beforehand."""
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def connect(address: Address, timeout: float = DEADLINE_S) -> socket.socket:
