@@ -13,22 +13,28 @@ Threads
 -------
     thread           how many                 does                                    waits only in
     main             1                        signals: reload, state, drain and stop  a lock, in a drain a sleep,
-                                                                                      0.25 s at a time
+                                                                                      0.25 s at a time; at the stop the
+                                                                                      other threads
     control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
                                               oldest strangers                        have been shut to leave
     public acceptor  1 per lease              accepts visitors                        its selector; while the lease
                                                                                       lingers an Event, 0.5 s at a time
     session reader   1 per control connection the handshake under one deadline; then  the transport; at level 0 also
-                     (client: the mapping's)  decodes and dispatches frames. Never    a stream's full queue, 20 s
-                                              writes to the transport, never dials
+                     (client: the mapping's,  decodes and dispatches frames. Never    a stream's full queue, 20 s; at
+                     which dials the server   writes to the transport, never dials a  the end the control sender, the
+                     and waits between two)   local service                           turn, its lease's acceptor
     control sender   1 per control connection sends control frames; its wait is the   the writer's queue with a
                                               session's clock; at the end resets the  timeout, the transport's send;
                                               streams                                 at the end 1 s for the pumps,
                                                                                       1 s for the reader
     stream pump      1 per stream (client:    socket to DATA frames; at last it       the socket, credit (1 s at a
-                     it dials first)          alone closes the socket                 time), the writer, its drainer
+                     it dials first; server:  alone closes the socket                 time), the writer, its drainer
+                     it waits 5 s for a
+                     client that returns)
     stream drainer   0 or 1 per stream, while queue to socket                         the socket, 0.5 s at a time
                      its socket is slow
+Besides, who starts a thread waits until it runs, who logs waits for stderr, and an acceptor that failed for want of
+descriptors or threads pauses for 0.25 s.
 
 Locks
 -----
@@ -710,7 +716,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._left = threading.Condition(self._lock)  # a thread has left
+        self._left = threading.Condition(self._lock)  # the last thread has left
         # guarded by _lock
         self._idle: list[Worker] = []  # the last to idle is the first to work: its memory is warm
         self._workers: set[Worker] = set()
@@ -1982,14 +1988,14 @@ class Session:
         """Reset the streams that `part` has left, for a second no faster than their pumps can close.
 
         Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms, keep the process from
-        all other work for seconds: the stop took 5 to 8 s (NOTES.md).
+        all other work for seconds: the stop took 3 to 8 s (NOTES.md).
         """
         deadline = Deadline(ABORT_PACE_S)
-        streams = self.streams()
-        for left, stream in zip(range(len(streams) - 1, -1, -1), streams, strict=True):
-            stream.abort(cause)
+        still = self.streams()[::-1]
+        while still:
+            still.pop().abort(cause)
             with self._lock:
-                while len(self._streams) - left > ABORTED_AT_ONCE and self._fewer.wait(deadline.remaining()):
+                while len(self._streams) - len(still) > ABORTED_AT_ONCE and self._fewer.wait(deadline.remaining()):
                     pass
 
     def _run_timers(self) -> float | None:
@@ -2052,6 +2058,7 @@ class Session:
         """End it as `end` does, but let the control sender say a last frame, and the peer read it, for a second."""
         with self._lock:
             self._cause = cause = self._cause or cause
+            # The control sender, which resets the others, may be in a send that takes long.
             first = list(itertools.islice(self._streams.values(), ABORTED_AT_ONCE))
         self.writer.close(cause, last)
         for stream in first:

@@ -255,7 +255,8 @@ def reachable(address: str) -> Address:
 
 
 # Below the ports that a system gives to whoever asks for any: no connection of another test takes one meanwhile.
-_ports = iter(random.sample(range(20000, 32768), 32768 - 20000))
+PORTS = range(20000, 32768)
+_ports = iter(random.sample(PORTS, len(PORTS)))
 
 
 def free_port() -> int:
