@@ -1,67 +1,19 @@
 #!/usr/bin/env python3
-"""rtunnel: a reverse TCP tunnel in blocking Python.
-
-A client behind NAT dials out to a public server and holds one control connection to it. The server opens public
-ports for the client; each visitor's connection crosses the control connection as frames (PROTOCOL.md) and reaches
-a local service beside the client.
-
-The promise: from this file a reader can say which bytes may arrive, which thread handles them, how much memory they
-can cost, and which lock guards what; and from rtunnel_tls.py, why a peer that is not post-quantum, or not known, never
-gets past the handshake.
-
-Threads
--------
-    thread           how many                 does                                    waits only in
-    main             1                        signals: reload, state, drain and stop  a lock, in a drain a sleep,
-                                                                                      0.25 s at a time; at the stop the
-                                                                                      other threads
-    control acceptor 1 (server)               accepts control connections, shuts the  its selector; for strangers that
-                                              oldest strangers                        have been shut to leave
-    public acceptor  1 per lease              accepts visitors                        its selector; while the lease
-                                                                                      lingers an Event, 0.5 s at a time
-    session reader   1 per control connection the handshake under one deadline; then  the transport; at level 0 also
-                     (client: the mapping's,  decodes and dispatches frames. Never    a stream's full queue, 20 s; at
-                     which dials the server   writes to the transport, never dials a  the end the control sender, the
-                     and waits between two)   local service                           turn, its lease's acceptor
-    control sender   1 per control connection sends control frames; its wait is the   the writer's queue with a
-                                              session's clock; at the end resets the  timeout, the transport's send;
-                                              streams                                 at the end 1 s for the pumps,
-                                                                                      1 s for the reader
-    stream pump      1 per stream (client:    socket to DATA frames; at last it       the socket, credit (1 s at a
-                     it dials first; server:  alone closes the socket                 time), the writer, its drainer
-                     it waits 5 s for a
-                     client that returns)
-    stream drainer   0 or 1 per stream, while queue to socket                         the socket, 0.5 s at a time
-                     its socket is slow
-Besides, who starts a thread waits until it runs, who logs waits for stderr, and an acceptor that failed for want of
-descriptors or threads pauses for 0.25 s.
-
-Locks
------
-Taken in this order, each for a few statements; nothing that can wait is done under one.
-    Program._lock  what the stop and a reload have to find; on the server also the leases, with their sessions, and the
-                   strangers. Ports are bound under it: bind and listen wait for nobody
-    Session._lock  the streams, the last id, the PINGs, the timers, the first cause of the end
-    Writer._lock   the frames to send, who waits for the turn. The *turn* itself is no lock but a field under
-                   `_lock`: its holder alone calls the transport's `send`, and that may wait
-    Stream._lock   one stream's queue, windows and state, and each call on its socket but the pump's `recv` and its
-                   final `close`. Never taken under another, nor another under it but Budget._lock
-    Budget._lock, Pool._lock, LimitLog._lock, PlainTransport._lock, Listener._closing   a number; the threads and the
-                   idle; when a line was last logged; that a descriptor is not shut after it is closed
-
-Errors
-------
-    RtunnelError
-    +-- ConfigError      wrong usage, configuration or file: exit status 2
-    +-- ProtocolError    the peer broke a rule of PROTOCOL.md: its session ends
-    +-- Refused          the server will not serve this client: code and sentence
-    +-- SessionEnded     this session has ended; carries the first cause
-    +-- PoolClosed       the program stops: no new work
-
-Exit status: 0 stopped as asked; 1 failed; 2 wrong usage, configuration or file; 3 the server refused for good.
-"""
+# ruff: noqa: E402  # signals are held back before the slow imports
+"""@@DOC@@"""
 
 from __future__ import annotations
+
+import os
+import signal
+import sys
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1")
+HELD = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
+
+if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal, "pthread_sigmask"):
+    # As a program: a signal that comes during the imports, a quarter of a second, waits for main.
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 import argparse
 import collections
@@ -69,26 +21,26 @@ import contextlib
 import dataclasses
 import enum
 import errno
-import heapq
 import ipaddress
 import itertools
 import json
 import logging
-import os
+import logging.handlers
+import queue
 import random
 import re
+import sched
 import secrets
 import select
-import signal
 import socket
 import socketserver
 import struct
-import sys
 import threading
 import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Map
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -98,85 +50,99 @@ import rtunnel_tls
 
 __version__ = "0.1.0"
 
-# ---- limits -----------------------------------------------------------------------------------------------------
 
-MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT, the longest, needs some 300
-MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted in one DATA frame; decoding is cut-through, so it costs no memory
-FRAME_SENT_BYTES = 64 * 1024  # a full DATA frame and its header: four TLS records, filled exactly. 16 KiB cost a third
-# of the throughput, 256 KiB gain little and cost latency
-MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap
-MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # room for a newer client's greetings, none for a stranger's stream of noise
-MAX_REASON_BYTES = 64  # of a CLOSE_CONN; it goes into one log line
+def release_signals() -> None:
+    """Let those in that were held back during the imports."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
-WINDOW_BYTES = 64 * 1024  # where each stream's window starts; yamux: 256 KiB, which 10,000 stalled visitors make 2.5 GB
-MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms of round trip
-NEAR_WINDOW_BYTES = 1024 * 1024  # the same where the peer is near: more would only stand in queues, others behind it
-LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on
-MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1)
+
+# ---- limits -----------------------------------------------------------------------------------
+#
+# Each with its reason and, in brackets, what enforces it. PROTOCOL.md has those that a peer sees.
+
+# the wire
+MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 300 [Decoder]
+MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
+FRAME_SENT_BYTES = 64 * 1024  # with its header, fills four TLS records. 16 KiB cost a third of the
+# throughput, 256 KiB gain little and cost latency [Stream._pump]
+MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
+MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [ServerSession]
+MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [RULES]
+MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
+
+# a session's memory
+WINDOW_BYTES = 64 * 1024  # where a window starts; yamux: 256 KiB, 2.5 GB for 10,000 that stall
+MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms [window_limit]
+NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in queues [window_limit]
+LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [window_limit]
+MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [SendWindow.grant]
 UNLIMITED = 2**62  # level 0: a window that never runs out
-SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # of what all windows of a session have grown by
-STALL_S = 5.0  # a grown window whose queue has not moved for so long gives its growth back
-WATCH_S = 1.0  # how often a pump that waits for credit looks whether its socket was reset
-MAX_UNSENT_FRAMES = 4096  # of control, whose streams may have ended: beyond that no stream is opened
-MAX_PROVOKED = 64  # unsent PONGs and refusals: a peer that asks and does not read
-MAX_MESSAGE_CHARACTERS = 256  # of the server's sentence in a WELCOME; it goes into one log line
-MAX_ASSIGNED_PORTS = 1024  # instances whose server-chosen port is remembered
+SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
+BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
+MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer does not read: beyond it an answer
+# ends the session, and no stream is opened [Writer.post, Writer.is_behind]
+QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
+QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
+FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
+READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
+DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
+UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): small frames wait behind it [tune]
+LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [OriginalStream]
+LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
-LEVEL_0_QUEUE_BYTES = 1024 * 1024  # per stream: level 0 has no credit, so the queue is bounded by waiting
-LEVEL_0_WAIT_S = 20.0  # how long the reader waits for one stream's full queue, all others with it
+# how many
+MAX_STRANGERS = 256  # connections that are no client yet: with TLS some 300 kB each. Then the
+# oldest of the site with most goes; sshd (100) drops the newest, at random [Server._greet_stranger]
+MAX_CLIENTS = 256  # each may cost its budget [Server._check_limits_locked]
+MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
+MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
+MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
+MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [ServerSession.has_room]
+MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
+MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
+LISTEN_BACKLOG = 1024  # socketserver's default is 5 [Listener]
+LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogQueue]
 
-SMALL_FRAME_BYTES = 16 * 1024  # up to this size a frame may be queued behind another thread's turn (one TLS record)
-SMALL_QUEUE_BYTES = 256 * 1024  # of queued small frames; then their threads wait too, which is the back-pressure
-SMALL_QUEUE_FRAMES = 1024  # the same for tiny frames, whose objects cost more than their bytes
-
-FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow, four times, where they are filled: 10,000 are idle
-READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames
-DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which the reader's next feed of that stream has to wait for
-UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): or small frames wait behind megabytes of others'
+# how long
+HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's has no end [Server.serve_control]
+SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port [ServerSession]
+CONNECT_TIMEOUT_S = 10.0  # to the server, all its addresses together [dial]
+DIAL_TIMEOUT_S = 5.0  # to a local service, the same; the original's value [dial]
+NEXT_ADDRESS_S = 0.25  # until the next address is tried too (RFC 8305, section 5) [dial]
+LIVED_S = 10.0  # a session that lasts so long is open, though nothing came [ClientSession]
+HEARTBEAT_S = 15.0  # yamux: 30 s [Session._beat]
+HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
+WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
+FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
+WATCH_S = 1.0  # between a waiting pump's looks for a reset of its socket [Stream._watch]
+DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
+LINGER_S = 5.0  # level 0: what a socket sends after our FIN is discarded so long; closing earlier
+# would send RST and eat our last bytes [OriginalStream]
+STALL_S = 5.0  # a sweep each; a queue that has not moved since the last gives growth back [Stream]
+STUCK_S = 600.0  # without a byte, of a stream whose other direction has ended [Stream.sweep]
+LEASE_LINGER_S = 5.0  # a port waits for its client's return: two attempts [Server.leave_lease]
+FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Backoff]
+REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
+REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
+ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
+POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
+STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
+ABORTED_AT_ONCE = 64  # pumps of an ended session that are closing [Session._abort_streams]
+ABORT_PACE_S = 1.0  # so long; then all the others, since a dial may take longer [the same]
+LOG_EVERY_S, LOG_BURST = 1.0, 10  # lines of one event that strangers or visitors can cause [LimitLog]
+STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
+STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
+LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [stop_log]
+EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
 
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
-MAX_STRANGERS = 64  # connections that are no client yet: each costs a thread or two and, with TLS, some 300 kB.
-# Beyond that the oldest goes, so that the silent cannot lock others out; sshd (100) drops the newest, at random
-MAX_STRANGERS_PER_SITE = 16  # the same for one IPv4 address, or one IPv6 network of 64 bits
-MAX_RETIRED = 8  # a client's sessions that a GOAWAY has retired, and that still have streams
-MAX_CLIENTS = 256  # each may cost its budget
-MAX_LEASES = 64  # of one identity; in plain mode all are one. Each costs a port, a thread, a listen queue
-MAX_STREAMS = 16384  # of one process: each costs a descriptor, a thread or two, and 64 KiB where it is stalled
-MAX_SESSION_STREAMS = 12288  # of one session at the server: no client's visitors take all places
-STUCK_S = 600.0  # a stream whose other direction has ended lives so long at most without a byte
-STUCK_CHECK_S = 10.0
-LOG_EVERY_S = 1.0  # a line about a limit, at most
-MAIN_STEP_S = 0.25  # how often main looks what has come: on Windows no signal wakes it, nor does a final refusal
 
-HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's handshake has no limit and keeps everybody out
-SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port
-DIAL_TIMEOUT_S = 5.0  # of a local service, all its addresses together; the original's value
-CONNECT_TIMEOUT_S = 10.0  # of the server
-LINGER_S = 5.0  # after our FIN, for what a socket still sends: closing earlier would send RST and eat our last bytes
-DRAIN_STEP_S = 0.5  # how long a drainer, or a polled pump, waits before it looks whether its stream was aborted
-STOP_TIMEOUT_S = 1.3  # of the whole stop; what then still dials or resolves a name is a daemon thread
-POOL_IDLE_S = 10.0  # a thread without work ends
-STACK_BYTES = 256 * 1024  # per thread; smaller ones save no memory, and overflow ends in SIGSEGV
-ACCEPT_PAUSE_S = 0.25  # after an accept that failed for want of descriptors: the selector would spin
-LISTEN_BACKLOG = 1024  # socketserver's default is 5
-LIVED_S = 10.0  # a session that lasted so long, or brought a frame, is open and sets the backoff back
-REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: two clones must not evict each other in a loop
-LEASE_LINGER_S = 5.0  # a port waits so long for its client's return: two attempts of a client
-HEARTBEAT_S = 15.0  # yamux: 30 s
-HEARTBEATS_TO_DEATH = 3  # without a byte received
-WRITE_TIMEOUT_S = 30.0  # level 1: a transport that takes no byte for so long is dead; yamux: 10 s
-ABORTED_AT_ONCE = 64  # of the streams of a session that has ended: pumps that are closing, all at once
-ABORT_PACE_S = 1.0  # so long; then all that are left, for what a pump waits for may take longer
-FAREWELL_S = 1.0  # for the peer to read our last frame, and for us to read why a write failed
-FIRST_RETRY_S = 1.0
-REFUSED_RETRY_S = 2.0  # at most, where the server's host answers and only its port is closed: it restarts
-KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # a dead peer is found in 60 s
-
-
-# ---- errors -----------------------------------------------------------------------------------------------------
+# ---- errors -----------------------------------------------------------------------------------
 
 
 class RtunnelError(Exception):
@@ -184,7 +150,7 @@ class RtunnelError(Exception):
 
 
 class ConfigError(RtunnelError, argparse.ArgumentTypeError):
-    """Wrong usage, configuration or file; the message names what to do. argparse puts the option's name before it."""
+    """Wrong usage, configuration or file; says what to do. argparse puts the option before it."""
 
 
 class ProtocolError(RtunnelError):
@@ -204,14 +170,14 @@ class SessionEnded(RtunnelError):
     """The session has ended; the message is the first cause."""
 
 
-class PoolClosed(RtunnelError):
-    """The program stops; no work is taken any more."""
+class NoThread(RtunnelError):
+    """No thread can be had: the system has no more, or the program stops."""
 
 
-# ---- addresses --------------------------------------------------------------------------------------------------
+# ---- wire: addresses and frames; no socket, thread, clock or log (PROTOCOL.md, sections 2, 3) ----
 
-
-LABEL = r"[!-\-/-9;-Z^-~]{1,63}"  # of a host name or an IPv4 address: printable ASCII but '.', ':' and brackets
+# Of a host name or an IPv4 address: printable ASCII but '.', ':' and brackets.
+LABEL = r"[!-\-/-9;-Z^-~]{1,63}"
 
 
 class Address(NamedTuple):
@@ -227,7 +193,7 @@ class Address(NamedTuple):
 
     @property
     def site(self) -> str:
-        """Whose connections are counted together: an IPv4 address, or an IPv6 network of 64 bits, one house's."""
+        """Whose connections count together: an IPv4 address, or an IPv6 network of 64 bits."""
         address = ipaddress.ip_address(self.shown_host)
         return str(address if address.version == 4 else ipaddress.ip_network((address, 64), strict=False))
 
@@ -264,59 +230,6 @@ def parse_port(text: str, *, lowest: int = 0) -> int:
     return int(text)
 
 
-class PortRules:
-    """Which identity may open which ports: those of `*`, unless it has rules of its own. 0: one that we choose."""
-
-    DEFAULT = "*=0,1024-65535"
-
-    def __init__(self, items: Sequence[tuple[str, list[range]]]) -> None:
-        """`items` as `parse` gives them; none: DEFAULT. Raises ConfigError where the first has no name."""
-        self._ports: dict[str, list[range]] = {}
-        name = ""
-        for named, ports in items or [self.parse(self.DEFAULT)]:
-            name = named or name
-            if not name:
-                raise ConfigError("--allow begins without a name: write NAME=PORTS")
-            self._ports.setdefault(name, []).extend(ports)
-
-    @staticmethod
-    def parse(text: str) -> tuple[str, list[range]]:
-        """`NAME=PORT,PORT-PORT`. In a file's list a comma ends the item: what has no name belongs to the one before.
-
-        Raises ConfigError.
-        """
-        name, equals, spans = text.rpartition("=")
-        if bool(name) != bool(equals):
-            raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
-        ports = []
-        for span in spans.split(","):
-            first, dash, last = span.strip().partition("-")
-            lowest = parse_port(first)
-            ports.append(range(lowest, parse_port(last if dash else first, lowest=lowest) + 1))
-        return name.strip(), ports
-
-    def allow(self, identity: str, port: int) -> bool:
-        return any(port in ports for ports in self._ports.get(identity, self._ports.get("*", ())))
-
-
-class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
-    """From where visitors are served; empty: from everywhere."""
-
-    @classmethod
-    def parse(cls, text: str) -> Networks:
-        """`CIDR,CIDR`. Raises ConfigError."""
-        try:
-            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",")) if text else cls()
-        except ValueError as error:
-            raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
-
-    def admit(self, visitor: Address) -> bool:
-        address = ipaddress.ip_address(visitor.shown_host)
-        return not self or any(address in network for network in self)
-
-
-# ---- frames: no socket, no thread, no clock, no log (PROTOCOL.md, "Frames") ---------------------------------------
-
 HEADER = struct.Struct(">BII")  # type, stream, payload length
 HEADER_BYTES = HEADER.size
 U32 = struct.Struct(">I")
@@ -344,7 +257,7 @@ class Rule(NamedTuple):
     level: int  # the lowest one that has it
     sender: str  # "server", "client" or "both"
     on_stream: bool  # its id is a stream's; else 0
-    lengths: range  # of the payload in bytes; the original sends none that is checked, so from level 1 on
+    lengths: range  # of the payload in bytes; checked at level 1, the original ignores some
 
 
 RULES = {
@@ -372,8 +285,10 @@ class Frame(NamedTuple):
 
 
 class DataPart(NamedTuple):
-    """A part of a DATA frame's payload, as it arrived. `part` is valid only until the next event is asked for;
-    `remaining` bytes of the same frame follow."""
+    """A part of a DATA frame's payload, as it arrived; `remaining` bytes of the frame follow.
+
+    `part` is valid only until the next event is asked for.
+    """
 
     stream: int
     part: memoryview
@@ -397,10 +312,11 @@ def check(frame: Frame, *, level: int, role: str) -> None:
 
 
 class Decoder:
-    """Turns whatever bytes have arrived into events; cut-through: no DATA payload is ever assembled.
+    """Turns whatever bytes have arrived into events. No DATA payload is ever assembled.
 
-    Threads: the session reader alone. Memory: at most a header and MAX_CONTROL_PAYLOAD_BYTES that have arrived;
-    an announced length allocates nothing. After a ProtocolError it repeats that error.
+    Threads: the session reader alone.
+    Memory: at most a header and MAX_CONTROL_PAYLOAD_BYTES that have arrived; an announced length
+    allocates nothing. After a ProtocolError it repeats that error.
     """
 
     def __init__(self) -> None:
@@ -410,10 +326,10 @@ class Decoder:
         self._type = 0
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
-        self._error = ""  # its words only: an exception would keep its traceback, and that all of the session
+        self._error = ""  # its words: an exception would keep its traceback, and so the session
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
-        """The events in `data`, in order. Raises ProtocolError where a payload is over its limit."""
+        """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
         if self._error:
             raise ProtocolError(self._error)
         view = memoryview(data)
@@ -473,7 +389,7 @@ class Init(NamedTuple):
 
     @classmethod
     def parse(cls, payload: bytes) -> Init:
-        """Raises Refused where a client of level 1 can be told what is wrong, else ProtocolError."""
+        """Raises Refused where a client of level 1 can be told what is wrong, or ProtocolError."""
         text = payload.decode("utf-8", "surrogateescape")
         first, _, lines = text.partition("\n")
         pairs = key_values(lines)
@@ -510,7 +426,7 @@ class Welcome(NamedTuple):
 
     @classmethod
     def parse(cls, payload: bytes) -> Welcome:
-        """Raises Refused where the server says so, ProtocolError where it says nothing that is known."""
+        """Raises Refused where the server refuses, ProtocolError where it says nothing known."""
         try:
             pairs = key_values(payload.decode("utf-8"))
         except UnicodeDecodeError:
@@ -525,19 +441,19 @@ class Welcome(NamedTuple):
 
 
 def proxy_line(visitor: Address | None, public: Address) -> bytes:
-    """A PROXY protocol version 1 header (haproxy's proxy-protocol.txt, section 2.1). `visitor` None: unknown."""
+    """A PROXY protocol header (haproxy's proxy-protocol.txt, 2.1). `visitor` None: unknown."""
     if visitor is None:
         return b"PROXY UNKNOWN\r\n"
     hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
     if {host.version for host in hosts} == {4}:
         return f"PROXY TCP4 {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
-    # One header has one family: an IPv4 address beside an IPv6 one is written mapped, and in groups of hexadecimal
-    # digits, the only form that the specification has.
+    # One header has one family. An IPv4 address beside an IPv6 one is written mapped, in groups of
+    # hexadecimal digits: the specification has no other form.
     texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version == 4 else str(host) for host in hosts]
     return f"PROXY TCP6 {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
 
 
-# ---- flow control: arithmetic alone (PROTOCOL.md, "Flow control") -------------------------------------------------
+# ---- windows: arithmetic alone (PROTOCOL.md, section 7) ---------------------------------------
 
 
 class SendWindow:
@@ -558,7 +474,7 @@ class SendWindow:
 
 
 def window_limit(rtt_s: float | None) -> int:
-    """To what a window may grow: to what a fast link holds in a round trip, None: not measured yet."""
+    """To what a window may grow: what a fast link holds in a round trip; None: not measured yet."""
     far = MAX_WINDOW_BYTES if rtt_s is None else int(LINK_BYTES_PER_S * rtt_s)
     return min(max(NEAR_WINDOW_BYTES, far), MAX_WINDOW_BYTES)
 
@@ -566,10 +482,11 @@ def window_limit(rtt_s: float | None) -> int:
 class ReceiveWindow:
     """The bytes of DATA that the peer may still send on one stream. Locking: its stream's.
 
-    Invariant: bytes queued + credit + owed == size + debt, until the end.
+    Invariant: bytes queued + credit + owed == size + debt, until the stream's end.
     """
 
     def __init__(self, size: int) -> None:
+        self._first_size = size
         self.size = size
         self.credit = size  # what the peer holds
         self.owed = 0  # bytes that have left for the socket and are not yet granted again
@@ -577,8 +494,8 @@ class ReceiveWindow:
 
     @property
     def grown(self) -> int:
-        """What this window may cost above WINDOW_BYTES: its share of the session's budget."""
-        return max(0, self.size + self.debt - WINDOW_BYTES)
+        """What this window may cost above its first size: its share of the session's budget."""
+        return self.size + self.debt - self._first_size
 
     def receive(self, count: int) -> None:
         """Raises ProtocolError where the peer has not had that much credit."""
@@ -587,14 +504,17 @@ class ReceiveWindow:
         self.credit -= count
 
     def drain(self, count: int) -> tuple[int, int]:
-        """Bytes have left for the socket: what to grant now (from half a window on), and what of a debt is paid."""
+        """Bytes have left for the socket. Returns what to grant now, and what of a debt is paid.
+
+        From half a window on: a WINDOW for each small DATA would double the frames.
+        """
         paid = min(count, self.debt)
         self.debt -= paid
         self.owed += count - paid
         return (self._grant() if 2 * self.owed >= self.size else 0), paid
 
     def growth(self, limit: int = MAX_WINDOW_BYTES) -> int:
-        """How much the window would like to grow: to the double, at most to the limit; not in debt."""
+        """How much the window would like to grow: to the double, at most to the limit."""
         return 0 if self.debt else min(self.size, max(0, limit - self.size))
 
     def grow(self, count: int) -> int:
@@ -604,9 +524,9 @@ class ReceiveWindow:
         return self._grant()
 
     def shrink(self) -> None:
-        """Take the growth back: it becomes a debt."""
-        self.debt += self.size - WINDOW_BYTES
-        self.size = WINDOW_BYTES
+        """Take the growth back. The peer holds it as credit, so it becomes a debt."""
+        self.debt += self.size - self._first_size
+        self.size = self._first_size
 
     def _grant(self) -> int:
         count, self.owed = self.owed, 0
@@ -614,7 +534,38 @@ class ReceiveWindow:
         return count
 
 
-# ---- time, log --------------------------------------------------------------------------------------------------
+class Budget:
+    """What all windows of a session may grow by.
+
+    Credit that a peer holds cannot be taken back, so an idle stream keeps its growth. Nobody may
+    therefore take all: with 64 MiB five streams get 16, 12, 9, 7 and 5 MiB, and a sixth 4.
+    Threads: any. Locking: `_lock`, under which no other is taken.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._left = limit
+
+    def take(self, wanted: int, grown: int) -> int:
+        """For a window that has grown by `grown`: its share, at most what it wants."""
+        with self._lock:
+            share = (self._left + grown) // BUDGET_SHARE - grown
+            taken = max(0, min(wanted, share))
+            self._left -= taken
+            return taken
+
+    def give(self, count: int) -> None:
+        with self._lock:
+            self._left += count
+
+    @property
+    def left(self) -> int:
+        with self._lock:
+            return self._left
+
+
+# ---- plumbing: time, log, threads, sockets ----------------------------------------------------
 
 
 class Deadline:
@@ -628,14 +579,55 @@ class Deadline:
         return max(0.0, self._at - time.monotonic())
 
 
+class Clock:
+    """What happens later, of the whole process, in one thread.
+
+    Actions hold no lock when they are called, and never wait: one that did would stop all others.
+    Threads: any. The thread is a daemon, and lives as long as the process.
+    """
+
+    def __init__(self) -> None:
+        self._scheduler = sched.scheduler(time.monotonic)  # which has a lock of its own
+        self._changed = threading.Event()  # an event has been entered
+        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+
+    def start(self) -> None:
+        """Before the first `after`. Does nothing where it runs already."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def after(self, seconds: float, action: Callable[[], object]) -> sched.Event:
+        """Call it then. Returns what `cancel` takes."""
+        event = self._scheduler.enter(seconds, 0, action)
+        self._changed.set()
+        return event
+
+    def cancel(self, event: sched.Event) -> None:
+        """Forget it; where it has been called, or is being called, that stands."""
+        with contextlib.suppress(ValueError):
+            self._scheduler.cancel(event)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                wait = self._scheduler.run(blocking=False)
+            except Exception:  # the clock's safety net: the other actions go on
+                log_internal_error()
+                continue
+            self._changed.wait(wait)
+            self._changed.clear()  # before the next look: what is entered from now on is seen there
+
+
+CLOCK = Clock()
+
 LOG = logging.getLogger("rtunnel")
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, '=' and backslash
 
 
 def log_event(level: int, event: str, /, **pairs: object) -> None:
-    """One line: the event and its `key=value` pairs. Whatever a peer sent is escaped, so it cannot forge a line."""
+    """One line: the event and its `key=value` pairs, escaped, so that no peer can forge a line."""
     if LOG.isEnabledFor(level):
-        LOG.log(level, "%s", " ".join([event, *(f"{key}={quoted(value)}" for key, value in pairs.items())]))
+        LOG.log(level, "%s", " ".join([event, *(f"{k}={quoted(v)}" for k, v in pairs.items())]))
 
 
 def quoted(value: object) -> str:
@@ -644,144 +636,201 @@ def quoted(value: object) -> str:
 
 
 class LimitLog:
-    """A line of its event at most once a second; it counts those that it stands for. For what strangers can cause."""
+    """Lines that strangers and visitors can cause: of each event at most LOG_BURST a second.
+
+    Those beyond are counted, and the count is told when the second is over.
+    Threads: any. Locking: `_lock` guards everything below the marker.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._last: dict[str, tuple[float, int]] = {}  # event: when it was logged, and how many have come since
+        self._counts: dict[str, int] = {}  # by event, in the second that began with its first line
 
     def __call__(self, event: str, /, **pairs: object) -> None:
-        now = time.monotonic()
         with self._lock:
-            at, held_back = self._last.get(event, (-LOG_EVERY_S, 0))
-            if now < at + LOG_EVERY_S:
-                self._last[event] = at, held_back + 1
-                return
-            self._last[event] = now, 0
-        log_event(WARNING, event, **pairs, **({"more_like_it": held_back} if held_back else {}))
+            count = self._counts[event] = self._counts.get(event, 0) + 1
+        if count == 1:
+            CLOCK.after(LOG_EVERY_S, lambda: self._tell(event))
+        if count <= LOG_BURST:
+            log_event(WARNING, event, **pairs)
+
+    def _tell(self, event: str) -> None:
+        with self._lock:
+            held_back = self._counts.pop(event) - LOG_BURST
+        if held_back > 0:
+            log_event(WARNING, event, more_like_it=held_back)
 
 
 log_limit = LimitLog()
 
 
 def log_internal_error() -> None:
-    """The exception that is being handled, in one line too: its text may hold what a peer sent."""
-    log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
+    """The exception that is being handled, as one line: its text may hold what a peer sent."""
+    name = threading.current_thread().name
+    log_event(ERROR, "internal-error", thread=name, traceback=traceback.format_exc())
 
 
-def start_log(level: str) -> None:
-    """Log to stderr: UTC time, level, event, pairs."""
+class LogQueue(logging.handlers.QueueHandler):
+    """Where all threads leave their lines. One more thread writes them, and it alone may wait.
+
+    Where stderr takes nothing (a pipe that nobody reads, a stopped terminal) the queue fills up;
+    then lines are lost and counted. Threads: any. Locking: that of logging.Handler.
+    """
+
+    lost = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+
+
+class LogWriter(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes the lines to stderr; what cannot be written (a full disk) is lost and counted.
+
+    Threads: the log's own. Locking: that of logging.Handler.
+    """
+
+    def __init__(self, source: LogQueue) -> None:
+        super().__init__()
+        self._source = source
+        self._lost = 0
+        self._told = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before = self._lost
+        super().emit(record)
+        written, lost = self._lost == before, self._lost + self._source.lost
+        if written and lost > self._told:
+            text = f"log-lines-lost count={lost - self._told}"
+            self._told = lost
+            self.emit(LOG.makeRecord(LOG.name, WARNING, "", 0, text, (), None))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        self._lost += 1
+
+
+def start_log(level: str) -> Callable[[], None]:
+    """Log to stderr: UTC time, level, event, pairs. Returns what writes the rest, at the end."""
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    logging.raiseExceptions = False  # a full disk must not stop the tunnel
-    LOG.handlers[:] = [handler]
+    source = LogQueue(queue.Queue(LOG_LINES))
+    writer = LogWriter(source)
+    writer.setFormatter(formatter)
+    listener = logging.handlers.QueueListener(source.queue, writer)
+    LOG.handlers[:] = [source]
     LOG.propagate = False
     LOG.setLevel(level.upper())
+    listener.start()
+
+    def flush() -> None:
+        def stop() -> None:
+            with contextlib.suppress(queue.Full):
+                listener.stop()
+
+        thread = threading.Thread(target=stop, name="log flush", daemon=True)
+        thread.start()
+        thread.join(LOG_FLUSH_S)  # its own join has no limit
+
+    return flush
 
 
-# ---- threads ----------------------------------------------------------------------------------------------------
+Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
 
 
 def nothing() -> None:
     pass
 
 
-Task = Callable[[], object]  # without arguments: `task(*args)` would cost each thread 400 bytes of stack (NOTES.md)
-
-
 class Worker(threading.Thread):
-    """A thread of the pool, or one that is to be: what it does next, and the lock that it sleeps on."""
+    """A thread of the pool: what it does next, and the lock that it sleeps on."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, task: Task) -> None:
         super().__init__(daemon=True)
-        self._pool = pool
-        self.task: Task = nothing
+        self.task = task
         self.wake = threading.Lock()
         self.wake.acquire()
+        self._pool = pool
 
     def run(self) -> None:
-        self._pool.work(self)
+        while True:
+            try:
+                self.task()
+            except Exception:  # the safety net of every thread: the others go on
+                log_internal_error()
+            self.task = nothing  # an idle thread keeps nothing alive
+            if not self._pool.idle(self):
+                return
 
 
 class Pool:
-    """Daemon threads that are reused: starting one waits for it to run, which halves the connection rate.
+    """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
 
-    Threads: `run` from any, `close` from main.
+    Threads: `run` and `close` from any, `idle` from its workers.
     Locking: `_lock` guards everything below the marker.
-    Invariant: a worker is in `_idle` until somebody takes it out; who does so gives it a task and wakes it.
+    Invariant: a worker is in `_idle` until somebody takes it out, who wakes it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._left = threading.Condition(self._lock)  # the last thread has left
         # guarded by _lock
         self._idle: list[Worker] = []  # the last to idle is the first to work: its memory is warm
-        self._workers: set[Worker] = set()
-        self._closing = False
+        self._closed = False
 
     def run(self, name: str, task: Task) -> None:
-        """Run the task in a thread of that name. Raises PoolClosed; RuntimeError where no thread can be started."""
+        """Run the task in a thread of that name. Raises NoThread."""
         with self._lock:
-            if self._closing:
-                raise PoolClosed("stopping")
-            worker = self._idle.pop() if self._idle else Worker(self)
-            self._workers.add(worker)
-        worker.name, worker.task = name, task
-        worker.wake.release()
-        if worker.ident is None:
-            try:
-                worker.start()
-            except RuntimeError:
-                self._leave(worker)
-                raise
+            if self._closed:
+                raise NoThread("stopping")
+            worker = self._idle.pop() if self._idle else None
+        if worker is not None:
+            worker.name, worker.task = name, task
+            worker.wake.release()
+            return
+        worker = Worker(self, task)
+        worker.name = name
+        try:
+            worker.start()
+        except RuntimeError as error:
+            raise NoThread(str(error)) from error
 
-    def work(self, worker: Worker) -> None:
-        """The worker's life."""
-        while worker.wake.acquire(timeout=POOL_IDLE_S) or not self._may_leave(worker):
-            try:
-                worker.task()
-            except Exception:  # the safety net of every thread: the others go on
-                log_internal_error()
-            worker.task = nothing  # an idle thread keeps nothing alive
+    def idle(self, worker: Worker) -> bool:
+        """For a worker that has nothing to do: wait for a task. False: leave."""
+        with self._lock:
+            self._idle.append(worker)
+            if self._closed:
+                self._wake_next_locked()
+        if not worker.wake.acquire(timeout=POOL_IDLE_S):
             with self._lock:
-                if self._closing:
-                    break
-                self._idle.append(worker)
-        self._leave(worker)
-
-    def _may_leave(self, worker: Worker) -> bool:
-        """False where a task is on its way."""
+                if worker in self._idle:
+                    self._idle.remove(worker)
+                    return False
+            worker.wake.acquire()  # a task is on its way
         with self._lock:
-            idle = worker in self._idle
-            if idle:
-                self._idle.remove(worker)
-        if not idle:
-            worker.wake.acquire()
-        return idle
+            if self._closed:
+                self._wake_next_locked()
+            return worker.task is not nothing
 
-    def _leave(self, worker: Worker) -> None:
+    def close(self) -> None:
+        """No more tasks; the idle leave."""
         with self._lock:
-            self._workers.discard(worker)
-            if self._closing and self._idle:
-                self._idle.pop().wake.release()  # to do nothing, and leave
-            if not self._workers:
-                self._left.notify_all()
+            self._closed = True
+            self._wake_next_locked()
 
-    def close(self, deadline: Deadline) -> None:
-        """Let the idle go, each the next, and wait for the others, until the deadline."""
-        with self._lock:
-            self._closing = True  # under the lock: a worker that is about to idle must see it
-            if self._idle:
-                self._idle.pop().wake.release()
-            while self._workers and self._left.wait(deadline.remaining()):
-                pass
+    def _wake_next_locked(self) -> None:
+        """One after the other: thousands at once would each ask for the interpreter's lock."""
+        assert self._lock.locked()
+        if self._idle:
+            self._idle.pop().wake.release()
 
 
 class LateCondition:
-    """A condition that is made when somebody first waits: an idle stream's would be 1 kB. Called with its lock held."""
+    """A condition that is made when somebody first waits: an idle stream's would be 1 kB.
+
+    Called with its lock held.
+    """
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -797,41 +846,15 @@ class LateCondition:
             self._condition.notify_all()
 
 
-class Budget:
-    """A number that many draw on. Locking: its own lock, under which no other is taken."""
-
-    def __init__(self, limit: int) -> None:
-        self._lock = threading.Lock()
-        self._left = limit
-
-    def take(self, count: int) -> int:
-        """As much of it as there is."""
-        with self._lock:
-            taken = min(count, self._left)
-            self._left -= taken
-            return taken
-
-    def give(self, count: int) -> None:
-        with self._lock:
-            self._left += count
-
-    @property
-    def left(self) -> int:
-        with self._lock:
-            return self._left
-
-
-# ---- sockets ----------------------------------------------------------------------------------------------------
-
-# A send that never waits on a socket that does: Linux alone has it (macOS ignores the flag there, Windows has none).
-# Elsewhere stream sockets are non-blocking, and their pumps wait in steps of DRAIN_STEP_S.
+# A send that does not wait, on a socket that does: Linux alone has it. macOS ignores the flag, and
+# Windows has none. There stream sockets are non-blocking, and pumps wait in steps of DRAIN_STEP_S.
 DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
 
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 def tune(sock: socket.socket, *, control: bool = False) -> None:
-    """Small messages at once, dead peers found; on a control connection also a short queue in the kernel."""
+    """Small messages at once, dead peers found; for a control connection a short kernel queue."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wanted = {
@@ -846,36 +869,25 @@ def tune(sock: socket.socket, *, control: bool = False) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def wait_ready(sock: socket.socket, *, writing: bool, seconds: float) -> bool:
-    """True when the socket can be read or written, or has an error to tell; waits at most so long."""
+def ready(socks: Sequence[socket.socket], *, writing: bool, seconds: float) -> list[socket.socket]:
+    """Those that can be read or written, or have an error to tell; waits at most so long."""
     if hasattr(select, "poll"):  # select() ends at descriptor 1,023
         poll = select.poll()
-        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    readers, writers = ([], [sock]) if writing else ([sock], [])
-    return any(select.select(readers, writers, [sock], seconds))
-
-
-def dial(address: Address, seconds: float) -> socket.socket:
-    """Connect to the first of the host's addresses that answers, in `seconds` for all. Raises OSError."""
-    deadline = Deadline(seconds)
-    error: OSError | None = None
-    for family, kind, protocol, _, target in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(max(0.001, deadline.remaining()))  # 0 would mean non-blocking
-            sock.connect(target)
-            sock.settimeout(None)
-            tune(sock)
-            return sock
-        except OSError as failed:
-            sock.close()
-            error = error or failed
-    raise error or OSError(f"{address.host} has no address")
+        for sock in socks:
+            poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+        found = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+        return [sock for sock in socks if sock.fileno() in found]
+    readers, writers = ([], socks) if writing else (socks, [])
+    # Windows tells a failed connect in the third list alone.
+    several = select.select(readers, writers, socks, seconds)
+    return [sock for sock in socks if any(sock in some for some in several)]
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether the peer has reset it; without reading the error, which would clear it. False where poll is missing."""
+    """Whether the peer has reset it, also behind unread bytes. False where poll is missing.
+
+    SO_ERROR is not read: that would clear the error, and the next receive look like a clean end.
+    """
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()
@@ -883,9 +895,65 @@ def has_error(sock: socket.socket) -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
+def dial(address: Address, seconds: float) -> socket.socket:
+    """Connect to the first of the host's addresses that answers, in `seconds` for all.
+
+    The next address is tried when one has failed, or has not answered for 250 ms, so that one that
+    swallows packets costs no more than that (RFC 8305, section 5). Raises OSError, which names the
+    addresses and what each said.
+    """
+    deadline = Deadline(seconds)
+    untried = alternate_families(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+    pending: dict[socket.socket, str] = {}
+    said: dict[str, OSError] = {}
+    try:
+        while untried or pending:
+            if untried:
+                family, kind, protocol, _, target = untried.pop(0)
+                sock = socket.socket(family, kind, protocol)
+                pending[sock] = target[0]
+                sock.setblocking(False)
+                sock.connect_ex(target)  # an error shows below, as that of a later moment does
+            left = deadline.remaining()
+            wait = min(NEXT_ADDRESS_S, left) if untried else left
+            for sock in ready(list(pending), writing=True, seconds=wait):
+                host, code = pending[sock], sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                del pending[sock]
+                if not code:
+                    sock.setblocking(True)
+                    tune(sock)
+                    return sock
+                sock.close()
+                said[host] = OSError(code, os.strerror(code))
+            if not left:
+                said |= dict.fromkeys(pending.values(), TimeoutError("timed out"))
+                break
+    finally:
+        for sock in pending:
+            sock.close()
+    raise nobody_answered(address, said)
+
+
+def alternate_families(rows: Sequence[Any]) -> list[Any]:
+    """In the resolver's order, but IPv6 and IPv4 by turns (RFC 8305, section 4)."""
+    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+    return [row for some in itertools.zip_longest(*families) for row in some if row is not None]
+
+
+def nobody_answered(address: Address, said: Map[str, OSError]) -> OSError:
+    """One error for all: refused where all have refused; names the addresses that were tried."""
+    if list(said) == [address.host]:
+        return said[address.host]
+    reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
+    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
+    code = errno.ECONNREFUSED if refused else errno.EHOSTUNREACH
+    return OSError(code, reasons or f"{address.host} has no address")
+
+
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
-    """Make `close` send RST, that of the kernel too when the process is killed; or, at a clean end, FIN again."""
-    linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)  # struct linger has u_short on Windows
+    """Make `close` send RST, the kernel's too when the process is killed; at a clean end FIN."""
+    # struct linger has u_short on Windows.
+    linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)
     with contextlib.suppress(OSError):  # macOS: the peer's reset was faster
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
@@ -898,16 +966,18 @@ def reason_of(error: BaseException) -> str:
 
 
 class Listener(socketserver.ThreadingTCPServer):
-    """A listening port, the control port and the public ones alike; each connection runs in a thread of the pool.
+    """A listening port, the control port and the public ones alike.
 
-    Threads: its acceptor, in `serve_forever`; the public methods from any other.
-    The life of a connection: `get_request` accepts; `admit(sock, peer)` says whether it is served, still in the
-    acceptor; `process_request` gives it to the pool, where `handle(sock, peer)` serves it; then, and whatever has
-    failed, `shutdown_request` calls `left(sock)` and closes the socket. `handle_error` logs what escaped. `tick` is
-    called at least every 0.5 s.
+    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
+    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
+    calls `handle`, then `shutdown_request`, which calls `left` and closes. Each override below
+    names the trap of socketserver that it is there for.
+
+    Threads: `admit` in the acceptor, `handle` in the pool; `start`, `resume`, `pause` and `stop`
+    from any. Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
 
-    allow_reuse_address = os.name == "posix"  # on Windows that option would let another program share the port
+    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(
@@ -915,38 +985,33 @@ class Listener(socketserver.ThreadingTCPServer):
         address: Address,
         pool: Pool,
         handle: Callable[[socket.socket, Address], None],
-        tick: Callable[[], None] = lambda: None,
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
-        """Bind and listen; what comes waits until `resume`. Raises OSError."""
+        """Bind and listen; what comes waits until `resume`. Raises OSError.
+
+        A name as the address is resolved here, which waits.
+        """
+        self._pool = pool
         self._admit = admit
         self._left = left
-        self._pool = pool
-        self._handle = handle
-        self._tick = tick
-        self._asked = threading.Event()
+        self._asked_to_stop = threading.Event()
         self._open = threading.Event()
-        self._closing = threading.Lock()  # held in `shutdown` and `close` of the socket, as in PlainTransport
-        if not address.host and socket.has_dualstack_ipv6():
-            address = Address("::", address.port)
-        family, _, _, _, target = socket.getaddrinfo(address.host or "0.0.0.0", address.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        self.address_family = family
-        super().__init__(target, socketserver.BaseRequestHandler)  # type: ignore[arg-type]  # the hook is overridden
+        self._closing = threading.Lock()
+        if not address.host:
+            address = Address("::" if socket.has_dualstack_ipv6() else "0.0.0.0", address.port)
+        row = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        self.address_family = row[0]
+
+        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
+            handle(sock, Address(*peer[:2]))
+
+        super().__init__(row[4], serve)  # type: ignore[arg-type]  # called with the same arguments
         self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(self.server_address[0] != "::"))
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):  # Windows
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
-
     def start(self) -> None:
-        """Start the acceptor; what comes still waits. Raises OSError where no thread can be had."""
+        """Start the acceptor; what comes still waits. Raises OSError where there is no thread."""
         try:
             self._acceptor.start()
         except RuntimeError as error:
@@ -961,78 +1026,88 @@ class Listener(socketserver.ThreadingTCPServer):
         """Let connections wait in the listen queue."""
         self._open.clear()
 
+    def stop(self) -> None:
+        """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
+        self._asked_to_stop.set()
+        self._open.set()
+        with self._closing, contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
+
     def _accept(self) -> None:
         with contextlib.suppress(_AskedToStop):
-            self.serve_forever(poll_interval=DRAIN_STEP_S)
+            self.serve_forever(poll_interval=STEP_S)
         with self._closing:
             self.socket.close()
 
+    def server_bind(self) -> None:
+        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
+        if self.address_family == socket.AF_INET6:
+            alone = int(self.server_address[0] != "::")
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        super().server_bind()
+
     def service_actions(self) -> None:
-        if self._asked.is_set():  # `shutdown()` would wait here, one port after the other
+        """`shutdown()` would wait for each port's selector in turn."""
+        if self._asked_to_stop.is_set():
             raise _AskedToStop
-        self._tick()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        if not self._open.wait(DRAIN_STEP_S) or self._asked.is_set():  # the selector alone would spin
+        """While it is paused, or without descriptors, the level-triggered selector would spin."""
+        if not self._open.wait(STEP_S) or self._asked_to_stop.is_set():
             raise BlockingIOError
         try:
             return super().get_request()
         except OSError as error:
             if error.errno in OUT_OF_RESOURCES:
                 log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                self._asked.wait(ACCEPT_PAUSE_S)
+                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         return self._admit(request, Address(*client_address[:2]))
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        address = Address(*client_address[:2])
-        try:
-            self._pool.run(f"connection {address}", lambda: self.process_request_thread(request, address))
-        except (PoolClosed, RuntimeError) as error:
-            log_limit("connection-dropped", peer=address, reason=reason_of(error))
-            self.shutdown_request(request)
-            self._asked.wait(ACCEPT_PAUSE_S)
+        """A thread of the pool, in place of a new one each time and of as many as come."""
+        peer = Address(*client_address[:2])
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        self._handle(request, client_address)
+        def task() -> None:
+            self.process_request_thread(request, client_address)
+
+        try:
+            self._pool.run(f"connection {peer}", task)
+        except NoThread as error:
+            log_limit("connection-dropped", peer=peer, reason=reason_of(error))
+            self.shutdown_request(request)
+            self._asked_to_stop.wait(ACCEPT_PAUSE_S)
 
     def shutdown_request(self, request: Any) -> None:
+        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
         self._left(request)
-        request.close()  # only: socketserver would send FIN first and turn each reset into a clean end
+        request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log_internal_error()  # the handler's safety net
-
-    def ask_to_stop(self) -> None:
-        """No more connections; returns at once. The acceptor closes the socket, on Linux the port is free already."""
-        self._asked.set()
-        self._open.set()
-        with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector; elsewhere its poll interval does
-
-    def join(self) -> None:
-        """After `ask_to_stop`: wait until the socket is closed, at most the selector's poll interval."""
-        if self._acceptor.ident is not None and self._acceptor is not threading.current_thread():
-            self._acceptor.join()
+        """The handler's safety net; socketserver prints to stderr."""
+        log_internal_error()
 
 
 class _AskedToStop(Exception):
     """Leaves `serve_forever`."""
 
 
-# ---- transport and writer ---------------------------------------------------------------------------------------
+# ---- transport and writer ---------------------------------------------------------------------
 
 
 class PlainTransport:
     """What a session reads and writes: a TCP connection.
 
-    Threads: `receive_into` and `close` from the session reader; `send`, `flush` and `finish` from the holder of the
-    writer's turn; `shutdown` from any, also when it is closed. The socket carries no Python timeout: it would bound a
-    whole `send`, be shared by reader and writer, and turn each receive into poll and receive.
-    Locking: `_lock` is held in `shutdown` and `close`, or the one could meet a descriptor that the other has just
-    closed, and that a new connection has got.
+    Threads: `receive_into` and `close` from the session reader; `send` and `finish` from whom
+    the writer lets write; `shutdown` from any, also when it is closed.
+    The socket carries no Python timeout once the handshake is over. That would bound a whole
+    `send`, be shared by reader and writer, and turn each receive into poll and receive.
+    Locking: `_lock` is held in `shutdown` and `close`. Else the one could meet a descriptor that
+    the other has just closed, and that a new connection has got.
     """
 
     identity = ANONYMOUS
@@ -1042,7 +1117,7 @@ class PlainTransport:
         """Raises OSError where the peer is gone already."""
         self._sock = sock
         self._lock = threading.Lock()
-        self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
+        self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
 
@@ -1058,11 +1133,8 @@ class PlainTransport:
             raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
 
     def set_timeout(self, seconds: float | None) -> None:
-        """Of each wait, in the handshake only, when one thread has the transport: TimeoutError."""
+        """Of each wait: TimeoutError. In the handshake only, when one thread has the transport."""
         self._sock.settimeout(seconds)
-
-    def flush(self) -> None:
-        """Send what the transport itself has to say: plain TCP nothing."""
 
     def finish(self) -> None:
         """No more will be sent; the peer sees a clean end. Raises OSError."""
@@ -1071,17 +1143,17 @@ class PlainTransport:
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
         whole, fraction = divmod(seconds, 1)
-        timeout = (
-            struct.pack("L", round(1000 * seconds))
-            if os.name == "nt"
-            else struct.pack("ll", int(whole), int(1e6 * fraction))
-        )
+        timeout = struct.pack("ll", int(whole), int(1e6 * fraction))
+        if os.name == "nt":
+            timeout = struct.pack("L", round(1000 * seconds))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def shutdown(self) -> None:
         """End it both ways; whoever waits in it wakes."""
         with self._lock, contextlib.suppress(OSError):  # the peer may have been faster
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    stop = shutdown
 
     def close(self) -> None:
         with self._lock:
@@ -1092,451 +1164,411 @@ Transport = PlainTransport | rtunnel_tls.TlsTransport
 TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
 
 
-def log_receipt(transport: Transport) -> None:
-    if transport.receipt is not None:
-        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
-        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
-            warn_of_expiry(transport.identity, transport.receipt.days_left)
-
-
-def warn_of_expiry(certificate: str, days_left: int) -> None:
-    log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
-
-
 class Writer:
-    """Many threads' frames onto one transport, in groups.
+    """Many threads' frames onto one transport, one send at a time, in groups.
 
-    Whoever holds the *turn* writes, in one send, the control queue, the queued small frames and its own frame; then
-    at most one further batch, so that it is not enslaved; then the next in line has the turn, so that nobody starves
-    (whoever lets go of a plain Lock usually gets it again).
+    A pump that finds nobody writing writes all that is queued and its own frame, once: so a lone
+    message needs no other thread. What has been queued meanwhile is the control sender's, which
+    writes until nothing is left. A pump that finds somebody writing leaves its frame in the queue,
+    and waits only where that is full: that is the back-pressure. One TLS record then carries many
+    small frames.
 
-    Threads: `send`, `push` from pumps; `serve`, `finish` from the control sender; `wait_unused` from the reader; the
-    others from any, they never wait.
-    Locking: `_lock` guards everything below the marker. The transport is called by the turn's holder, without it.
-    Invariant: where the turn is free nothing waits to be sent, but what the control sender has just been told of.
-    Memory: SMALL_QUEUE_BYTES of small frames. Control frames are bounded by structure: WINDOW is summed per stream;
-    one NEW_CONN, one BLOCKED and one last frame per stream, and no new stream beyond MAX_UNSENT_FRAMES; one PING;
-    MAX_PROVOKED of what only the peer provokes.
+    Threads: `send` and `push` from pumps; `serve`, `finish` from the control sender; `wait_unused`
+    from the reader; the others from any, they never wait.
+    Locking: `_lock` guards everything below the marker. The transport is called without it, by the
+    one thread that has set `_writing`.
+    Invariant: where something is queued, somebody is writing or the control sender has been woken.
+    Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
+    WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
+    else, which only the peer provokes.
     """
-
-    SENDER = "the control sender"
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # the control sender waits here, at the end the reader too
+        self._work = threading.Condition(self._lock)  # for the control sender
+        self._room = threading.Condition(self._lock)  # for pumps, the first first
+        self._unused = LateCondition(self._lock)  # nobody writes any more
         # guarded by _lock
+        self._writing = False
         self._control: list[bytes] = []
-        self._provoked = 0  # of those
+        self._control_bytes = 0
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
-        self._small: list[tuple[Stream, bytes]] = []
-        self._small_bytes = 0
-        self._waiting: collections.deque[tuple[threading.Lock, Stream]] = collections.deque()  # each with its ticket
-        self._holder: object = None  # who has the turn: a thread's id; between two, the next one's ticket, or SENDER
-        self._woken = False
-        self._clock_woken = False
+        self._queue: list[tuple[Stream, bytes]] = []
+        self._queue_bytes = 0
+        self._waiting = 0  # pumps
+        self._flush = False  # the transport has something to say
         self._cause: str | None = None
-        self._last = b""  # the frame to say before the end
+        self._last_frame = b""
 
     def send(self, stream: Stream, frame: bytes | memoryview) -> None:
         """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
 
-        What comes after the stream's `cut` is dropped. Raises SessionEnded.
+        What comes after the stream's last frame is dropped. Raises SessionEnded.
         """
         with self._lock:
+            # Who comes later waits behind those who wait, or they would never get room.
+            if self._writing and (self._waiting or not self._has_room_locked(len(frame))):
+                self._wait_for_room_locked(stream, len(frame))
             self._check_open_locked()
-            if stream.cut:
+            if stream.silenced:
                 return
-            if self._holder is not None and self._fits_locked(frame):
-                self._small.append((stream, bytes(frame)))
-                self._small_bytes += len(frame)
+            if self._writing:
+                self._queue.append((stream, bytes(frame)))
+                self._queue_bytes += len(frame)
                 return
-            if self._holder is None:
-                batch = self._take_turn_locked(frame)
-                ticket = None
-            else:
-                ticket = threading.Lock()
-                ticket.acquire()
-                self._waiting.append((ticket, stream))
-        if ticket is not None:
-            ticket.acquire()  # released with the turn, at the stream's cut, or at the end
-            with self._lock:
-                self._check_open_locked()
-                if self._holder is not ticket:
-                    return
-                batch = self._take_turn_locked(None if stream.cut else frame)
+            batch = self._take_all_locked(frame)
         self._write(batch)
 
-    def _fits_locked(self, frame: bytes | memoryview) -> bool:
-        fits = len(frame) <= SMALL_FRAME_BYTES and self._small_bytes + len(frame) <= SMALL_QUEUE_BYTES
-        return fits and len(self._small) < SMALL_QUEUE_FRAMES
+    def _has_room_locked(self, count: int) -> bool:
+        fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
+        return fits and len(self._queue) < QUEUE_FRAMES
 
-    def post(self, frame: bytes, *, wake: bool = True, provoked: bool = False) -> None:
+    def _wait_for_room_locked(self, stream: Stream, count: int) -> None:
+        self._waiting += 1
+        self._room.wait()
+        while self._writing and not stream.silenced and self._cause is None:
+            if self._has_room_locked(count):
+                break
+            self._room.wait()
+        self._waiting -= 1
+        self._room.notify()  # there may be room for the next one, too
+
+    def post(self, frame: bytes, *, provoked: bool = False, wake: bool = True) -> None:
         """Queue a control frame, ahead of all DATA. Without `wake` the caller must `push` it.
 
         Raises SessionEnded; ProtocolError where the peer provokes more than it reads.
         """
         with self._lock:
             self._check_open_locked()
-            self._provoked += provoked
-            if provoked and self._provoked > MAX_PROVOKED:  # who posts anything else is not to blame
-                raise ProtocolError(f"over {MAX_PROVOKED} answers are unsent")
+            if provoked and self._control_bytes > MAX_UNSENT_BYTES:
+                raise ProtocolError(f"over {MAX_UNSENT_BYTES} bytes of answers are unsent")
             self._control.append(frame)
+            self._control_bytes += len(frame)
             if wake:
-                self._tell_sender_locked()
+                self._wake_sender_locked()
 
     def grant(self, stream: Stream, count: int) -> None:
-        """Queue credit for the peer: a WINDOW, summed with what is still unsent of its stream."""
+        """Queue credit for the peer: a WINDOW, summed with what is unsent of its stream."""
         with self._lock:
-            if self._cause is None and not stream.cut:
+            if self._cause is None and not stream.silenced:
                 self._grants[stream.number] = self._grants.get(stream.number, 0) + count
-                self._tell_sender_locked()
+                self._wake_sender_locked()
 
-    def cut(self, stream: Stream, frame: bytes) -> None:
-        """Queue the stream's last frame, ahead of all DATA; its own that is still here is dropped."""
+    def post_last(self, stream: Stream, frame: bytes) -> None:
+        """Queue the stream's last frame, ahead of all DATA; what is still here of it is dropped."""
         with self._lock:
-            stream.cut = True
+            stream.silenced = True
             self._grants.pop(stream.number, None)
-            self._small = [entry for entry in self._small if entry[0] is not stream]
-            self._small_bytes = sum(len(entry[1]) for entry in self._small)
-            for entry in [entry for entry in self._waiting if entry[1] is stream]:
-                self._waiting.remove(entry)
-                entry[0].release()
+            self._queue = [entry for entry in self._queue if entry[0] is not stream]
+            self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
+            self._room.notify_all()  # its pump may be among those who wait
         self.post(frame)
 
     def is_behind(self) -> bool:
-        """Whether the peer reads too little for more streams: each leaves frames behind, also when it has ended."""
+        """Whether the peer reads too little for more streams: each leaves frames behind."""
         with self._lock:
-            return len(self._control) > MAX_UNSENT_FRAMES
+            return self._control_bytes > MAX_UNSENT_BYTES
 
     def unsent_bytes(self) -> int:
         with self._lock:
-            return self._small_bytes + sum(map(len, self._control))
+            return self._queue_bytes + self._control_bytes
 
     def push(self) -> None:
-        """Write what is queued, if the turn is free; else its holder does. Raises SessionEnded."""
+        """Write what is queued, unless somebody is writing, who sees to it. Raises SessionEnded."""
         with self._lock:
             self._check_open_locked()
-            if self._holder is not None or not self._control:
+            if self._writing or not self._control:
                 return
-            batch = self._take_turn_locked()
+            batch = self._take_all_locked()
         self._write(batch)
 
-    def wake(self) -> None:
-        """Have the transport flushed, by whoever has the turn, or by the control sender."""
+    def flush(self) -> None:
+        """Have the control sender send what the transport itself has to say."""
         with self._lock:
-            self._woken = True
-            self._tell_sender_locked()
+            self._flush = True
+            self._wake_sender_locked()
 
-    def wake_clock(self) -> None:
-        """Make the control sender look at the clock, whoever has the turn: `serve` returns."""
-        with self._lock:
-            self._clock_woken = True
-            self._changed.notify_all()
-
-    def _tell_sender_locked(self) -> None:
+    def _wake_sender_locked(self) -> None:
         assert self._lock.locked()
-        if self._holder is None:  # else its holder sees to it
-            self._changed.notify_all()
+        if not self._writing:  # else who writes wakes it at the end
+            self._work.notify()
 
-    def serve(self, seconds: float | None) -> None:
-        """For the control sender: write the control queue, wait at most so long for it. Raises SessionEnded."""
-        with self._lock:
-            if not self._has_work_locked() and not self._clock_woken:
-                self._changed.wait(seconds)
-            self._clock_woken = False
-            self._check_open_locked()
-            if not self._has_work_locked():
-                return
-            batch = self._take_turn_locked()
-        self._write(batch)
+    def serve(self) -> str:
+        """The control sender's work, until the end; returns the cause."""
+        while True:
+            with self._lock:
+                while self._cause is None and (self._writing or not self._has_work_locked()):
+                    self._work.wait()
+                if self._cause is not None:
+                    return self._cause
+                batch = self._take_all_locked()
+            with contextlib.suppress(SessionEnded):  # then there is a cause
+                self._write(batch)
 
     def _has_work_locked(self) -> bool:
-        return (self._holder is None and self._has_more()) or self._holder is self.SENDER or self._cause is not None
+        assert self._lock.locked()
+        return bool(self._control or self._queue or self._grants or self._flush)
 
-    def _has_more(self) -> bool:
-        """Also called without the lock: what that look misses, `_pass_turn` sees."""
-        return bool(self._control or self._small or self._grants or self._woken)
-
-    def close(self, cause: str, last: bytes = b"") -> None:
-        """No more frames but a last one; everybody who waits gets SessionEnded. The first cause stays."""
+    def close(self, cause: str, last_frame: bytes = b"") -> None:
+        """No more frames but a last one; who waits gets SessionEnded. The first cause stays."""
         with self._lock:
             if self._cause is None:
-                self._cause, self._last = cause, last
-            for ticket, _ in self._waiting:
-                ticket.release()
-            self._waiting.clear()
-            if not isinstance(self._holder, int):  # whoever was to have the turn next will not take it
-                self._holder = None
-            self._changed.notify_all()
+                self._cause, self._last_frame = cause, last_frame
+            self._work.notify()
+            self._room.notify_all()
 
     def finish(self) -> None:
-        """For the control sender, after `close`: say the last frame, if there is one, and that no more comes."""
+        """For the control sender, after `close`: the last frame, and that no more comes.
+
+        A WELCOME that is still queued goes first: without it the last frame is not understood.
+        """
         self.wait_unused()
-        with self._lock:  # a WELCOME that is still queued goes first: without it the last frame is not understood
-            last = b"".join([*self._control, self._last]) if self._last else b""
+        with self._lock:
+            rest = b"".join([*self._control, self._last_frame]) if self._last_frame else b""
             self._control.clear()
         with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if last:
-                self._transport.send(last)
+            if rest:
+                self._transport.send(rest)
             self._transport.finish()
 
     def wait_unused(self) -> None:
-        """Wait until nobody is in the transport's `send`; a send that waits ends with the transport's shutdown."""
+        """Wait until nobody is in the transport's `send`, which its shutdown ends."""
         with self._lock:
-            while self._holder is not None:
-                self._changed.wait()
+            while self._writing:
+                self._unused.wait()
 
     def _check_open_locked(self) -> None:
         assert self._lock.locked()
         if self._cause is not None:
             raise SessionEnded(self._cause)
 
-    def _take_turn_locked(self, own: bytes | memoryview | None = None) -> tuple[bytes | memoryview | None, bool]:
-        """This thread has the turn, and a batch to write: what is queued, then its own frame; and whether to flush."""
+    def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
+        """What is queued, then the caller's own frame; the caller must write it."""
         assert self._lock.locked()
-        self._holder = threading.get_ident()
-        if not self._has_more():
-            return own, False
-        flush, self._woken = self._woken, False
+        self._writing = True
+        if not self._has_work_locked():
+            return own  # without a copy
         frames: list[bytes | memoryview] = [*self._control]
-        frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
-        frames += [small for _, small in self._small]
-        frames += [own] if own is not None else []
+        grants = self._grants.items()
+        frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
+        frames += [frame for _, frame in self._queue]
+        frames.append(own)
         self._control.clear()
         self._grants.clear()
-        self._small.clear()
-        self._provoked = self._small_bytes = 0
-        return b"".join(frames) or None, flush
+        self._queue.clear()
+        self._control_bytes = self._queue_bytes = 0
+        self._flush = False  # each send takes along what the transport has to say
+        self._room.notify()
+        return b"".join(frames)
 
-    def _write(self, batch: tuple[bytes | memoryview | None, bool]) -> None:
-        """Write the batch, one more if others came meanwhile, and pass the turn on."""
-        assert self._holder == threading.get_ident(), "only the holder of the turn writes"
+    def _write(self, batch: bytes | memoryview) -> None:
+        """Raises SessionEnded."""
         try:
-            self._put(*batch)
-            if self._has_more():
-                with self._lock:
-                    batch = self._take_turn_locked()
-                self._put(*batch)
+            self._transport.send(batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
         finally:
-            self._pass_turn()
-
-    def _put(self, frames: bytes | memoryview | None, flush: bool) -> None:
-        if frames is not None:
-            self._transport.send(frames)
-        if flush:
-            self._transport.flush()
-
-    def _pass_turn(self) -> None:
-        with self._lock:
-            self._holder = None
-            if self._cause is not None:
-                self._changed.notify_all()
-            elif self._waiting:
-                self._holder, _ = self._waiting.popleft()
-                self._holder.release()
-            elif self._has_more():
-                self._holder = self.SENDER
-                self._changed.notify_all()
+            with self._lock:
+                self._writing = False
+                if self._cause is not None:
+                    self._unused.notify_all()
+                elif self._has_work_locked():
+                    self._work.notify()
 
 
-# ---- stream -----------------------------------------------------------------------------------------------------
+# ---- stream (PROTOCOL.md, sections 4, 6 and 7) ------------------------------------------------
 
 
-class Inbound(enum.Enum):
+class Receiving(enum.Enum):
     """The direction from the tunnel to the socket."""
 
     OPEN = "open"  # DATA is taken
     ENDING = "ending"  # the peer's end has come; the queue is yet to be written
-    ENDED = "ended"  # FIN is sent; nothing is taken any more
+    ENDED = "ended"  # FIN is sent; what still comes is dropped
+    BROKEN = "broken"  # the socket takes no more, but may have something to read; likewise dropped
+
+
+class Sending(enum.Enum):
+    """The direction from the socket to the tunnel."""
+
+    OPEN = "open"
+    ENDED = "ended"  # the socket's end of file has been told
+    CLOSED = "closed"  # CLOSE_CONN has been said or has come: the peer has forgotten the stream
 
 
 class Stream:
-    """One visitor's connection, carried by one session.
+    """One visitor's connection, carried by one session, at level 1.
 
-    Threads: fed and ended by the session reader, run by its pump, drained by its drainer, aborted by any.
-    Locking: `_lock` guards everything below the marker. No call that can wait is made, and no other lock but the
-    budget's is taken, under it. Only the pump closes the socket, when no drainer is at work: a descriptor closed under
-    another thread's call could carry its bytes to a stranger.
-    Invariant: `_queued` is the bytes in `_queue` and in the drainer's hands; with no drainer both are empty, or
-    there is no socket yet. `_queued` never exceeds the window, at level 0 LEVEL_0_QUEUE_BYTES.
-    Level 0 is a window that never runs out, but for the reader's wait.
+    Threads: fed and ended by the session reader, run by its pump, drained by its drainer, swept by
+    the clock, aborted by any.
+    Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of writer
+    and budget may be taken. Only the pump closes the socket, when no drainer is at work: a
+    descriptor closed under another thread's call could carry its bytes to a stranger.
+    Invariant: the queue never exceeds window + debt. While something is queued and there is a
+    socket, a drainer is at work.
     """
 
     def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
         self.number = number
         self.visitor = visitor
-        self._level = session.level
-        self._opened = time.monotonic()
+        self._opened_at = time.monotonic()
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
-        self._sent_at = self._opened  # the last of them, or the end
+        self._sent_at = self._opened_at  # the last of them, or the end
         self._lock = threading.Lock()
-        self._changed = LateCondition(self._lock)  # less queued, more credit, a drainer gone, an end
+        self._changed = LateCondition(self._lock)  # more credit, a drainer gone, an end, room
         # guarded by _lock
-        self._sock: socket.socket | None = None
+        self._receiving = Receiving.OPEN
+        self._sending = Sending.OPEN
+        self._cause: str | None = None  # of an end that is not clean; the first
+        self._sock = sock
         self._queue = bytearray()
-        self._queued = 0
-        self._moved = self._opened  # when the queue last got shorter, or the end came
-        self._draining = False
-        self._send_window = SendWindow(session.peer_window if self._level else UNLIMITED)
-        self._receive_window = ReceiveWindow(WINDOW_BYTES if self._level else UNLIMITED)
-        self._inbound = Inbound.OPEN
-        self._ended_at = 0.0  # when FIN was sent
-        self._outbound_ended = False  # the socket's end of file was told to the peer
+        self._draining = False  # a drainer is at work
+        self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
+        self._swept_at = self._opened_at
         self._received = 0  # bytes from the tunnel
-        self._peer_closed = False  # CLOSE_CONN has come: what the socket still sends is discarded
-        self._close_sent = False  # each side sends at most one CLOSE_CONN, at level 0 exactly one
-        self._aborted: str | None = None  # the first cause
-        self._lingered = False  # level 0: 5 s have passed since our FIN, no more is discarded
-        self._closed = False
+        self._send_window, self._receive_window = self._windows()
         # guarded by Writer._lock
-        self.cut = False  # this side's last frame is queued
-        if sock is not None:
-            with self._lock:
-                self._attach_locked(sock)
+        self.silenced = False  # this side's last frame is queued
+        if sock is not None and DONT_WAIT is None:
+            sock.setblocking(False)
+
+    def _windows(self) -> tuple[SendWindow, ReceiveWindow]:
+        return SendWindow(self._session.peer_window), ReceiveWindow(WINDOW_BYTES)
 
     # -- called by the session reader
 
     def feed(self, part: memoryview) -> None:
-        """DATA for the socket: at once where it takes it, else queued. Raises ProtocolError.
-
-        At level 0 waits while the queue is full, 20 s.
-        """
+        """DATA for the socket: at once where it takes it, else queued. Raises ProtocolError."""
         with self._lock:
             if not self._takes_locked("DATA"):
                 return
             self._receive_window.receive(len(part))
             self._received += len(part)
-            sent = grant = 0
-            if not self._queued and not self._draining and self._sock is not None:
-                sent = self._send_locked(part)
-                grant = self._drained_locked(sent)
-            if sent < len(part) and self._has_room_locked(len(part) - sent):
-                self._queue += part[sent:]
-                self._queued += len(part) - sent
-            drain = self._settle_locked()
-        if grant:
-            self._session.writer.grant(self, grant)
+            if not self._queue and self._sock is not None:
+                part = part[self._deliver_locked(part) :]
+            if part:
+                self._enqueue_locked(part)
+            drain = self._needs_drainer_locked()
         if drain:
             self._start_drainer()
 
-    def close_received(self, reason: bytes) -> None:
-        """The peer's CLOSE_CONN. Level 1: a reset. Level 0: with a reason a reset, bare a clean end behind the DATA."""
-        with self._lock:
-            if self._peer_closed:
-                return
-            self._peer_closed = True
-            answer = not self._close_sent and not self._level
-            self._close_sent = True
-            if reason or self._level:
-                self._abort_locked("peer: " + quoted(reason[:MAX_REASON_BYTES].decode("ascii", "replace")))
-            elif answer and not self._received and self._session.role == "server":
-                self._abort_locked("peer: refused")  # how the original's client says so
-            else:
-                self._end_inbound_locked()
-        if answer:
-            self._session.writer.cut(self, encode(FrameType.CLOSE_CONN, self.number))
-            self._session.after(LINGER_S, self._check_linger)
+    def _enqueue_locked(self, part: memoryview) -> None:
+        """The window has bounded it."""
+        if self._receiving is Receiving.OPEN:
+            self._queue += part
 
-    def end_received(self) -> None:
+    def close_received(self, reason: bytes) -> None:
+        """The peer's CLOSE_CONN: a reset."""
+        with self._lock:
+            self._sending = Sending.CLOSED
+            self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
+
+    def end_received(self, _: bytes = b"") -> None:
         """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
-                self._end_inbound_locked()
+                self._end_receiving_locked()
 
-    def grant_received(self, count: int) -> None:
+    def window_received(self, payload: bytes) -> None:
         """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
         with self._lock:
-            if self._aborted is None and not (self._outbound_ended and self._inbound is not Inbound.OPEN):
-                self._send_window.grant(count)
+            if not self._has_ended_locked():
+                self._send_window.grant(*U32.unpack(payload))
                 self._changed.notify_all()
 
-    def blocked_received(self) -> None:
-        """The peer has bytes and no credit: where nothing is queued the window was the brake, and doubles.
+    def blocked_received(self, _: bytes = b"") -> None:
+        """The peer has bytes and no credit: where nothing is queued the window was the brake.
 
-        What is owed goes back too, also where nothing can grow: up to half a window may be on its way to be granted,
-        and a peer that bursts would reach half its speed with it.
+        It doubles then. What is owed goes back too, also where nothing can grow: up to half a
+        window may be owed, and a peer that bursts would reach half its speed with it.
         """
-        window = self._receive_window
+        window, session = self._receive_window, self._session
         with self._lock:
-            if self._queued or self._inbound is not Inbound.OPEN or self._aborted is not None or window.debt:
+            if self._queue or self._receiving is not Receiving.OPEN or window.debt:
                 return
-            count = self._session.budget.take(window.growth(window_limit(self._session.shortest_rtt_s)))
-            first = count and not window.grown
-            grant = window.grow(count)
-        if grant:
-            self._session.writer.grant(self, grant)
-        if first:
-            self._session.after(STALL_S, self._check_stalled)
+            wanted = window.growth(window_limit(session.shortest_rtt_s))
+            grant = window.grow(session.budget.take(wanted, window.grown))
+            if grant:
+                session.writer.grant(self, grant)
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
         assert self._lock.locked()
-        if self._aborted is None and self._inbound is not Inbound.OPEN and self._level and not self._outbound_ended:
+        if self._receiving is Receiving.OPEN:
+            return True
+        if not self._has_ended_locked():
             raise ProtocolError(f"{name} after EOF on stream {self.number}")
-        return self._aborted is None and self._inbound is Inbound.OPEN
+        return False
 
-    # -- called by the control sender's clock
+    def _has_ended_locked(self) -> bool:
+        """For the wire: both ends have sent EOF, or one CLOSE_CONN, or one is about to."""
+        assert self._lock.locked()
+        half = self._receiving is not Receiving.OPEN
+        return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
-    def _check_linger(self) -> None:
-        """Level 0: a socket that has not answered our FIN within 5 s is closed; the kernel delivers on."""
+    # -- called by the clock
+
+    def sweep(self) -> None:
+        """Take back the growth of a queue that has not moved since the last sweep, 5 s ago.
+
+        And end a stream of which one direction has ended and the other has been silent for long.
+        """
+        now = time.monotonic()
         with self._lock:
-            over = self._inbound is Inbound.ENDED
-            wait = self._ended_at + LINGER_S - time.monotonic() if over else LINGER_S
-            if self._closed or self._aborted is not None:
-                return
-            if wait <= 0:
-                self._lingered = True
-                self._wake_pump_locked()
-                return
-        self._session.after(wait, self._check_linger)
-
-    def _check_stalled(self) -> None:
-        """A grown window whose queue has not moved for 5 s gives its growth back."""
-        with self._lock:
-            if self._closed or not self._receive_window.grown:
-                return
-            wait = self._moved + STALL_S - time.monotonic() if self._queued else STALL_S
-            if wait <= 0:
+            if self._queue and self._moved_at < self._swept_at and self._receive_window.grown:
                 self._receive_window.shrink()
-                return
-        self._session.after(wait, self._check_stalled)
-
-    def check_stuck(self) -> None:
-        """A stream whose other direction has ended may live 10 minutes more without a byte."""
-        with self._lock:
-            half_open = self._outbound_ended or self._inbound is not Inbound.OPEN
-            if half_open and time.monotonic() - max(self._moved, self._sent_at) > STUCK_S - STUCK_CHECK_S:
+            half_open = self._sending is not Sending.OPEN or self._receiving is not Receiving.OPEN
+            if half_open and now - max(self._moved_at, self._sent_at) > STUCK_S:
                 self._abort_locked("stuck")
+            self._swept_at = now
+
+    # -- called by any thread
 
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
         with self._lock:
-            state: dict[str, object] = {"stream": self.number, "peer": self.visitor, "received": self._received}
-            state |= {"sent": self._sent, "queued": self._queued, "seconds": time.monotonic() - self._opened}
-            if self._level:
-                state |= {"window": self._receive_window.size, "credit": self._send_window.credit}
-            return state | {"ended": self._inbound is Inbound.ENDED, "outbound_ended": self._outbound_ended}
+            return {
+                "stream": self.number,
+                "peer": self.visitor,
+                "received": self._received,
+                "sent": self._sent,
+                "queued": len(self._queue),
+                "seconds": time.monotonic() - self._opened_at,
+                "window": self._receive_window.size,
+                "credit": self._send_window.credit,
+                "ended": self._receiving is Receiving.ENDED,
+                "outbound_ended": self._sending is not Sending.OPEN,
+            }
 
-    # -- called by any thread
-
-    def abort(self, reason: str) -> None:
+    def abort(self, cause: str) -> None:
         """End both directions with a reset of the socket; the first cause stays. Never waits."""
         with self._lock:
-            self._abort_locked(reason)
+            self._abort_locked(cause)
 
-    def _abort_locked(self, reason: str) -> None:
+    def refuse(self, cause: str) -> None:
+        """In place of `run`, where there is no thread for it. Raises ProtocolError, SessionEnded."""
+        self.abort(cause)
+        self._session.forget(self)
+        reason = cause.encode("ascii", "replace")[:MAX_REASON_BYTES]
+        frame = encode(FrameType.CLOSE_CONN, self.number, reason)
+        self._session.writer.post(frame, provoked=True)
+
+    def _abort_locked(self, cause: str) -> None:
         assert self._lock.locked()
-        if self._aborted is not None:
+        if self._cause is not None:
             return
-        self._aborted = reason
-        self._queued -= len(self._queue)
-        self._queue = bytearray()
+        self._cause = cause
+        self._stop_receiving_locked()
         self._wake_pump_locked()
+
+    def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
+        """Nothing more goes to the socket, neither what is queued nor FIN."""
+        assert self._lock.locked()
+        self._receiving = state
+        self._queue = bytearray()
         self._changed.notify_all()
 
     def _wake_pump_locked(self) -> None:
@@ -1545,16 +1577,17 @@ class Stream:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RD)  # SHUT_WR would send FIN, a clean end
 
-    # -- the pump
+    # -- the pump: socket to tunnel
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
         """The pump's life: dial (client), socket to DATA frames, the ends, close."""
-        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._level)
+        level = self._session.level
+        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=level)
         try:
             self._session.writer.push()  # its NEW_CONN, if it is new
             if connect is None or self._dial(connect):
                 self._pump()
-                self._end_outbound()
+                self._end_sending()
             self._report_abort()
         except SessionEnded as ended:
             self.abort(str(ended))
@@ -1568,43 +1601,39 @@ class Stream:
         try:
             sock = connect()
         except OSError as error:
-            self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
+            refused = isinstance(error, ConnectionRefusedError)
+            self.abort("refused" if refused else reason_of(error))
             return False
-        grant = 0
+        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
+        if DONT_WAIT is None:
+            sock.setblocking(False)
         with self._lock:
-            self._attach_locked(sock)
-            if self._queue:  # a request, mostly, which the socket takes at once: that spares a drainer
-                sent = self._send_locked(memoryview(self._queue)[:DRAIN_BYTES])
-                del self._queue[:sent]
-                self._queued = len(self._queue)
-                grant = self._drained_locked(sent)
-            drain = self._settle_locked()
-        if grant:
-            self._session.writer.grant(self, grant)
+            self._sock = sock
+            self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
+            drain = self._needs_drainer_locked()
         if drain:
             self._start_drainer()
         return True
 
-    def _attach_locked(self, sock: socket.socket) -> None:
-        if DONT_WAIT is None:
-            sock.setblocking(False)
-        reset_at_close(sock)  # from the start: whatever kills this process, no end that is not clean looks clean
-        self._sock = sock
-
     def _pump(self) -> None:
-        """Socket to DATA frames, until its end, an abort, or the end of the session (raises SessionEnded)."""
+        """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
+
+        Credit, cause and state are read without the lock: only this thread spends credit, and a
+        cause that is missed here shows at the next receive, since whoever sets it wakes the pump.
+        """
         sock = self._sock
         assert sock is not None
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while not self._is_over() and (self._send_window.credit or self._wait_for_credit(sock)):
+            room = buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit]
             try:
-                count = self._receive(sock, buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
+                count = self._receive(sock, room)
             except OSError as error:
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
             if not count or self._is_over():
                 return
-            if self._peer_closed:
+            if self._sending is Sending.CLOSED:
                 continue  # discarded: the peer has forgotten the stream
             with self._lock:
                 self._send_window.spend(count)
@@ -1618,7 +1647,7 @@ class Stream:
 
     def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
         while True:
-            if DONT_WAIT is None and not wait_ready(sock, writing=False, seconds=DRAIN_STEP_S):
+            if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
                 if self._is_over():
                     return 0
                 continue
@@ -1628,179 +1657,221 @@ class Stream:
                 continue
 
     def _is_over(self) -> bool:
-        return self._aborted is not None or self._lingered
+        """Whether the pump has nothing more to receive. Read without the lock, by the pump."""
+        return self._cause is not None
 
     def _wait_for_credit(self, sock: socket.socket) -> bool:
         """False at the end of the stream. With bytes to send and no credit says BLOCKED, once."""
         said = False
         while not self._send_window.credit and not self._is_over():
-            if not said and wait_ready(sock, writing=False, seconds=0):
+            if not said and ready([sock], writing=False, seconds=0):
                 self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                 said = True
             self._watch(sock, lambda: self._send_window.credit > 0)
         return not self._is_over()
 
     def _watch(self, sock: socket.socket, done: Callable[[], bool]) -> None:
-        """Wait a second for what another thread does, and look whether the socket was reset meanwhile.
-
-        A reset shows in POLLERR even behind unread bytes. SO_ERROR is not read: that would clear the error, and the
-        next receive would look like a clean end.
-        """
+        """Wait a second for what another thread does, and look whether the socket was reset."""
         with self._lock:
-            if not done() and self._aborted is None:
+            if not done() and self._cause is None:
                 self._changed.wait(WATCH_S)
             over = done()
         if not over and has_error(sock):
             self.abort("reset")
 
-    def _end_outbound(self) -> None:
-        """The socket has no more: say so behind its DATA. Level 1: the other direction lives on until it has ended."""
+    def _end_sending(self) -> None:
+        """The socket has no more: say so, and wait until the other direction has ended, too."""
         with self._lock:
-            if self._aborted is not None or self._close_sent:
+            if self._receiving is Receiving.BROKEN:
+                self._abort_locked("reset")
+            if self._cause is not None or self._sending is not Sending.OPEN:
                 return
-            self._outbound_ended = True
             self._sent_at = time.monotonic()
-            if not self._level:
-                self._close_sent = True
-                self._end_inbound_locked()  # the first end of file ends both directions
+            last = self._end_sending_locked()
             sock = self._sock
-        self._session.writer.send(self, encode(FrameType.EOF if self._level else FrameType.CLOSE_CONN, self.number))
+        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
         assert sock is not None
-        while self._inbound is not Inbound.ENDED and not self._is_over():
-            self._watch(sock, lambda: self._inbound is Inbound.ENDED)
+        while self._receiving is not Receiving.ENDED and not self._is_over():
+            self._watch(sock, lambda: self._receiving is Receiving.ENDED)
+
+    def _end_sending_locked(self) -> FrameType:
+        self._sending = Sending.ENDED
+        return FrameType.EOF
 
     def _report_abort(self) -> None:
-        """CLOSE_CONN with the reason, unless the peer has sent its own. Level 0: behind all DATA; level 1: ahead."""
+        """CLOSE_CONN with the reason, unless the peer has sent its own."""
         with self._lock:
-            if self._aborted is None or self._close_sent:
+            if self._cause is None or self._sending is Sending.CLOSED:
                 return
-            self._close_sent = True
-            reason = self._aborted.encode("ascii", "replace")[:MAX_REASON_BYTES]
-        frame = encode(FrameType.CLOSE_CONN, self.number, reason)
-        if self._level:
-            self._session.writer.cut(self, frame)
-        else:
-            self._session.writer.send(self, frame)
+            self._sending = Sending.CLOSED
+            reason = self._cause.encode("ascii", "replace")[:MAX_REASON_BYTES]
+        self._send_abort(encode(FrameType.CLOSE_CONN, self.number, reason))
+
+    def _send_abort(self, frame: bytes) -> None:
+        self._session.writer.post_last(self, frame)
 
     def _close(self) -> None:
         with self._lock:
             while self._draining:
                 self._changed.wait()
             sock, self._sock = self._sock, None
-            self._inbound = Inbound.ENDED
-            self._closed = True
-            if self._level:
-                self._session.budget.give(self._receive_window.grown)
+            self._stop_receiving_locked()
+            self._session.budget.give(self._receive_window.grown)
         if sock is not None:
-            reset_at_close(sock, self._aborted is not None)
+            reset_at_close(sock, self._cause is not None)
             sock.close()
         self._session.forget(self)
         log_event(
-            DEBUG, "stream-closed", stream=self.number, peer=self.visitor, level=self._level, received=self._received,
-            sent=self._sent, seconds=time.monotonic() - self._opened, reason=self._aborted or "clean",
+            DEBUG, "stream-closed", stream=self.number, peer=self.visitor,
+            level=self._session.level, received=self._received, sent=self._sent,
+            seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
         )  # fmt: skip
 
     # -- tunnel to socket
 
-    def _send_locked(self, data: memoryview) -> int:
-        """Give the socket what it takes without waiting; an error aborts the stream."""
+    def _deliver_locked(self, data: memoryview) -> int:
+        """Give the socket what it takes without waiting: the one place that writes to it."""
         assert self._lock.locked()
         assert self._sock is not None
         try:
-            return self._sock.send(data, DONT_WAIT or 0)
+            count = self._sock.send(data, DONT_WAIT or 0)
         except BlockingIOError:
             return 0
         except OSError:
-            self._abort_locked("reset")
+            # What the socket has received before can still be read: often the answer that explains
+            # the reset. So the pump goes on, and aborts the stream when it has read all.
+            self._stop_receiving_locked(Receiving.BROKEN)
             return 0
-
-    def _drained_locked(self, count: int) -> int:
-        """So many bytes have left for the socket; returns the credit to grant."""
-        assert self._lock.locked()
-        self._moved = time.monotonic()
+        self._moved_at = time.monotonic()
         grant, paid = self._receive_window.drain(count)
         if paid:
             self._session.budget.give(paid)
-        return grant if self._inbound is Inbound.OPEN else 0
+        if grant and self._receiving is Receiving.OPEN:
+            self._session.writer.grant(self, grant)
+        return count
 
-    def _has_room_locked(self, count: int) -> bool:
-        """False where the stream is aborted. At level 0 waits until `count` bytes fit, 20 s; then it is reset."""
-        deadline = Deadline(LEVEL_0_WAIT_S)
-        while not self._level and self._queued + count > LEVEL_0_QUEUE_BYTES and self._aborted is None:
-            if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
-                self._abort_locked("stalled")
-        return self._aborted is None and self._inbound is Inbound.OPEN
-
-    def _settle_locked(self) -> bool:
-        """What the socket is owed: FIN, or a drainer, which counts as at work from now on; True: start it."""
+    def _write_queue_locked(self) -> None:
+        """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
         assert self._lock.locked()
-        if self._sock is None or self._draining or self._aborted is not None:
-            return False
-        if self._queued:
-            self._draining = True
-        elif self._inbound is Inbound.ENDING:
-            self._inbound = Inbound.ENDED
-            self._ended_at = time.monotonic()
+        if self._queue:
+            with memoryview(self._queue) as view:
+                count = self._deliver_locked(view[:DRAIN_BYTES])
+            del self._queue[:count]
+        if self._receiving is Receiving.ENDING and not self._queue and self._sock is not None:
+            self._receiving = Receiving.ENDED
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
-            self._changed.notify_all()
-        return self._draining
+            self._fin_sent_locked()
+        self._changed.notify_all()
+
+    def _fin_sent_locked(self) -> None:
+        """For level 0."""
+
+    def _end_receiving_locked(self) -> None:
+        """The tunnel has no more for the socket: FIN, now or when the queue is written."""
+        assert self._lock.locked()
+        if self._receiving is Receiving.OPEN:
+            self._receiving = Receiving.ENDING
+            self._moved_at = time.monotonic()
+            if not self._draining:
+                self._write_queue_locked()
+
+    def _needs_drainer_locked(self) -> bool:
+        """True: the caller must start one; it counts as at work from now on."""
+        assert self._lock.locked()
+        needed = bool(self._queue) and not self._draining and self._sock is not None
+        self._draining |= needed
+        return needed
 
     def _start_drainer(self) -> None:
+        """Not under the lock: it waits until the thread runs."""
         try:
             self._session.start_thread(f"drainer {self.number}", self._drain)
-        except (PoolClosed, RuntimeError) as error:
+        except NoThread as error:
             with self._lock:
                 self._draining = False
                 self._abort_locked(reason_of(error))
 
     def _drain(self) -> None:
         """The drainer: the queue to the socket, until the queue is empty."""
-        try:
-            while chunk := self._take_queue():
-                self._drain_chunk(memoryview(chunk))
-        except BaseException:
-            self.abort("internal error")
-            self._take_queue()  # the drainer is no longer at work
-            raise
-
-    def _take_queue(self) -> bytearray | None:
-        """All that is queued; None, and the drainer no longer at work, where that is nothing or not wanted."""
-        with self._lock:
-            if self._queue and self._aborted is None:
-                chunk, self._queue = self._queue, bytearray()
-                return chunk
-            # In the step that finds the queue empty: the reader starts another drainer for what comes now.
-            self._draining = False
-            self._settle_locked()
-            self._changed.notify_all()
-            return None
-
-    def _drain_chunk(self, rest: memoryview) -> None:
         sock = self._sock  # stays: the pump closes it only when no drainer is at work
         assert sock is not None
-        while rest and self._aborted is None:
-            if not wait_ready(sock, writing=True, seconds=DRAIN_STEP_S):
-                continue
-            with self._lock:  # a reset that this send meets, and so hides from the pump, is marked in one step
-                sent = self._send_locked(rest[:DRAIN_BYTES])
-                rest = rest[sent:]
-                self._queued -= sent
-                grant = self._drained_locked(sent)
-                self._changed.notify_all()
-            if grant:
-                self._session.writer.grant(self, grant)
+        try:
+            while self._drain_once():
+                ready([sock], writing=True, seconds=DRAIN_STEP_S)
+        except BaseException:
+            with self._lock:
+                self._draining = False
+                self._abort_locked("internal error")
+            raise
 
-    def _end_inbound_locked(self) -> None:
-        """The tunnel has no more for the socket: FIN, now or when the queue is written."""
-        assert self._lock.locked()
-        if self._inbound is Inbound.OPEN:
-            self._inbound = Inbound.ENDING
-            self._moved = time.monotonic()
-            self._settle_locked()
+    def _drain_once(self) -> bool:
+        with self._lock:
+            self._write_queue_locked()
+            # Cleared in the step that finds the queue empty: the reader starts another drainer for
+            # what comes now.
+            self._draining = bool(self._queue)
+            return self._draining
 
 
-# ---- session ----------------------------------------------------------------------------------------------------
+# ---- who may what -----------------------------------------------------------------------------
+
+
+class PortRules:
+    """Which identity may open which ports: those of `*`, unless it has rules of its own.
+
+    Port 0 stands for one that the server chooses.
+    """
+
+    DEFAULT = "*=0,1024-65535"
+
+    def __init__(self, items: Sequence[tuple[str, list[range]]]) -> None:
+        """`items` as `parse` gives them; none: DEFAULT. Raises ConfigError."""
+        self._ports: dict[str, list[range]] = {}
+        name = ""
+        for named, ports in items or [self.parse(self.DEFAULT)]:
+            name = named or name
+            if not name:
+                raise ConfigError("--allow begins without a name: write NAME=PORTS")
+            self._ports.setdefault(name, []).extend(ports)
+
+    @staticmethod
+    def parse(text: str) -> tuple[str, list[range]]:
+        """`NAME=PORT,PORT-PORT`. Raises ConfigError.
+
+        In a file's list a comma ends the item: what has no name belongs to the one before.
+        """
+        name, equals, spans = text.rpartition("=")
+        if bool(name) != bool(equals):
+            raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
+        ports = []
+        for span in spans.split(","):
+            first, dash, last = span.strip().partition("-")
+            lowest = parse_port(first)
+            ports.append(range(lowest, parse_port(last if dash else first, lowest=lowest) + 1))
+        return name.strip(), ports
+
+    def allow(self, identity: str, port: int) -> bool:
+        return any(port in ports for ports in self._ports.get(identity, self._ports.get("*", ())))
+
+
+class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
+    """From where visitors are served; empty: from everywhere."""
+
+    @classmethod
+    def parse(cls, text: str) -> Networks:
+        """`CIDR,CIDR`. Raises ConfigError."""
+        try:
+            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",")) if text else cls()
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
+
+    def admit(self, visitor: Address) -> bool:
+        address = ipaddress.ip_address(visitor.shown_host)
+        return not self or any(address in network for network in self)
+
+
+# ---- session ----------------------------------------------------------------------------------
 
 
 class Settings(NamedTuple):
@@ -1814,83 +1885,126 @@ class Settings(NamedTuple):
     visitors: Networks = Networks()
 
 
-class Session:
-    """One control connection's life: its transport, its streams, its clock. The same class on both sides.
+class Level1:
+    """What differs between the levels, as a session of level 1 does it. `Original` is level 0."""
 
-    Threads: `run` is the session reader; `_send_control` the control sender; everything public else from any.
-    Locking: `_lock` guards everything below the marker. Writer._lock may be taken under it, as `post` never waits.
-    Invariant: a stream is in `_streams` from before its NEW_CONN is sent until its socket is closed. Our ids rise
-    and are never used again, and each session has its own streams, so a frame never meets another stream's socket.
+    number = 1
+    lingers = True  # a lease whose session ended waits for its holder's return
+    stream: type[Stream] = Stream
+
+    def goaway(self, reason: str) -> bytes:
+        """The frame that says so."""
+        return encode(FrameType.GOAWAY, 0, reason.encode("ascii", "replace")[:MAX_REASON_BYTES])
+
+    def refusal(self, refused: Refused) -> bytes:
+        """The server's last frame to a client that it does not serve."""
+        lines = f"error={refused.code}\nmessage={refused.message}"
+        return encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace"))
+
+    def visitor_payload(self, visitor: Address) -> bytes:
+        """NEW_CONN's."""
+        return str(visitor).encode("ascii")
+
+    def visitor(self, payload: bytes) -> Address | None:
+        """NEW_CONN's visitor. Raises ProtocolError."""
+        try:
+            address = Address.parse(payload.decode("ascii"))
+            ipaddress.ip_address(address.shown_host)
+        except (ConfigError, ValueError):
+            raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
+        return address
+
+    def is_new(self, number: int, last: int) -> bool:
+        """Whether NEW_CONN may open this stream, after the highest so far."""
+        return number > last
+
+    def check_id(self, number: int, last: int) -> None:
+        """Of a stream that is not open. Raises ProtocolError where it has never been."""
+        if number > last or not number:
+            raise ProtocolError(f"frame for stream {number}, which was never opened")
+
+
+LEVEL_1 = Level1()
+
+
+class Session:
+    """One control connection's life: its transport, its streams, its timers. Both sides have it.
+
+    Threads: `run` is the session reader; `_send_control` the control sender; the clock calls what
+    `after` is given; everything public else from any.
+    Locking: `_lock` guards everything below the marker. Under it the locks of a new stream, of the
+    writer and of the clock may be taken.
+    Invariant: a stream is in `_streams` from before its NEW_CONN is sent until its socket is
+    closed. Our ids rise and are never used again, and each session has its own streams. So a frame
+    never meets another stream's socket.
     """
 
     role = ""  # "server" or "client"
 
-    def __init__(self, transport: Transport, pool: Pool, settings: Settings) -> None:
+    def __init__(self, transport: Transport, program: Program) -> None:
         self.transport = transport
+        self.program = program
         self.writer = Writer(transport)
-        transport.wants_flush = self.writer.wake
+        transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
-        self.settings = settings
-        self.budget = Budget(settings.session_budget_bytes)
-        self.level = 0  # fixed before the first stream
+        self.budget = Budget(program.settings.session_budget_bytes)
+        self.ways: Level1 = ORIGINAL  # until the level is fixed, before the first stream
         self.peer_window = WINDOW_BYTES  # at level 1, where each stream's credit starts
         self.refused: Refused | None = None  # the reader's
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
-        self._pool = pool
-        self._received_at = time.monotonic()  # the reader's
-        self._reader_left = threading.Event()
-        self._sender_left = threading.Event()
-        self._order = itertools.count()  # ties of timers: callables have no order
+        self._received_at = time.monotonic()  # the reader's; the clock looks at it
+        self._farewell_said = threading.Event()
         self._lock = threading.Lock()
         self._fewer = LateCondition(self._lock)  # a stream has gone
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
-        self._ping: tuple[bytes, float] | None = None  # ours that is not answered yet, and when it was sent
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
+        self._ping: tuple[bytes, float] | None = None  # ours that is unanswered, and its time
+        self._timers: dict[str, sched.Event] = {}  # by their actions' names
         self._cause: str | None = None
-        self.after(STUCK_CHECK_S, self._check_stuck)
+
+    @property
+    def level(self) -> int:
+        return self.ways.number
 
     # -- the session reader
 
     def run(self) -> str:
-        """Read and dispatch until the end; returns its cause. The transport is closed then, all streams aborted."""
+        """Read and dispatch until the end; returns its cause. The transport is closed then."""
+        self.after(STALL_S, self._sweep)
         try:
             self.start_thread(f"control sender {self.transport.peer}", self._send_control)
-        except (PoolClosed, RuntimeError) as error:
+        except NoThread as error:
             self.end(reason_of(error))
-            self._sender_left.set()
+            self._farewell_said.set()
         try:
-            try:
-                self._read()
-            except Refused as refused:
-                self.refused = refused
-                self.refuse(refused)
-                self._read()  # discards: a close with unread bytes would send RST and swallow the reason
+            self._read()
             self.end("closed by the peer")
+        except Refused as refused:
+            self.refused = refused
+            self.refuse(refused)
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
             self.end("internal error")
-        finally:
-            self._reader_left.set()
-            self._sender_left.wait()
-            self.writer.wait_unused()
-            self.transport.close()
-            # It is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection.
-            with self._lock:
-                self._timers.clear()
-            self.transport.wants_flush = lambda: None
+        self._discard()
+        self._farewell_said.wait()
+        self.writer.wait_unused()
+        self.transport.close()
+        # It is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection.
+        self.transport.wants_flush = nothing
+        self._cancel_timers()
         assert self._cause is not None
         return self._cause
 
     def _read(self) -> None:
+        """Until the peer's end, or ours."""
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
-            if self._cause is not None:
-                continue  # this side has said its last word
+            if self._cause is not None:  # read without the lock: this side has said its last word
+                return
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
@@ -1902,48 +2016,43 @@ class Session:
             if count == len(buffer) < READER_BUFFER_BYTES:
                 buffer = memoryview(bytearray(4 * len(buffer)))
 
+    def _discard(self) -> None:
+        """What still comes, until the peer's end, or until the clock shuts the transport.
+
+        A close with unread bytes would send RST and swallow our last frame.
+        """
+        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
+        with contextlib.suppress(*TRANSPORT_ERRORS):
+            while self.transport.receive_into(buffer):
+                pass
+
     def _on_data(self, event: DataPart) -> None:
         self.check_may_send("DATA")
         if stream := self._find(event.stream):
             stream.feed(event.part)
 
     def on_frame(self, frame: Frame) -> None:
-        """A whole frame that `check` has passed; the roles add theirs. Raises ProtocolError."""
-        self.check_may_send(FrameType(frame.type).name)
-        if RULES[FrameType(frame.type)].on_stream:
+        """A whole frame that `check` has passed. Raises ProtocolError."""
+        kind = FrameType(frame.type)
+        self.check_may_send(kind.name)
+        if kind in STREAM_FRAMES:
             if stream := self._find(frame.stream):
-                self._on_stream_frame(stream, frame)
-        elif frame.type == FrameType.PING:
-            self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
-        elif frame.type == FrameType.PONG:
-            self._on_pong(frame.payload)
+                getattr(stream, STREAM_FRAMES[kind])(frame.payload)
         else:
-            self.on_goaway(frame.payload.decode("ascii", "replace"))
+            getattr(self, SESSION_FRAMES[kind])(frame)
 
-    @staticmethod
-    def _on_stream_frame(stream: Stream, frame: Frame) -> None:
-        if frame.type == FrameType.WINDOW:
-            stream.grant_received(*U32.unpack(frame.payload))
-        elif frame.type == FrameType.EOF:
-            stream.end_received()
-        elif frame.type == FrameType.BLOCKED:
-            stream.blocked_received()
-        else:
-            stream.close_received(frame.payload)
+    def on_ping(self, frame: Frame) -> None:
+        self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
 
-    def _on_pong(self, payload: bytes) -> None:
+    def on_pong(self, frame: Frame) -> None:
         with self._lock:
             sent, self._ping = self._ping, None
-            if sent is None or sent[0] != payload:
-                raise ProtocolError("PONG without a PING")
+        if sent is None or sent[0] != frame.payload:
+            raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
         self.shortest_rtt_s = min(self.rtt_s, self.shortest_rtt_s or self.rtt_s)
 
-    def rtt(self) -> dict[str, float]:
-        """For a log line: the last round trip, where one is known."""
-        return {} if self.rtt_s is None else {"rtt_ms": 1000 * self.rtt_s}
-
-    def on_goaway(self, reason: str) -> None:
+    def on_goaway(self, frame: Frame) -> None:
         """The peer will open, or take, no more streams here."""
 
     def refuse(self, refused: Refused) -> None:
@@ -1957,143 +2066,132 @@ class Session:
         """Raises ProtocolError where the peer may not send such a frame yet."""
 
     def _find(self, number: int) -> Stream | None:
-        """The stream, None where it has ended. Raises ProtocolError for an id that was never opened."""
-        stream = self._streams.get(number)  # one look, which needs no lock
+        """The stream, None where it has ended. Raises ProtocolError for one that never was."""
+        # Read without the lock: one look-up, and what it misses is looked for again under it.
+        stream = self._streams.get(number)
         if stream is None:
             with self._lock:
-                if number > self._last_stream or not number:
-                    raise ProtocolError(f"frame for stream {number}, which was never opened")
-                stream = self._streams.get(number)  # it may have been opened between
+                stream = self._streams.get(number)
+                if stream is None:
+                    self.ways.check_id(number, self._last_stream)
         return stream
 
-    # -- the control sender, whose wait is the session's clock
+    # -- the control sender
 
     def _send_control(self) -> None:
         try:
-            while True:
-                self.writer.serve(self._run_timers())
-        except SessionEnded as ended:
-            self._abort_streams(str(ended))
-            self.writer.finish()
-            self._reader_left.wait(FAREWELL_S)  # after a failed write the reader may still read why
-            self.end(str(ended))
+            self.end(self.writer.serve())
         except BaseException:
             self.end("internal error")
-            self._abort_streams("internal error")
             raise
         finally:
-            self._sender_left.set()
+            self.writer.finish()
+            self._farewell_said.set()
+            self._abort_streams()
 
-    def _abort_streams(self, cause: str) -> None:
-        """Reset the streams that `part` has left, for a second no faster than their pumps can close.
+    def _abort_streams(self) -> None:
+        """Reset them, for a second no faster than their pumps can close.
 
-        Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms, keep the process from
-        all other work for seconds: the stop took 3 to 8 s (NOTES.md).
+        Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms,
+        keep the process from all other work for seconds (NOTES.md).
         """
         deadline = Deadline(ABORT_PACE_S)
-        still = self.streams()[::-1]
-        while still:
-            still.pop().abort(cause)
+        left = self.streams()[::-1]
+        while left:
+            left.pop().abort(self._cause or "ended")  # read without the lock: it stays as it is
             with self._lock:
-                while len(self._streams) - len(still) > ABORTED_AT_ONCE and self._fewer.wait(deadline.remaining()):
-                    pass
+                while len(self._streams) - len(left) > ABORTED_AT_ONCE:
+                    if not self._fewer.wait(deadline.remaining()):
+                        break
 
-    def _run_timers(self) -> float | None:
-        """Do what is due; returns the seconds to the next timer."""
-        while True:
-            with self._lock:
-                if not self._timers:
-                    return None
-                wait = self._timers[0][0] - time.monotonic()
-                if wait > 0:
-                    return wait
-                action = heapq.heappop(self._timers)[2]
-            action()
+    # -- the clock
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Have the control sender call it then, without a lock; it must not wait."""
+        """Have the clock call it then, unless the session has ended."""
+        timer = CLOCK.after(seconds, action)  # not under the lock: it may start the clock's thread
         with self._lock:
-            timer = (time.monotonic() + seconds, next(self._order), action)
-            heapq.heappush(self._timers, timer)
-            first = self._timers[0] is timer
-        if first:
-            self.writer.wake_clock()
+            if self._cause is None:
+                self._timers[action.__name__] = timer
+                return
+        CLOCK.cancel(timer)
 
-    def start_level_1(self) -> None:
-        """Both sides have announced it, and WELCOME is on its way: heartbeat, a limit on each write."""
+    def _cancel_timers(self) -> None:
+        with self._lock:
+            timers, self._timers = self._timers, {}
+        for timer in timers.values():
+            CLOCK.cancel(timer)
+
+    def start_timers(self) -> None:
+        """Level 1: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
         self.after(0, self._beat)
-        self.after(HEARTBEATS_TO_DEATH * self.settings.heartbeat_s, self._check_alive)
+        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s, self._check_alive)
 
-    def _check_stuck(self) -> None:
+    def _sweep(self) -> None:
         for stream in self.streams():
-            stream.check_stuck()
-        self.after(STUCK_CHECK_S, self._check_stuck)
+            stream.sweep()
+        self.after(STALL_S, self._sweep)
 
     def _beat(self) -> None:
         with self._lock:
-            due, ping = self._ping is None, os.urandom(8)  # one at a time: an answer may be slower than the heartbeat
+            # One at a time: an answer may be slower than the heartbeat.
+            due, ping = self._ping is None, os.urandom(8)
             if due:
                 self._ping = ping, time.monotonic()
         if due:
-            self.writer.post(encode(FrameType.PING, 0, ping))
-        self.after(self.settings.heartbeat_s, self._beat)
+            with contextlib.suppress(SessionEnded):
+                self.writer.post(encode(FrameType.PING, 0, ping))
+        self.after(self.program.settings.heartbeat_s, self._beat)
 
     def _check_alive(self) -> None:
-        limit = HEARTBEATS_TO_DEATH * self.settings.heartbeat_s
+        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
             self.end(f"the peer is dead: no byte for {limit:g} s")
+            self.transport.shutdown()  # no farewell: who is in a send, or reads, wakes at once
         else:
             self.after(left, self._check_alive)
 
     # -- any thread
 
-    def end(self, cause: str) -> None:
-        """End the session and reset its streams; the first cause stays. Never waits: its threads do the rest."""
-        self.part(cause)
-        self.transport.shutdown()
+    def end(self, cause: str, last_frame: bytes = b"") -> None:
+        """End the session and reset its streams; the first cause stays. Never waits.
 
-    def part(self, cause: str, last: bytes = b"") -> None:
-        """End it as `end` does, but let the control sender say a last frame, and the peer read it, for a second."""
+        The control sender says what is queued, where there is a last frame, and then that, and
+        that no more comes; the peer has a second to take it. Then the clock shuts the transport.
+        """
         with self._lock:
-            self._cause = cause = self._cause or cause
-            # The control sender, which resets the others, may be in a send that takes long.
-            first = list(itertools.islice(self._streams.values(), ABORTED_AT_ONCE))
-        self.writer.close(cause, last)
-        for stream in first:
-            stream.abort(cause)
+            if self._cause is not None:
+                return
+            self._cause = cause
+        self._cancel_timers()
+        timer = CLOCK.after(FAREWELL_S, self.transport.shutdown)
+        with self._lock:
+            self._timers["farewell"] = timer
+        self.writer.close(cause, last_frame)
 
-    def say_goodbye(self, reason: str) -> None:
-        """`part` with a GOAWAY, at level 0 without."""
-        self.part(reason, encode(FrameType.GOAWAY, 0, reason.encode("ascii")) if self.level else b"")
+    def goodbye(self, reason: str) -> None:
+        """End it with a GOAWAY, which at level 0 there is not."""
+        self.end(reason, self.ways.goaway(reason))
 
-    def shutdown(self) -> None:
-        """What the stop does to it."""
-        self.say_goodbye("stopping")
+    def stop(self) -> None:
+        self.goodbye("stopping")
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
-        log_event(WARNING, "expelled", peer=self.transport.peer, identity=self.transport.identity, reason=reason)
+        peer, identity = self.transport.peer, self.transport.identity
+        log_event(WARNING, "expelled", peer=peer, identity=identity, reason=reason)
         self.end(reason)
 
     def retire(self, reason: str) -> None:
-        """No new streams here; those that are open go on, and a client of level 1 connects anew."""
-        if self.level:
+        """No new streams here; those that are open go on. A client of level 1 connects anew."""
+        if frame := self.ways.goaway(reason):
             with contextlib.suppress(SessionEnded):
-                self.writer.post(encode(FrameType.GOAWAY, 0, reason.encode("ascii")))
+                self.writer.post(frame)
 
     def streams(self) -> list[Stream]:
         with self._lock:
             return list(self._streams.values())
-
-    def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
-        receipt = self.transport.receipt
-        state = {"peer": self.transport.peer, "identity": self.transport.identity, "level": self.level}
-        state |= {"streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left}
-        state |= self.rtt()
-        return state if receipt is None else state | {"certificate_days_left": receipt.days_left}
 
     def stream_count(self) -> int:
         with self._lock:
@@ -2103,6 +2201,32 @@ class Session:
         with self._lock:
             return self._last_stream > 0
 
+    def state(self) -> dict[str, object]:
+        """What a line of the log says about it."""
+        receipt = self.transport.receipt
+        state: dict[str, object] = {
+            "peer": self.transport.peer,
+            "identity": self.transport.identity,
+            "level": self.level,
+            "streams": self.stream_count(),
+            "unsent": self.writer.unsent_bytes(),
+            "budget_left": self.budget.left,
+        }
+        state |= self.rtt()
+        return state | ({"certificate_days_left": receipt.days_left} if receipt else {})
+
+    def rtt(self) -> dict[str, float]:
+        """For a log line: the last round trip, where one is known."""
+        return {} if self.rtt_s is None else {"rtt_ms": 1000 * self.rtt_s}
+
+    def add_locked(self, stream: Stream) -> None:
+        """Raises SessionEnded."""
+        assert self._lock.locked()
+        if self._cause is not None:
+            raise SessionEnded(self._cause)
+        self._last_stream = max(self._last_stream, stream.number)
+        self._streams[stream.number] = stream
+
     def forget(self, stream: Stream) -> None:
         """The stream's socket is closed."""
         with self._lock:
@@ -2110,44 +2234,74 @@ class Session:
             self._fewer.notify_all()
 
     def start_thread(self, name: str, task: Task) -> None:
-        """A thread whose internal error ends this session. Raises PoolClosed, RuntimeError."""
-        self._pool.run(name, lambda: self.guarded(task))
+        """A thread whose internal error ends this session. Raises NoThread."""
+        self.program.pool.run(name, lambda: self.guarded(task))
 
     def guarded(self, task: Task) -> None:
-        """Run a stream's thread; an error that nobody foresaw ends the session and reaches the safety net."""
+        """Run a stream's thread; an error that nobody foresaw ends the session too."""
         try:
             task()
         except BaseException:
             self.end("internal error")
             raise
 
-    def _add_locked(self, stream: Stream) -> None:
-        assert self._lock.locked()
-        if self._cause is not None:
-            raise SessionEnded(self._cause)
-        self._last_stream = max(self._last_stream, stream.number)
-        self._streams[stream.number] = stream
+
+# The method that takes a frame, of the stream and of the session. INIT is the server's, NEW_CONN and
+# WELCOME are the client's: `check` lets them come to nobody else.
+STREAM_FRAMES = {
+    FrameType.CLOSE_CONN: "close_received",
+    FrameType.WINDOW: "window_received",
+    FrameType.EOF: "end_received",
+    FrameType.BLOCKED: "blocked_received",
+}
+SESSION_FRAMES = {
+    FrameType.INIT: "on_init",
+    FrameType.WELCOME: "on_welcome",
+    FrameType.NEW_CONN: "on_new_conn",
+    FrameType.PING: "on_ping",
+    FrameType.PONG: "on_pong",
+    FrameType.GOAWAY: "on_goaway",
+}
+
+
+# ---- program: what server and client share ----------------------------------------------------
 
 
 class Program:
-    """What server and client share: threads, the TLS context, and what the stop has to end.
+    """Threads, the TLS context, and what the stop has to end.
 
-    Threads: `stop_connections` from main, the rest from any.
+    Threads: main calls `drain`, `stop`, `reload` and `log_state`; the rest is any thread's.
     Locking: `_lock` guards everything below the marker, and what the server adds there.
     """
 
     def __init__(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
-        self.settings = settings
-        self.stop_asked = threading.Event()  # by a signal, or by a final refusal
-        self.status = 0  # the process's exit status
+        self.settings = settings  # this and the next are replaced by main's reload, whole
         self._context = context
-        self._pool = Pool()
+        self.pool = Pool()
+        # Main's post: names of signals, a final refusal, that the last connection has ended. A
+        # signal's handler may put into it whatever main is doing, as its `put` is re-entrant.
+        self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.stop_asked = threading.Event()
+        self.status = 0  # the process's exit status
         self._lock = threading.Lock()
-        # the stop has begun; on the server also: a session has joined or left a lease, a stranger has left
+        # The stop has begun; on the server also: a session has joined or left a lease, a stranger
+        # has left.
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
         self._stopping = False
+
+    def start(self) -> None:
+        """Begin to serve. Raises RtunnelError."""
+        CLOCK.start()
+        self._warn_of_expiry()
+
+    def _warn_of_expiry(self) -> None:
+        """Now and every day, since nobody restarts a tunnel that works."""
+        if self._context is not None and not self.stop_asked.is_set():
+            for file, _, days_left in self._context.expiring():
+                warn_of_expiry(file, days_left)
+            self._expiry_check = CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
     def secure(self, carrier: PlainTransport, deadline: Deadline) -> Transport:
         """The transport of a new control connection: the carrier itself, or TLS over it.
@@ -2162,50 +2316,61 @@ class Program:
 
     @contextlib.contextmanager
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
-        """While it lasts the stop and a reload find it. Raises SessionEnded where the stop has begun."""
+        """While it lasts the stop and a reload find it. Raises SessionEnded in the stop."""
         with self._lock:
             if self._stopping:
                 raise SessionEnded("stopping")
             self._connections.append(connection)
         try:
             if isinstance(connection, Session):
-                self.judge(connection)  # from now on a reload does
+                self.check_allowed(connection)  # from now on a reload does
             yield
         finally:
             with self._lock:
                 self._connections.remove(connection)
+                last = not self._connections
+            if last:
+                self.words.put("ended")  # main listens to that in its stop
 
-    def _take_nothing_new(self) -> None:
+    def has_connections(self) -> bool:
+        with self._lock:
+            return bool(self._connections)
+
+    def take_nothing_new(self) -> None:
         with self._lock:
             self._stopping = True
             self._changed.notify_all()
 
-    def stop_connections(self) -> None:
-        """No new ones; all that are there end."""
-        self._take_nothing_new()
+    def retire_all(self) -> None:
+        """For a drain: nothing new, and the open streams may finish."""
+        self.take_nothing_new()
+        for session in self.sessions():
+            session.retire("stopping")
+
+    def stop(self) -> None:
+        """Nothing new, and all that is there ends. Never waits: `has_connections` tells.
+
+        The streams' sockets are reset by their pumps or, where the process is faster, by the kernel.
+        """
+        self.stop_asked.set()
+        self.take_nothing_new()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
-            connection.shutdown()
+            connection.stop()
+        self.pool.close()
+        if self._context is not None:
+            CLOCK.cancel(self._expiry_check)
 
     def sessions(self) -> list[Session]:
         with self._lock:
-            return [connection for connection in self._connections if isinstance(connection, Session)]
+            return [each for each in self._connections if isinstance(each, Session)]
 
     def stream_count(self) -> int:
         return sum(session.stream_count() for session in self.sessions())
 
-    def drain(self, in_hurry: Callable[[], bool]) -> None:
-        """Nothing new, and the open streams may finish: as long as `--drain` says, or until somebody is in a hurry."""
-        deadline = Deadline(self.settings.drain_s)
-        self._take_nothing_new()
-        for session in self.sessions():
-            session.retire("stopping")
-        while self.stream_count() and deadline.remaining() and not in_hurry():
-            time.sleep(min(MAIN_STEP_S, deadline.remaining()))
-
     def reload(self, fresh: Program) -> None:
-        """New handshakes and ports go by the settings of `fresh`; sessions that they do not allow are cut.
+        """New handshakes and ports go by the settings of `fresh`; what they forbid is cut.
 
         Sessions, streams and listening addresses stay. Raises ConfigError.
         """
@@ -2213,9 +2378,9 @@ class Program:
             raise ConfigError("--tls is neither turned on nor off by a reload: restart the program")
         self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
-            self.judge(session)
+            self.check_allowed(session)
 
-    def judge(self, session: Session) -> None:
+    def check_allowed(self, session: Session) -> None:
         """End a session that is no longer allowed."""
         context, receipt = self._context, session.transport.receipt
         if context is not None and receipt is not None and context.revokes(receipt):
@@ -2224,19 +2389,31 @@ class Program:
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
         context = self._context
-        days = {} if context is None else {"certificate_days_left": min(context.days_left().values())}
+        days = {"certificate_days_left": min(context.days_left().values())} if context else {}
         log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
-                log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
+                peer = session.transport.peer
+                log_event(INFO, "state-stream", session=peer, **stream.state())
 
     def limits_used(self) -> dict[str, str]:
         """Of what is limited, `used/limit`."""
         return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
 
 
-# ---- server -----------------------------------------------------------------------------------------------------
+def log_receipt(transport: Transport) -> None:
+    if transport.receipt is not None:
+        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
+        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
+            warn_of_expiry(transport.identity, transport.receipt.days_left)
+
+
+def warn_of_expiry(certificate: str, days_left: int) -> None:
+    log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
+
+
+# ---- server: strangers, leases, visitors ------------------------------------------------------
 
 
 class ServerSession(Session):
@@ -2244,74 +2421,64 @@ class ServerSession(Session):
 
     role = "server"
 
-    def __init__(
-        self,
-        transport: Transport,
-        pool: Pool,
-        settings: Settings,
-        server: Server,
-        sock: socket.socket,
-        deadline: Deadline,
-    ) -> None:
-        super().__init__(transport, pool, settings)
+    def __init__(self, transport: Transport, server: Server, sock: socket.socket, deadline: Deadline) -> None:
+        super().__init__(transport, server)
         self._server = server
+        self._deadline = deadline
         self.sock = sock  # whose place among the strangers it has
         self._heard = False  # any byte; the reader's
         self.init: Init | None = None  # the reader's
-        self.is_client = False  # set once, by the reader (INIT) or the control sender (2 s)
+        self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
         self.lease: Lease | None = None
         self.visitors = 0  # streams, and those about to be
-        if server.has_global_port:
-            self.after(SILENT_CLIENT_S, self._join_silent)
-        self.after(deadline.remaining(), self._check_hello)
 
     @property
     def holder(self) -> str | None:
-        """Whom a lease belongs to: the certificate's name, in plain mode the instance, which nobody else knows."""
+        """Whom a lease belongs to: the certificate's name, in plain mode the instance."""
         if self.transport.identity != ANONYMOUS:
             return f"identity {self.transport.identity}"
         return f"instance {self.init.instance}" if self.init and self.init.instance else None
 
-    def on_frame(self, frame: Frame) -> None:
-        if frame.type != FrameType.INIT:
-            super().on_frame(frame)
-            return
+    def run(self) -> str:
+        if self._server.has_global_port:
+            self.after(SILENT_CLIENT_S, self._join_silent)
+        self.after(self._deadline.remaining(), self._check_hello)
+        return super().run()
+
+    def on_init(self, frame: Frame) -> None:
         self._check_unknown_frames()
         if self.init is not None:
             raise ProtocolError("a second INIT")
         self.init = Init.parse(frame.payload)
         self._server.open_lease(self, self.init)
-        self.is_client = True
-        if self.level:
-            self.start_level_1()
 
     def on_received(self) -> None:
         self._heard = True
         self._check_unknown_frames()
 
     def _check_unknown_frames(self) -> None:
-        if not self.is_client and self.decoder.unknown_frames > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
+        unknown = self.decoder.unknown_frames
+        if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
-    def on_goaway(self, reason: str) -> None:
-        self._server.leave_lease(self, "client: " + quoted(reason), linger=False)
+    def on_goaway(self, frame: Frame) -> None:
+        reason = "client: " + quoted(frame.payload.decode("ascii", "replace"))
+        self._server.leave_lease(self, reason, linger=False)
 
     def check_may_send(self, name: str) -> None:
-        if not self.is_client:
+        if not self.is_client and name != "INIT":
             raise ProtocolError(f"{name} before INIT")
 
     def refuse(self, refused: Refused) -> None:
         # A bad request comes before the level is fixed, and only from a client of level 1.
-        if self.level or (refused.code == "bad-request" and not self.has_had_streams()):
-            lines = f"error={refused.code}\nmessage={refused.message}"
-            self.part(str(refused), encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace")))
-        else:
-            self.end(str(refused))
+        bad = refused.code == "bad-request" and not self.has_had_streams()
+        ways = LEVEL_1 if bad else self.ways
+        self.end(str(refused), ways.refusal(refused))
 
     def _join_silent(self) -> None:
         if not self.is_client and not self._heard:
-            self.is_client = self._server.join_silent(self) or self.is_client
+            self._server.join_silent(self)
 
     def _check_hello(self) -> None:
         if not self.is_client:
@@ -2322,22 +2489,22 @@ class ServerSession(Session):
         return self.visitors < MAX_SESSION_STREAMS and not self.writer.is_behind()
 
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
-        """Open a stream for a visitor and be its pump. Raises SessionEnded where none can be opened."""
+        """Open a stream for a visitor and be its pump. Raises SessionEnded where none opens."""
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
-            stream = Stream(self, self._last_stream + 1, sock, visitor)
-            # Both in one locked step: ids rise on the wire too, and the answer, be it faster than this thread,
-            # finds the stream (defect 10).
-            payload = str(visitor).encode("ascii") if self.level else b""
+            stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
+            # Both in one locked step: ids rise on the wire too, and the answer, be it faster than
+            # this thread, finds the stream (defect 10).
+            payload = self.ways.visitor_payload(visitor)
             self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
-            self._add_locked(stream)
+            self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
         self.guarded(stream.run)
 
     def retire(self, reason: str) -> None:
-        self._server.leave_lease(self, reason, linger=self.level > 0)
+        self._server.leave_lease(self, reason, linger=self.ways.lingers)
         super().retire(reason)
 
     def expel(self, reason: str) -> None:
@@ -2346,28 +2513,28 @@ class ServerSession(Session):
 
 
 class Lease:
-    """A public port, and the sessions that serve it: one, the newest of its holder; on the global port all.
+    """A public port, and the session that serves it: the newest of its holder.
 
     Guarded by Server._lock.
     """
 
-    def __init__(self, listener: Listener, session: ServerSession | None) -> None:
+    shared = False
+
+    def __init__(self, listener: Listener, session: ServerSession | None = None) -> None:
         self.listener = listener
         self.holder = session.holder if session else None
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
-        self.shared = session is None  # the global port
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
-        self.lingers_until: float | None = None  # its visitors wait in the listen queue for the holder's return
+        self.lingers_until: float | None = None  # visitors wait in the queue for the holder's return
+
+    def belongs_to(self, session: ServerSession) -> bool:
+        """Whether the session may take it over; at level 0 nobody may."""
+        return session.level > 0 and self.holder is not None and self.holder == session.holder
 
     def join(self, session: ServerSession) -> list[ServerSession]:
-        """Returns the sessions that this one replaces: its holder's, on the global port those of its instance."""
-        instance = session.init.instance if session.init else ""
-        others = [other for other in self.sessions if other is not session]  # it is there where its INIT came late
-        replaced = [
-            other
-            for other in others
-            if not self.shared or (instance and other.init and other.init.instance == instance)
-        ]
+        """Returns the sessions that this one replaces."""
+        others = [other for other in self.sessions if other is not session]
+        replaced = [other for other in others if self._replaces(session, other)]
         self.sessions = [*(other for other in others if other not in replaced), session]
         for other in replaced:
             other.lease = None
@@ -2376,22 +2543,39 @@ class Lease:
         self.listener.resume()
         return replaced
 
-    def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
-        peers = ",".join(session.transport.peer for session in self.sessions)
-        lingers = self.lingers_until is not None
-        return {"address": self.listener.address, "identity": self.identity, "sessions": peers, "lingers": lingers}
+    def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
+        return True
 
-    def choose(self, ended: list[ServerSession]) -> ServerSession | None:
-        """For a visitor: of those that sent INIT, or else of all, the one with the fewest visitors; it counts."""
-        alive = [session for session in self.sessions if session not in ended and session.has_room()]
-        asked = [session for session in alive if session.init is not None]
-        session = min(asked or alive, key=lambda client: client.visitors, default=None)
+    def choose(self, ended: Sequence[ServerSession]) -> ServerSession | None:
+        """For a visitor, the session with the fewest; from now on it counts there."""
+        alive = [each for each in self.sessions if each not in ended and each.has_room()]
+        asked = [each for each in alive if each.init is not None]  # the silent serve without them
+        session = min(asked or alive, key=lambda each: each.visitors, default=None)
         if session is not None:
             session.visitors += 1
             self.sessions.remove(session)
             self.sessions.append(session)
         return session
+
+    def state(self) -> dict[str, object]:
+        """What a line of the log says about it."""
+        peers = ",".join(session.transport.peer for session in self.sessions)
+        about = {"address": self.listener.address, "identity": self.identity}
+        return about | {"sessions": peers, "lingers": self.lingers_until is not None}
+
+
+class GlobalLease(Lease):
+    """The port of `--public-listen`: all sessions serve it, and none keeps another out."""
+
+    shared = True
+
+    def belongs_to(self, session: ServerSession) -> bool:
+        return True
+
+    def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
+        """Its own of before a reconnect."""
+        mine, its = session.init, other.init
+        return bool(mine and its and mine.instance and mine.instance == its.instance)
 
 
 @dataclasses.dataclass
@@ -2406,10 +2590,11 @@ class Stranger:
 class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
-    Threads: `serve_control` is each session's reader, `_serve_visitor` each stream's pump; `start`, `stop` from main;
-    `_tick` from each lease's acceptor.
-    Locking: `_lock` guards everything below the marker and all leases. Under it Session._lock and Writer._lock may be
-    taken, and ports be bound: bind and listen wait for nobody, and two who want one port come one after the other.
+    Threads: `serve_control` is each session's reader, `_serve_visitor` each stream's pump; main
+    calls `start`, `stop`; the clock `_end_linger`; the acceptors what `admit` is.
+    Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
+    session and writer may be taken, and ports be bound at addresses, not names: bind and listen
+    wait for nobody, and two who want one port come one after the other.
     """
 
     def __init__(
@@ -2429,7 +2614,7 @@ class Server(Program):
         self._leases: dict[int, Lease] = {}  # by port
         self._strangers: dict[socket.socket, Stranger] = {}  # the oldest first
         self._visitors = 0  # that are accepted and not closed
-        self._assigned: collections.OrderedDict[tuple[str, str], int] = collections.OrderedDict()  # ports by instance
+        self._assigned: dict[tuple[str, str], int] = {}  # ports that we chose, the oldest first
 
     @property
     def has_global_port(self) -> bool:
@@ -2437,98 +2622,91 @@ class Server(Program):
 
     def start(self) -> None:
         """Open the ports. Raises RtunnelError where one cannot be bound."""
+        super().start()
         try:
             if self._public_address is not None:
                 option, address = "public", self._public_address
+                lease = self._bind(address, GlobalLease)
                 with self._lock:
-                    lease = self._bind_locked(address, None)
-                lease.listener.start()
-                lease.listener.resume()
-                log_event(INFO, "listening", kind="public", address=lease.listener.address)
+                    self._leases[lease.listener.address.port] = lease
+                self._open(lease.listener, option)
             option, address = "control", self._control_address
-            self._control = Listener(
-                address, self._pool, self.serve_control, admit=self._greet_stranger, left=self._forget_stranger
-            )
-            self._control.start()
-            self._control.resume()
-            log_event(INFO, "listening", kind="control", address=self._control.address)
+            admit, left = self._greet_stranger, self._forget_stranger
+            self._control = Listener(address, self.pool, self.serve_control, admit, left)
+            self._open(self._control, option)
         except OSError as error:
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
-    def drain(self, in_hurry: Callable[[], bool]) -> None:
-        for listener in self._listeners():
-            listener.ask_to_stop()
-        super().drain(in_hurry)
+    def _open(self, listener: Listener, kind: str) -> None:
+        listener.start()
+        listener.resume()
+        log_event(INFO, "listening", kind=kind, address=listener.address)
 
-    def _listeners(self) -> list[Listener]:
-        with self._lock:
-            listeners = [lease.listener for lease in self._leases.values()]
-        return listeners + ([self._control] if self._control else [])
+    def retire_all(self) -> None:
+        self._stop_listening()
+        super().retire_all()
 
     def stop(self) -> None:
-        """No more connections, all streams reset, all threads joined that do not resolve or dial."""
-        deadline = Deadline(STOP_TIMEOUT_S)
-        listeners = self._listeners()
-        for listener in listeners:
-            listener.ask_to_stop()
-        self.stop_connections()
-        for listener in listeners:
-            listener.join()
-        self._pool.close(deadline)
+        self._stop_listening()
+        super().stop()
+
+    def _stop_listening(self) -> None:
+        with self._lock:
+            listeners = [lease.listener for lease in self._leases.values()]
+        for listener in listeners + ([self._control] if self._control else []):
+            listener.stop()
 
     # -- control connections
 
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
         deadline = Deadline(HELLO_TIMEOUT_S)
-        stranger, level, opened, limited = self._strangers[sock], 0, False, False
+        with self._lock:
+            stranger = self._strangers[sock]
+        session: ServerSession | None = None
         try:
             transport = self.secure(stranger.carrier, deadline)
             log_receipt(transport)
-            session = ServerSession(transport, self._pool, self.settings, self, sock, deadline)
+            session = ServerSession(transport, self, sock, deadline)
             with self.registered(session):
                 reason = session.run()
-                level, opened = session.level, session.is_client
-                limited = session.refused is not None and session.refused.code == "too-many-clients"
-                self.leave_lease(session, reason, linger=level > 0)
+                self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
-        if opened:
-            log_event(INFO, "session-closed", peer=address, level=level, reason=reason, **session.rtt())
+        if session is not None and session.is_client:
+            about = {"peer": address, "level": session.level, "reason": reason}
+            log_event(INFO, "session-closed", **about, **session.rtt())
             return
         if stranger.gives_way:
-            reason = f"over {MAX_STRANGERS} connections, or {MAX_STRANGERS_PER_SITE} of one site, are no clients yet"
-        if stranger.gives_way or limited:
-            log_limit("refused", peer=address, level=level, reason=reason)
-        else:
-            log_event(WARNING, "refused", peer=address, level=level, reason=reason)
+            reason = f"over {MAX_STRANGERS} connections are no clients yet, most of them of its site"
+        log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
 
     def _greet_stranger(self, sock: socket.socket, address: Address) -> bool:
-        """In the acceptor: it takes a place among the strangers, and where none is free the oldest gives way.
+        """In the acceptor. Where no place is free, the oldest of the largest site gives way.
 
         While as many are still on their way out, nobody is accepted: that bounds their threads.
         """
         try:
             stranger = Stranger(PlainTransport(sock), address.site)
         except OSError as error:  # it is gone already
-            log_event(WARNING, "refused", peer=address, level=0, reason=reason_of(error))
+            log_limit("refused", peer=address, level=0, reason=reason_of(error))
             return False
         with self._lock:
             while len(self._strangers) >= 2 * MAX_STRANGERS and not self._stopping:
                 self._changed.wait()
             self._strangers[sock] = stranger
-            everybody = [other for other in self._strangers.values() if not other.gives_way]
-            neighbours = [other for other in everybody if other.site == stranger.site]
-            for crowd, limit in ((neighbours, MAX_STRANGERS_PER_SITE), (everybody, MAX_STRANGERS)):
-                if len(crowd) > limit:
-                    crowd[0].gives_way = True
-                    crowd[0].carrier.shutdown()  # its reader wakes, and leaves
-                    break
+            crowd = [other for other in self._strangers.values() if not other.gives_way]
+            if len(crowd) > MAX_STRANGERS:
+                sites = collections.Counter(other.site for other in crowd)
+                largest = sites.most_common(1)[0][0]
+                oldest = next(other for other in crowd if other.site == largest)
+                oldest.gives_way = True
+                oldest.carrier.shutdown()  # its reader wakes, and leaves
         return True
 
     def _forget_stranger(self, sock: socket.socket) -> None:
-        """It has become a client, or is about to be closed."""
+        """It is about to be closed."""
         with self._lock:
             self._forget_stranger_locked(sock)
 
@@ -2537,62 +2715,75 @@ class Server(Program):
         if self._strangers.pop(sock, None) is not None:
             self._changed.notify_all()
 
+    # -- leases
+
     def open_lease(self, session: ServerSession, init: Init) -> None:
-        """What INIT asks for: a public port of its own, or a share of the global one. Raises Refused."""
+        """What INIT asks for: a port of its own, or a share of the global one. Raises Refused."""
         peer = session.transport.peer
         try:
             with self._lock:
                 known = set(self._leases)
                 lease, replaced = self._join_lease_locked(session, init)
         except OSError as error:
-            log_event(ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason_of(error))
+            about = {"port": init.port, "peer": peer, "level": session.level}
+            log_event(ERROR, "lease-failed", **about, reason=reason_of(error))
             code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
             if error.errno in OUT_OF_RESOURCES:
                 code = "too-many-clients"
-            raise Refused(code, f"port {init.port} cannot be opened: {reason_of(error)}") from error
+            sentence = f"port {init.port} cannot be opened: {reason_of(error)}"
+            raise Refused(code, sentence) from error
         address = lease.listener.address
         if address.port not in known:
             self._start(lease)
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         log_event(
-            INFO, "session-opened", peer=peer, identity=session.transport.identity, level=session.level,
-            port=address.port, local=init.local[:MAX_MESSAGE_CHARACTERS],
+            INFO, "session-opened", peer=peer, identity=session.transport.identity,
+            level=session.level, port=address.port, local=init.local[:MAX_MESSAGE_CHARACTERS],
         )  # fmt: skip
         for other in replaced:
-            log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
-            other.say_goodbye("replaced")
-            session.after(FAREWELL_S, lambda other=other: other.end("replaced"))  # type: ignore[misc]
+            about = {"peer": other.transport.peer, "by": peer, "level": other.level}
+            log_event(INFO, "session-replaced", **about)
+            other.goodbye(REPLACED)
+        if session.level:
+            session.start_timers()
 
     def _join_lease_locked(self, session: ServerSession, init: Init) -> tuple[Lease, list[ServerSession]]:
-        """The session's lease from now on, and the sessions that it replaces. Raises Refused, OSError."""
-        # The server's first frame fixes the level. No visitor is given to the session while WELCOME is on its way.
+        """The session's lease, and the sessions that it replaces. Raises Refused, OSError."""
+        # The server's first frame fixes the level. No visitor is given to the session while WELCOME
+        # is on its way.
         if init.version and not session.visitors and not session.has_had_streams():
-            session.level, session.peer_window = 1, init.window
+            session.ways, session.peer_window = LEVEL_1, init.window
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
-        lease = self._find_locked(session, init)
+        lease = self._find_lease_locked(session, init)
         self._check_limits_locked(session, init, lease)
         lease = lease or self._bind_free_locked(session, init)
-        replaced = lease.join(session)  # before WELCOME, which fails where the session has ended: its end leaves it
-        if session.level:  # its first frame, ahead of all NEW_CONN
-            with contextlib.suppress(SessionEnded):
-                session.writer.post(encode(FrameType.WELCOME, 0, Welcome(lease.listener.address.port).payload()))
+        # Before WELCOME, which fails where the session has ended: its end leaves the lease.
+        replaced = lease.join(session)
+        if session.level:
+            welcome = Welcome(lease.listener.address.port).payload()
+            with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
+                session.writer.post(encode(FrameType.WELCOME, 0, welcome))
+        session.is_client = True
         self._forget_stranger_locked(session.sock)
         self._changed.notify_all()
         return lease, replaced
 
-    def _find_locked(self, session: ServerSession, init: Init) -> Lease | None:
+    def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
-        if self._public_address is not None:
-            return next(lease for lease in self._leases.values() if lease.shared)
+        if self.has_global_port:
+            return self._global_lease_locked()
         port = init.port or self._assigned.get((session.holder or "", init.instance), 0)
         lease = self._leases.get(port)
-        mine = lease is not None and session.level and lease.holder is not None and lease.holder == session.holder
-        if lease is not None and not mine:
-            if not init.port:
-                return None
+        if lease is None or lease.belongs_to(session):
+            return lease
+        if init.port:
             raise Refused("port-in-use", f"port {port} belongs to another client")
-        return lease
+        return None
+
+    def _global_lease_locked(self) -> Lease | None:
+        assert self._lock.locked()
+        return next((lease for lease in self._leases.values() if lease.shared), None)
 
     def _check_limits_locked(self, session: ServerSession, init: Init, lease: Lease | None) -> None:
         """Where a port is opened, its rules are checked. Raises Refused."""
@@ -2603,24 +2794,164 @@ class Server(Program):
         replaces = lease is not None and not lease.shared and lease.sessions
         if not replaces and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
-        if lease is None and sum(other.identity == identity for other in self._leases.values()) >= MAX_LEASES:
+        held = sum(other.identity == identity for other in self._leases.values())
+        if lease is None and held >= MAX_LEASES:
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
 
     def _may_open(self, session: ServerSession) -> bool:
         """By the rules of now. The global port is open to all clients."""
-        asked = session.init
-        return (
-            asked is None or self.has_global_port or self.settings.allow.allow(session.transport.identity, asked.port)
-        )
+        init, identity = session.init, session.transport.identity
+        if init is None or self.has_global_port:
+            return True
+        return self.settings.allow.allow(identity, init.port)
 
     def _client_count_locked(self) -> int:
         """Sessions, those too that have left their lease, but have streams."""
         assert self._lock.locked()
-        sessions = (session for session in self._connections if isinstance(session, ServerSession))
+        sessions = (each for each in self._connections if isinstance(each, ServerSession))
         return sum(session.sock not in self._strangers for session in sessions)
 
-    def judge(self, session: Session) -> None:
-        super().judge(session)
+    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
+        """The port asked for, or that this instance had before, or any. Raises OSError."""
+        assert self._lock.locked()
+        key = (session.holder or "", init.instance)
+        lease: Lease | None = None
+        if not init.port and (port := self._assigned.get(key)):
+            with contextlib.suppress(OSError):
+                lease = self._bind(Address(self._public_bind, port), Lease, session)
+        if lease is None:
+            lease = self._bind(Address(self._public_bind, init.port), Lease, session)
+        self._leases[lease.listener.address.port] = lease
+        if not init.port and init.instance:
+            self._assigned[key] = lease.listener.address.port
+            if len(self._assigned) > MAX_ASSIGNED_PORTS:
+                del self._assigned[next(iter(self._assigned))]
+        return lease
+
+    def _bind(self, address: Address, kind: type[Lease], *holder: ServerSession) -> Lease:
+        """A lease whose visitors wait until it is resumed. Raises OSError."""
+
+        def serve(sock: socket.socket, visitor: Address) -> None:
+            self._serve_visitor(lease, sock, visitor)
+
+        lease = kind(Listener(address, self.pool, serve, self._admit_visitor, self._visitor_left), *holder)
+        return lease
+
+    def _start(self, lease: Lease) -> None:
+        """Start its acceptor; not under the lock, for that waits. Raises SessionEnded."""
+        try:
+            lease.listener.start()
+        except OSError as error:
+            with self._lock:
+                sessions = list(lease.sessions)  # nearly always one
+            for session in sessions:
+                self.leave_lease(session, reason_of(error), linger=False)
+                session.end(reason_of(error))
+            raise SessionEnded(reason_of(error)) from error
+
+    def join_silent(self, session: ServerSession) -> None:
+        """A connection without INIT becomes a client of the global port, where there is a place."""
+        with self._lock:
+            lease = self._global_lease_locked()
+            full = self._client_count_locked() >= MAX_CLIENTS
+            if lease is None or full or session.lease is not None:  # its INIT was faster
+                return
+            lease.join(session)
+            session.is_client = True
+            self._forget_stranger_locked(session.sock)
+        about = {"peer": session.transport.peer, "level": 0, "port": lease.listener.address.port}
+        log_event(INFO, "session-opened", **about)
+
+    def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
+        """No more visitors for it. Without another session its port closes, or lingers for 5 s."""
+        with self._lock:
+            lease, session.lease = session.lease, None
+            if lease is None:
+                return
+            lease.sessions.remove(session)
+            self._changed.notify_all()
+            if lease.sessions or (lease.shared and not linger):
+                return
+            linger = linger and not self._stopping
+            if linger:
+                lease.listener.pause()
+                lease.lingers_until = time.monotonic() + LEASE_LINGER_S
+            else:
+                self._drop_locked(lease)
+        if linger:
+            CLOCK.after(LEASE_LINGER_S, lambda: self._end_linger(lease))
+        else:
+            log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
+
+    def _end_linger(self, lease: Lease) -> None:
+        """The clock's: its client has not come back; the global port refuses visitors again."""
+        with self._lock:
+            until = lease.lingers_until
+            if until is None or time.monotonic() < until or self._stopping:  # it came, and left again
+                return
+            lease.lingers_until = None
+            if lease.shared:
+                lease.listener.resume()
+                return
+            self._drop_locked(lease)
+        reason = "its client did not come back"
+        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
+
+    def _drop_locked(self, lease: Lease) -> None:
+        assert self._lock.locked()
+        del self._leases[lease.listener.address.port]
+        lease.listener.stop()
+
+    # -- visitors
+
+    def _admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
+        """In the acceptor: before a byte is read, and before there is a thread."""
+        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
+        with self._lock:
+            self._visitors += 1
+            full = self._visitors > MAX_STREAMS
+        if not full and self.settings.visitors.admit(visitor):
+            return True
+        reason = "too many are here" if full else "not of --visitors"
+        log_limit("visitor-refused", peer=visitor, reason=reason)
+        return False
+
+    def _visitor_left(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._visitors -= 1
+
+    def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
+        """The life of a visitor's connection, in its pump's thread."""
+        deadline = Deadline(LEASE_LINGER_S)
+        ended: list[ServerSession] = []
+        try:
+            tune(sock)
+            while session := self._choose(lease, ended, deadline):
+                try:
+                    return session.serve_visitor(sock, visitor)
+                except SessionEnded:
+                    ended.append(session)
+                finally:
+                    with self._lock:
+                        session.visitors -= 1
+            raise SessionEnded("no client is connected, or none takes more")
+        except (SessionEnded, OSError) as error:
+            log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
+
+    def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
+        """A session for a visitor, who waits here as others do in a lingering lease's queue."""
+        with self._lock:
+            while (session := lease.choose(ended)) is None and not self._stopping:
+                full = any(each not in ended for each in lease.sessions)
+                may_return = lease.sessions or lease.lingers_until is not None
+                if full or not may_return or not self._changed.wait(deadline.remaining()):
+                    break
+            return session
+
+    # -- what is said and checked of all
+
+    def check_allowed(self, session: Session) -> None:
+        super().check_allowed(session)
         if isinstance(session, ServerSession) and not self._may_open(session):
             session.expel("its port is no longer allowed")
 
@@ -2641,137 +2972,8 @@ class Server(Program):
             }
         return super().limits_used() | used
 
-    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
-        """A lease of the port asked for, or that this instance had before, or any. Raises OSError."""
-        key = (session.holder or "", init.instance)
-        if not init.port and (port := self._assigned.get(key)):
-            with contextlib.suppress(OSError):
-                return self._bind_locked(Address(self._public_bind, port), session)
-        lease = self._bind_locked(Address(self._public_bind, init.port), session)
-        if not init.port and init.instance:
-            self._assigned[key] = lease.listener.address.port
-            while len(self._assigned) > MAX_ASSIGNED_PORTS:
-                self._assigned.popitem(last=False)
-        return lease
 
-    def _bind_locked(self, address: Address, session: ServerSession | None) -> Lease:
-        """A new lease: the session's, or the global port's. Its visitors wait until it is resumed. Raises OSError."""
-        assert self._lock.locked()
-
-        def serve(sock: socket.socket, visitor: Address) -> None:
-            self._serve_visitor(lease, sock, visitor)
-
-        listener = Listener(
-            address, self._pool, serve, lambda: self._tick(lease), self._admit_visitor, self._visitor_left
-        )
-        lease = Lease(listener, session)
-        self._leases[lease.listener.address.port] = lease
-        return lease
-
-    def _start(self, lease: Lease) -> None:
-        """Start its acceptor; not under the lock, for that waits until the thread runs. Raises SessionEnded."""
-        try:
-            lease.listener.start()
-        except OSError as error:
-            with self._lock:
-                sessions = list(lease.sessions)  # nearly always one
-            for session in sessions:
-                self.leave_lease(session, reason_of(error), linger=False)
-                session.end(reason_of(error))
-            raise SessionEnded(reason_of(error)) from error
-
-    def join_silent(self, session: ServerSession) -> bool:
-        """Whether a connection without INIT has become a client of the global port."""
-        with self._lock:
-            lease = next((lease for lease in self._leases.values() if lease.shared), None)
-            if session.lease is not None or lease is None or len(lease.sessions) >= MAX_CLIENTS:
-                return session.lease is not None  # its INIT was faster; or there is no place, then it stays a stranger
-            lease.join(session)
-            self._forget_stranger_locked(session.sock)
-        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
-        return True
-
-    def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
-        """No more visitors for this session; without another its port closes, after 5 s where it may linger."""
-        with self._lock:
-            lease, session.lease = session.lease, None
-            if lease is None:
-                return
-            lease.sessions.remove(session)
-            self._changed.notify_all()
-            if lease.sessions or (lease.shared and not linger):
-                return
-            if linger and not self._stopping:
-                lease.listener.pause()
-                lease.lingers_until = time.monotonic() + LEASE_LINGER_S
-                return
-            self._drop_locked(lease)
-        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
-        lease.listener.join()
-
-    def _tick(self, lease: Lease) -> None:
-        """The acceptor's, twice a second: a lease that has lingered long enough closes; a global one refuses again."""
-        with self._lock:
-            if lease.lingers_until is None or time.monotonic() < lease.lingers_until:
-                return
-            lease.lingers_until = None
-            if lease.shared:
-                lease.listener.resume()
-                return
-            self._drop_locked(lease)
-        log_event(INFO, "lease-closed", address=lease.listener.address, reason="its client did not come back")
-
-    def _drop_locked(self, lease: Lease) -> None:
-        assert self._lock.locked()
-        del self._leases[lease.listener.address.port]
-        lease.listener.ask_to_stop()
-
-    def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
-        """The life of a visitor's connection, in its pump's thread."""
-        deadline = Deadline(LEASE_LINGER_S)
-        ended: list[ServerSession] = []
-        try:
-            tune(sock)
-            while session := self._choose(lease, ended, deadline):
-                try:
-                    return session.serve_visitor(sock, visitor)
-                except SessionEnded:
-                    ended.append(session)
-                finally:
-                    with self._lock:
-                        session.visitors -= 1
-            raise SessionEnded("no client is connected, or none takes more")
-        except (SessionEnded, OSError) as error:
-            reset_at_close(sock)
-            log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
-
-    def _admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
-        """In the acceptor: before a byte is read, and before there is a thread."""
-        with self._lock:
-            self._visitors += 1
-            full = self._visitors > MAX_STREAMS
-        if not full and self.settings.visitors.admit(visitor):
-            return True
-        log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
-        reset_at_close(sock)
-        return False
-
-    def _visitor_left(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._visitors -= 1
-
-    def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
-        """A session for a visitor. One who was accepted just before a session ended waits as those in the queue do."""
-        with self._lock:
-            while (session := lease.choose(ended)) is None and not self._stopping:
-                full = any(session not in ended for session in lease.sessions)
-                may_return = lease.sessions or lease.lingers_until is not None
-                if full or not may_return or not self._changed.wait(deadline.remaining()):
-                    break
-            return session
-
-
-# ---- client -----------------------------------------------------------------------------------------------------
+# ---- client: mappings, retries ----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2780,7 +2982,8 @@ class Mapping:
 
     remote_port: int  # 0: the server chooses
     local: Address
-    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it is what a lease belongs to
+    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it is what a lease
+    # belongs to.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     @classmethod
@@ -2793,8 +2996,11 @@ class Mapping:
 
 
 class Backoff:
-    """Seconds to wait before the next attempt: 1 s, doubled up to a maximum, less up to a quarter at random, so
-    that the clients of a restarted server do not all come at once."""
+    """Seconds to wait before the next attempt: 1 s, doubled up to a maximum.
+
+    Up to a quarter is taken off at random, so that the clients of a restarted server do not all
+    come at once.
+    """
 
     def __init__(self, maximum_s: float) -> None:
         self._maximum_s = maximum_s
@@ -2803,7 +3009,7 @@ class Backoff:
     def reset(self) -> None:
         self._next_s = FIRST_RETRY_S
 
-    def next_s(self, *, refused: bool) -> float:
+    def next_s(self, *, refused: bool = False) -> float:
         wait = min(self._next_s, REFUSED_RETRY_S) if refused else self._next_s
         self._next_s = min(2 * self._next_s, self._maximum_s)
         return min(wait, self._maximum_s) * random.uniform(0.75, 1.0)
@@ -2814,113 +3020,129 @@ class ClientSession(Session):
 
     role = "client"
 
-    def __init__(self, transport: Transport, pool: Pool, settings: Settings, client: Client, mapping: Mapping) -> None:
-        super().__init__(transport, pool, settings)
+    def __init__(self, transport: Transport, client: Client, mapping: Mapping) -> None:
+        super().__init__(transport, client)
+        self.over = threading.Event()  # no more visitors come: a GOAWAY has come, or its end
+        self.has_ended = threading.Event()
+        self.reason = ""  # of its end
+        self.goaway: str | None = None  # the server's reason; the reader's
+        self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self._client = client
         self._mapping = mapping
         self._began = time.monotonic()
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
-        self.is_open = False  # set once, by the reader (first frame) or the control sender (10 s)
-        self.goaway: str | None = None  # the server's reason; the reader's
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, version=1)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
-        self.after(LIVED_S, self._open)
+
+    def run(self) -> str:
+        self.after(LIVED_S, self._check_lived)
+        try:
+            with self._client.registered(self):
+                self.reason = super().run()
+        except SessionEnded as error:  # the program stops
+            self.transport.close()
+            self.reason = str(error)
+        finally:
+            self.has_ended.set()
+            self.over.set()
+        return self.reason
+
+    def is_young(self) -> bool:
+        return time.monotonic() < self._began + FIRST_RETRY_S
 
     def on_frame(self, frame: Frame) -> None:
-        if frame.type == FrameType.WELCOME:
-            if self._heard:
-                raise ProtocolError("WELCOME behind another frame")
-            welcome = Welcome.parse(frame.payload)
-            self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
-            self.level, self.peer_window = 1, welcome.window
-            self._client.expects_welcome = True
-            self.start_level_1()
+        if frame.type != FrameType.WELCOME:
+            self._hear()
+        super().on_frame(frame)
+
+    def on_welcome(self, frame: Frame) -> None:
+        if self._heard:
+            raise ProtocolError("WELCOME behind another frame")
+        welcome = Welcome.parse(frame.payload)
+        self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
+        self.ways, self.peer_window = LEVEL_1, welcome.window
+        self._client.expects_welcome = True
+        self.start_timers()
+        self._hear()
+
+    def _hear(self) -> None:
         self._heard = True
         self._open()
-        if frame.type == FrameType.NEW_CONN:
-            self._on_new_conn(frame)
-        elif frame.type != FrameType.WELCOME:
-            super().on_frame(frame)
+
+    def _check_lived(self) -> None:
+        """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
+        if not self._heard and self._client.expects_welcome:
+            # Once: the server may have become an original.
+            self._client.expects_welcome = False
+            self.end(f"no WELCOME within {LIVED_S:g} s")
+        else:
+            self._open()
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
-        if not self._heard and self._client.expects_welcome:  # once: it may have become an original, which says nothing
-            self._client.expects_welcome = False
-            self.end(f"no WELCOME within {LIVED_S:g} s")
-        elif not self.is_open:
+        if not self.is_open:
             self.is_open = True
+            self._client.has_opened(self._mapping)
             public = self._public or f"port {self._mapping.remote_port}"
-            log_event(
-                INFO, "session-opened", public=public, local=self._mapping.local, level=self.level,
-                server=self.transport.peer,
-            )  # fmt: skip
-            log_receipt(self.transport)  # behind the public address, which users look for in the first line
+            about = {"public": public, "local": self._mapping.local}
+            server = self.transport.peer
+            log_event(INFO, "session-opened", **about, level=self.level, server=server)
+            # Behind the public address, which users look for in the first line.
+            log_receipt(self.transport)
 
-    def on_goaway(self, reason: str) -> None:
+    def on_goaway(self, frame: Frame) -> None:
+        """This session's streams go on; the mapping's thread connects anew."""
         if self.goaway is not None:
-            return  # another thread has the mapping already
-        log_event(INFO, "goaway", server=self.transport.peer, level=self.level, reason=reason)
-        if reason != REPLACED:
-            if len(self._client.sessions()) >= self._client.max_sessions:
-                raise SessionEnded("GOAWAY again, and older sessions still have streams")  # this thread connects anew
-            young = time.monotonic() < self._began + FIRST_RETRY_S
-            try:
-                self._client.connect(self._mapping, FIRST_RETRY_S if young else 0)  # this session's streams go on
-            except RuntimeError as error:
-                raise SessionEnded(reason_of(error)) from error  # the same
+            return
+        reason = frame.payload.decode("ascii", "replace")
+        about = {"server": self.transport.peer, "local": self._mapping.local}
+        log_event(INFO, "goaway", **about, level=self.level, reason=reason)
+        if reason != REPLACED and self._client.has_too_many_sessions():
+            raise SessionEnded("GOAWAY again, and older sessions still have streams")
         self.goaway = reason
+        self.over.set()
 
-    def _on_new_conn(self, frame: Frame) -> None:
-        visitor = self._visitor(frame.payload) if self.level else None
+    def on_new_conn(self, frame: Frame) -> None:
+        visitor = self.ways.visitor(frame.payload)
         if self.writer.is_behind():
-            raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_FRAMES} frames that the server has not read")
+            limit = f"over {MAX_UNSENT_BYTES} bytes that the server has not read"
+            raise ProtocolError(f"NEW_CONN, with {limit}")
         full = self._client.stream_count() >= MAX_STREAMS
+        number = frame.stream
         with self._lock:
-            # At level 0 any order: the original numbers its visitors before it takes their turn to write.
-            if not frame.stream or frame.stream in self._streams or (self.level and frame.stream <= self._last_stream):
-                raise ProtocolError(f"NEW_CONN for stream {frame.stream} after stream {self._last_stream}")
-            stream = Stream(self, frame.stream, None, visitor)
-            self._add_locked(stream)
+            new = self.ways.is_new(number, self._last_stream)
+            if not number or number in self._streams or not new:
+                raise ProtocolError(f"NEW_CONN for stream {number} after {self._last_stream}")
+            stream = self.ways.stream(self, number, None, visitor)
+            self.add_locked(stream)
         try:
             if full:
-                raise RuntimeError(f"{MAX_STREAMS} streams are open")
-            self.start_thread(f"pump {stream.number}", lambda: stream.run(lambda: self._dial_local(stream)))
-        except RuntimeError as error:  # that stream alone ends
-            stream.abort(reason_of(error))
-            self.forget(stream)
+                raise NoThread(f"{MAX_STREAMS} streams are open")
+            self.start_thread(f"pump {number}", lambda: stream.run(lambda: self._dial_local(stream)))
+        except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
-            reason = reason_of(error).encode("ascii", "replace")[:MAX_REASON_BYTES]
-            self.writer.post(encode(FrameType.CLOSE_CONN, stream.number, reason), provoked=True)
-
-    @staticmethod
-    def _visitor(payload: bytes) -> Address:
-        try:
-            address = Address.parse(payload.decode("ascii"))
-            ipaddress.ip_address(address.shown_host)
-        except (ConfigError, ValueError):
-            raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
-        return address
+            stream.refuse(reason_of(error))
 
     def _dial_local(self, stream: Stream) -> socket.socket:
         try:
             sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
-            if self.settings.proxy_protocol:
+            if self._client.settings.proxy_protocol:
                 public = self._public or self._mapping.local  # at level 0 it is not said
-                sock.sendall(proxy_line(stream.visitor, public))  # fits into an empty socket buffer: does not wait
+                # It fits into an empty socket buffer, so it does not wait.
+                sock.sendall(proxy_line(stream.visitor, public))
             return sock
         except OSError as error:
-            log_event(
-                WARNING, "dial-failed", local=self._mapping.local, stream=stream.number, peer=stream.visitor,
-                level=self.level, reason=reason_of(error),
-            )  # fmt: skip
+            about = {"local": self._mapping.local, "stream": stream.number, "peer": stream.visitor}
+            log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
             raise
 
 
 class Client(Program):
-    """One thread a mapping: dial the server, run the session, wait, again.
+    """One thread a mapping: dial the server, have the session read, wait for its end, again.
 
-    Threads: `start`, `stop` from main; `_run_mapping` in each mapping's thread, which is its session's reader.
+    Threads: `start`, `stop`, `reload` from main; `_run_mapping` is each mapping's thread.
+    Locking: Program's; it guards everything below the marker too.
     """
 
     def __init__(
@@ -2936,74 +3158,226 @@ class Client(Program):
         self._load_context = load_context or (lambda: context)
         self._server = server
         self._mappings = mappings
-        self.max_sessions = len(mappings) + MAX_RETIRED
-        self.expects_welcome = False  # the server is of level 1: its silence is the network's. Any reader sets it
         self._reconnect_max_s = reconnect_max_s
+        self._opening = threading.BoundedSemaphore(MAX_OPENING)
+        # The server is of level 1: its silence is the network's. Any reader sets it.
+        self.expects_welcome = False
+        # guarded by _lock
+        self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
+        self._has_served = False  # any mapping was open once
 
     def start(self) -> None:
+        super().start()
         for mapping in self._mappings:
-            self.connect(mapping)
-
-    def connect(self, mapping: Mapping, wait_s: float = 0) -> None:
-        """Start the mapping's thread."""
-        self._pool.run(f"mapping {mapping.local}", lambda: self._run_mapping(mapping, wait_s))
-
-    def stop(self) -> None:
-        """End all sessions, join all threads that do not resolve or dial."""
-        deadline = Deadline(STOP_TIMEOUT_S)
-        self.stop_asked.set()
-        self.stop_connections()
-        self._pool.close(deadline)
+            self.pool.run(f"mapping {mapping.local}", lambda m=mapping: self._run_mapping(m))  # type: ignore[misc]
 
     def reload(self, fresh: Program) -> None:
         assert isinstance(fresh, Client)
         super().reload(fresh)
         self._load_context = fresh._load_context
 
-    def _renew_context(self) -> None:
-        """Connect with the certificate that is there now; where that is broken, with the one of before."""
-        try:
-            self._context = self._load_context()
-        except rtunnel_tls.TlsConfigError as error:
-            log_event(ERROR, "reload-failed", reason=error)
+    def has_too_many_sessions(self) -> bool:
+        return len(self.sessions()) >= len(self._mappings) + MAX_RETIRED
 
-    def _run_mapping(self, mapping: Mapping, wait_s: float) -> None:
-        self.stop_asked.wait(wait_s)
+    def has_opened(self, mapping: Mapping) -> None:
+        with self._lock:
+            self._has_served = True
+            self._denied.pop(mapping, None)
+
+    def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
         while not self.stop_asked.is_set():
-            log_event(DEBUG, "connecting", server=self._server)
-            self._renew_context()
-            event, level, refused, rtt = "connect-failed", 0, False, dict[str, float]()
-            session: ClientSession | None = None
             try:
-                with contextlib.closing(dial(self._server, CONNECT_TIMEOUT_S)) as sock:
-                    transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S))
-                    session = ClientSession(transport, self._pool, self.settings, self, mapping)
-                    with self.registered(session):
-                        reason = session.run()
-                event, level, rtt = "session-closed", session.level, session.rtt()
-            except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
-                refused, reason = isinstance(error, ConnectionRefusedError), reason_of(error)
-            wait = backoff.next_s(refused=refused)
-            if session is not None:
-                if session.is_open:
-                    backoff.reset()
-                    wait = backoff.next_s(refused=False)
-                if session.refused is not None and session.refused.code in FINAL_REFUSALS:
-                    log_event(ERROR, "refused", server=self._server, local=mapping.local, level=level, reason=reason)
-                    self.status = 3
-                    self.stop_asked.set()
-                if session.goaway == REPLACED:
-                    wait = REPLACED_RETRY_S
-                elif session.goaway is not None:
-                    log_event(INFO, event, server=self._server, level=level, reason=reason, **rtt)
-                    return  # another thread has the mapping since the GOAWAY
+                wait = self._serve(mapping, backoff)
+            except Exception:  # the safety net: the mapping goes on
+                log_internal_error()
+                wait = backoff.next_s()
+            self.stop_asked.wait(wait)
+
+    def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
+        """One session, until it takes no more visitors; returns the seconds until the next."""
+        about: dict[str, object] = {"server": self._server, "local": mapping.local}
+        try:
+            session = self._connect(mapping)
+            try:
+                self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
+            except NoThread:
+                session.transport.close()
+                raise
+        except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
+            wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             if not self.stop_asked.is_set():
-                log_event(WARNING, event, server=self._server, level=level, reason=reason, retry_s=wait, **rtt)
-                self.stop_asked.wait(wait)
+                reason = reason_of(error)
+                log_event(WARNING, "connect-failed", **about, level=0, reason=reason, retry_s=wait)
+            return wait
+        session.over.wait()
+        if session.is_open:
+            backoff.reset()
+        if session.goaway == REPLACED:
+            session.has_ended.wait()
+            wait = REPLACED_RETRY_S
+        elif session.goaway is not None:
+            return FIRST_RETRY_S if session.is_young() else 0
+        elif session.refused is not None and session.refused.code in FINAL_REFUSALS:
+            wait = self._take_denial(mapping, session.refused)
+        else:
+            wait = backoff.next_s()
+        if not self.stop_asked.is_set():
+            about |= {"level": session.level, "reason": session.reason, "retry_s": wait}
+            log_event(WARNING, "session-closed", **about, **session.rtt())
+        return wait
+
+    def _connect(self, mapping: Mapping) -> ClientSession:
+        """Raises OSError, HandshakeError, SessionEnded."""
+        with self._opening:
+            log_event(DEBUG, "connecting", server=self._server, local=mapping.local)
+            self._renew_context()
+            sock = dial(self._server, CONNECT_TIMEOUT_S)
+            try:
+                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S))
+            except BaseException:
+                sock.close()
+                raise
+        return ClientSession(transport, self, mapping)
+
+    def _read(self, session: ClientSession, about: dict[str, object]) -> None:
+        """The session reader."""
+        reason = session.run()
+        if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
+            about = about | {"level": session.level, "reason": reason}
+            log_event(INFO, "session-closed", **about, **session.rtt())
+
+    def _renew_context(self) -> None:
+        """Take the certificate that is there now; where it is broken, go on with the old one."""
+        load = self._load_context
+        try:
+            context = load()
+        except rtunnel_tls.TlsConfigError as error:
+            log_event(ERROR, "reload-failed", reason=error)
+            return
+        with self._lock:
+            if load is self._load_context:  # else main has reloaded meanwhile
+                self._context = context
+
+    def _take_denial(self, mapping: Mapping, refused: Refused) -> float:
+        """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
+        with self._lock:
+            new = self._denied.get(mapping) != str(refused)
+            self._denied[mapping] = str(refused)
+            hopeless = not self._has_served and len(self._denied) == len(self._mappings)
+        if new:
+            about = {"server": self._server, "local": mapping.local}
+            log_event(ERROR, "refused", **about, reason=str(refused))
+        if hopeless:
+            self.status = 3
+            self.stop_asked.set()
+            self.words.put("refused")
+        return self._reconnect_max_s
 
 
-# ---- configuration and commands -----------------------------------------------------------------------------------
+# ---- the original's ways: level 0 (PROTOCOL.md, section 5) ------------------------------------
+
+
+class OriginalStream(Stream):
+    """A stream at level 0: one CLOSE_CONN each way ends both directions, and there is no credit.
+
+    The window never runs out. What is queued is bounded by the reader, which waits.
+    """
+
+    # guarded by _lock
+    _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
+    _lingered = False  # they have passed
+
+    def _windows(self) -> tuple[SendWindow, ReceiveWindow]:
+        return SendWindow(UNLIMITED), ReceiveWindow(UNLIMITED)
+
+    def state(self) -> dict[str, object]:
+        state = super().state()
+        del state["window"], state["credit"]
+        return state
+
+    def _takes_locked(self, name: str) -> bool:
+        return self._receiving is Receiving.OPEN
+
+    def _enqueue_locked(self, part: memoryview) -> None:
+        """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
+        deadline = Deadline(LEVEL_0_WAIT_S)
+        while self._receiving is Receiving.OPEN:
+            if len(self._queue) + len(part) <= LEVEL_0_QUEUE_BYTES:
+                break
+            if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
+                self._abort_locked("stalled")
+        super()._enqueue_locked(part)
+
+    def close_received(self, reason: bytes) -> None:
+        """With a reason a reset; bare, a clean end behind the DATA. Answered once (E-1)."""
+        with self._lock:
+            answer = self._peer_closed = self._sending is not Sending.CLOSED
+            self._sending = Sending.CLOSED
+            if reason:
+                cause = reason[:MAX_REASON_BYTES].decode("ascii", "replace")
+                self._abort_locked("peer: " + quoted(cause))
+            elif answer and not self._received and self._session.role == "server":
+                self._abort_locked("peer: refused")  # how the original's client says so (E-6)
+            else:
+                self._end_receiving_locked()
+        if answer:
+            with contextlib.suppress(SessionEnded):
+                last = encode(FrameType.CLOSE_CONN, self.number)
+                self._session.writer.post_last(self, last)
+
+    def _end_sending_locked(self) -> FrameType:
+        """The first end of file ends both directions (E-2)."""
+        self._sending = Sending.CLOSED
+        self._end_receiving_locked()
+        return FrameType.CLOSE_CONN
+
+    def _send_abort(self, frame: bytes) -> None:
+        """Behind the stream's DATA."""
+        self._session.writer.send(self, frame)
+
+    def _fin_sent_locked(self) -> None:
+        if self._peer_closed:
+            CLOCK.after(LINGER_S, self._end_linger)
+
+    def _end_linger(self) -> None:
+        """The clock's: a socket that has not answered our FIN is closed (E-7)."""
+        with self._lock:
+            self._lingered = True
+            self._wake_pump_locked()
+
+    def _is_over(self) -> bool:
+        return self._lingered or super()._is_over()
+
+
+class Original(Level1):
+    """What differs at level 0: the original says less, and takes more."""
+
+    number = 0
+    lingers = False
+    stream = OriginalStream
+
+    def goaway(self, reason: str) -> bytes:
+        return b""
+
+    def refusal(self, refused: Refused) -> bytes:
+        return b""
+
+    def visitor_payload(self, visitor: Address) -> bytes:
+        return b""
+
+    def visitor(self, payload: bytes) -> Address | None:
+        return None
+
+    def is_new(self, number: int, last: int) -> bool:
+        """In any order: the original numbers its visitors before it queues their frames (S-2)."""
+        return True
+
+
+ORIGINAL = Original()
+
+
+# ---- command line -----------------------------------------------------------------------------
 
 
 class Option(NamedTuple):
@@ -3226,71 +3600,114 @@ def warn(settings: argparse.Namespace, context: rtunnel_tls.TlsContext | None) -
         if not address.is_loopback:
             log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
         return
-    for file, _, days_left in context.expiring():
-        warn_of_expiry(file, days_left)
     if context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
 
 
-def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
-    """Run until SIGINT, SIGTERM or Ctrl+Break; SIGHUP reloads what `remake` makes, SIGUSR1 logs the state.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
 
-    The first SIGTERM drains where `--drain` says so; SIGINT, and a second signal, do not wait; one more ends at once.
+
+def take_signals() -> queue.SimpleQueue[str]:
+    """From now on each signal's name goes into this queue, main's post, in whatever phase we are.
+
+    A handler may interrupt main anywhere, so it must take no lock that main may hold: `put` of a
+    SimpleQueue is re-entrant. What came while the modules were imported is delivered now.
     """
-    asked: collections.deque[str] = collections.deque()  # SIGHUP, SIGUSR1
-    stopped_by: list[str] = []
+    words: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def in_hurry() -> bool:
-        return len(stopped_by) > 1 or stopped_by[:1] != ["SIGTERM"] or not program.settings.drain_s
+    def take(number: int, frame: types.FrameType | None) -> None:
+        words.put(signal.Signals(number).name)
 
-    wake = threading.Lock()  # held but between a signal and main's look at it
-    wake.acquire()
-
-    def on_signal(number: int, frame: types.FrameType | None) -> None:
-        # It takes notes for main, and sets no Event: main may be inside that one, with the lock that `set` wants.
-        name = signal.Signals(number).name
-        with contextlib.suppress(RuntimeError):  # it is released already
-            wake.release()
-        if name in ("SIGHUP", "SIGUSR1"):
-            asked.append(name)
-        elif stopped_by and in_hurry():
-            os._exit(1)
-        else:
-            stopped_by.append(name)
-
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1"):
+    for name in SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+            signal.signal(getattr(signal, name), take)
+    release_signals()
+    return words
+
+
+def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
+    """Run until a signal asks for the end, or until the server has refused for good.
+
+    What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
+    starts, as soon as it has. The last two let the open streams finish, where `--drain` says so; any
+    of the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
+    is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
+    """
+    program.words = take_signals()
     program.start()
-    while not (stopped_by or program.stop_asked.is_set()):
-        wake.acquire(timeout=MAIN_STEP_S)
-        while asked:
-            if asked.popleft() == "SIGUSR1":
-                program.log_state()
-            else:
-                reload(program, remake)
-    log_event(INFO, "stopping", signal=stopped_by[0] if stopped_by else "none")
-    program.stop_asked.set()
-    if not in_hurry():
-        program.drain(in_hurry)
-        stopped_by.append("drained")  # from now on one more signal ends at once
+    tell_systemd("READY=1")
+    word = serve(program, remake)
+    log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
+    tell_systemd("STOPPING=1")
+    if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
+        drain(program)
     program.stop()
-    log_event(INFO, "stopped", status=program.status)
+    status = wait_for_end(program)
+    log_event(INFO, "stopped", status=status)
+    return status
+
+
+def next_word(program: Program, seconds: float) -> str:
+    """Main's post; empty after so long, at most STEP_S: on Windows no signal ends the wait."""
     try:
-        sys.stderr.flush()
-    except OSError:  # a full disk: the interpreter would try once more, and make that the exit status
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        return program.words.get(timeout=min(seconds, STEP_S))
+    except queue.Empty:
+        return ""
+
+
+def serve(program: Server | Client, remake: Callable[[], Server | Client]) -> str:
+    """Returns the word that ends it."""
+    while True:
+        word = next_word(program, STEP_S)
+        if word in STOP_SIGNALS or word == "refused":
+            return word
+        if word == "SIGHUP":
+            reload(program, remake)
+        elif word == "SIGUSR1":
+            program.log_state()
+
+
+def drain(program: Program) -> None:
+    """Nothing new, and the open streams may finish, as long as `--drain` says."""
+    deadline = Deadline(program.settings.drain_s)
+    program.retire_all()
+    while program.stream_count() and deadline.remaining():
+        word = next_word(program, deadline.remaining())
+        if word in STOP_SIGNALS:
+            return
+        if word == "SIGUSR1":
+            program.log_state()
+        elif word == "SIGHUP":
+            log_event(WARNING, "reload-refused", reason="the program is stopping")
+
+
+def wait_for_end(program: Program) -> int:
+    """For the last frames to go out; returns the exit status."""
+    deadline = Deadline(STOP_TIMEOUT_S)
+    while program.has_connections() and deadline.remaining():
+        if next_word(program, deadline.remaining()) in STOP_SIGNALS:
+            return 1
     return program.status
+
+
+def tell_systemd(state: str) -> None:
+    """What a unit of Type=notify waits for (sd_notify(3)); elsewhere nothing."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> None:
     """What is broken is refused, all of it, in whatever way it is, and the old stays."""
+    tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         program.reload(remake())
     except Exception as error:
         log_event(ERROR, "reload-failed", reason=reason_of(error))
     else:
         log_event(INFO, "reloaded")
+    tell_systemd("READY=1")
 
 
 def stay_on_cpu(number: int | str, role: str) -> None:
@@ -3354,6 +3771,7 @@ def add_pki(commands: Any) -> None:
 
 
 def run_pki(settings: argparse.Namespace) -> int:
+    release_signals()
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
@@ -3371,15 +3789,32 @@ def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
         shown = settings.parser.format_values()
         print(shown, end="")
-        for option in OPTIONS[settings.command]:  # of the defaults, which stand last, it leaves out the switches
+        for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             if option.action == "switch" and not re.search(rf"\b{option.name}\b(?!-)", shown):
                 print(f"  --{option.name}: {option.default}")
         return 0
-    start_log(settings.log_level)
+    keep_standard_descriptors()
+    stay_on_cpu(settings.cpu, settings.command)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
-    stay_on_cpu(settings.cpu, settings.command)
-    return run(make_program(settings), lambda: make_program(settings.parse_again()))
+    flush_log = start_log(settings.log_level)
+    try:
+        program = make_program(settings)
+        return run(program, lambda: make_program(settings.parse_again()))
+    except ConfigError:
+        raise
+    except RtunnelError as error:
+        log_event(ERROR, "failed", reason=error)
+        return 1
+    finally:
+        flush_log()
+
+
+def keep_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, the next socket would get it, and what is written there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -3398,12 +3833,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ConfigError, rtunnel_tls.TlsConfigError) as error:
             return settings.parser.error(str(error))  # type: ignore[no-any-return]
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(2)
-    except RtunnelError as error:
-        log_event(ERROR, "failed", reason=error)
-        return 1
+        with contextlib.suppress(OSError, AttributeError):  # nobody reads, or there is no stderr
+            sys.stderr.write(f"{error}\n")
+            sys.stderr.flush()
+        return 2
+
+
+def entry() -> NoReturn:
+    """The process: `main`, and an end that waits for no thread.
+
+    The interpreter's own end waits for a lock that a thread may hold that writes to a stopped
+    terminal. What is left of streams is reset by the kernel (SO_LINGER).
+    """
+    status = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

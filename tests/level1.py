@@ -92,7 +92,7 @@ class Ends:
         """Start the server; returns its control address."""
         self.server = rtunnel.Server(LOOPBACK, public, LOOPBACK.host, rtunnel.Settings(**settings), self._contexts[0])
         self.server.start()
-        self._stack.callback(self.server.stop)
+        self._stack.callback(stop, self.server)
         assert self.server._control is not None
         return self.server._control.address
 
@@ -108,7 +108,7 @@ class Ends:
         client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, self._contexts[1])
         client.start()
         self._clients.append(client)
-        self._stack.callback(client.stop)
+        self._stack.callback(stop, client)
         return client
 
     def open_tunnel(self, local: Service | Address, **settings: Any) -> Address:
@@ -135,6 +135,12 @@ class Ends:
         """The clients' sessions that there are now."""
         sessions = [session for client in self._clients for session in client.sessions()]
         return [session for session in sessions if isinstance(session, rtunnel.ClientSession)]
+
+
+def stop(program: rtunnel.Program) -> None:
+    """Stop it, and wait until its connections have ended."""
+    program.stop()
+    eventually(lambda: not program.has_connections(), 5.0, "the connections end")
 
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:
