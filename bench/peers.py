@@ -246,10 +246,13 @@ class Ssh(Peer):
     with `-N` alone a small packet waits up to 40 ms for an acknowledgement (NOTES.md).
     """
 
-    def __init__(self, name: str, folder: Path, *, root: Path | None = None, bare: bool = False) -> None:
+    def __init__(
+        self, name: str, folder: Path, *, root: Path | None = None, options: str = "", command: str = "cat"
+    ) -> None:
         super().__init__(name)
         self._root = root
-        self._bare = bare  # as with `ssh -N -R`
+        self._options = options.split()
+        self._session = command.split()
         self._folder = root / "tmp" if root else folder
         self._keys = Path()
 
@@ -302,7 +305,7 @@ class Ssh(Peer):
         options = [word for key, value in client.items() for word in ("-o", f"{key}={value}")]
         words = ["-F", "none", "-R", f"{HOST}:{public}:{HOST}:{local}", "-p", dialled(control), *options]
         user = f"{getpass.getuser()}@{HOST}"
-        processes.start([*self._command("ssh"), *words, *(["-N", user] if self._bare else [user, "cat"])])
+        processes.start([*self._command("ssh"), *words, *self._options, user, *self._session])
         return public
 
 

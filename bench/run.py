@@ -56,6 +56,7 @@ http {{
   server {{ listen 127.0.0.1:{port} backlog=1024; location / {{ return 200 "{page}"; }} }}
 }}
 """
+NO_SESSION = "ssh -N -R"  # measured where it is asked for: see Ssh
 CLOSE = ("-HConnection: close",)
 PAGE = "A page of six hundred bytes. " * 20
 
@@ -289,12 +290,17 @@ def all_peers(folder: Path, ssh_root: Path, also: Sequence[tuple[str, Path]]) ->
     for profile in ("plain", "default"):
         peers.append(Ours(profile, profile, folder))
         peers += [Ours(f"{label} {profile}", profile, folder, file) for label, file in also]
-    peers += [Ours("cnsa2", "cnsa2", folder), Ssh("ssh -R", folder), Ssh("ssh -N -R", folder, bare=True)]
-    return [*peers, Ssh("ssh 10", folder, root=ssh_root), *other_programs()]
-
-
-def other_programs() -> list[Peer]:
-    return [rathole("rathole"), rathole("rathole noise", noise=True), bore("bore")]
+    return [
+        *peers,
+        Ours("cnsa2", "cnsa2", folder),
+        Ssh("ssh -R", folder),
+        Ssh("ssh 10", folder, root=ssh_root),
+        Ssh("ssh 10 aes", folder, root=ssh_root, options="-c aes128-gcm@openssh.com"),
+        Ssh(NO_SESSION, folder, options="-N", command=""),
+        rathole("rathole"),
+        rathole("rathole noise", noise=True),
+        bore("bore"),
+    ]
 
 
 def chosen(text: str, names: Sequence[str], what: str) -> list[str]:
@@ -305,18 +311,20 @@ def chosen(text: str, names: Sequence[str], what: str) -> list[str]:
     return wanted
 
 
-def labelled(text: str) -> tuple[str, str]:
+def named_version(text: str) -> tuple[str, str]:
     label, _, what = text.rpartition("=")
+    if not what:
+        raise ValueError
     return label or "before", what
 
 
-def positive(text: str) -> float:
+def positive_number(text: str) -> float:
     if not 0 < float(text) < float("inf"):  # not a number is neither
         raise ValueError
     return float(text)
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -327,10 +335,11 @@ def make_parser() -> argparse.ArgumentParser:
     rows = ", ".join(measure.name for measure in measures())
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all works; no figures")
     parser.add_argument("--rows", metavar="LIST", help=f"only these, with commas: {rows}")
-    parser.add_argument("--peers", metavar="LIST", help="only these columns, with commas (default: what is installed)")
-    parser.add_argument("--runs", type=whole, help="rounds (default: 5; quick: 1)")
-    parser.add_argument("--seconds", type=positive, help="of each measurement (default: 3; quick: 1)")
-    parser.add_argument("--also", type=labelled, action="append", default=[], metavar="[NAME=]CODE",
+    parser.add_argument("--peers", metavar="LIST",
+                        help=f"only these columns, with commas (default: all here but {NO_SESSION!r})")  # fmt: skip
+    parser.add_argument("--runs", type=whole_number, help="rounds (default: 5; quick: 1)")
+    parser.add_argument("--seconds", type=positive_number, help="of each measurement (default: 3; quick: 1)")
+    parser.add_argument("--also", type=named_version, action="append", default=[], metavar="[NAME=]CODE",
                         help="another version in the same run (a folder, a copy of rtunnel.py, a git revision), and "
                              "the ratio to it; its name is 'before' where none is given")  # fmt: skip
     parser.add_argument("--ssh-root", type=Path, default=CACHE / "trixie", metavar="FOLDER",
@@ -343,7 +352,7 @@ def make_parser() -> argparse.ArgumentParser:
 def prepare(parser: argparse.ArgumentParser, folder: Path) -> tuple[argparse.Namespace, list[Measure], list[Peer]]:
     """All that can be wrong is found here, before the first measurement."""
     arguments = parser.parse_args()
-    if not any((arguments.quick, arguments.rows, arguments.peers, arguments.also)):
+    if arguments.rows is None and arguments.peers is None and not (arguments.quick or arguments.also):
         arguments.output = arguments.output or HERE
     try:
         also = [(label, other_version(what, folder)) for label, what in arguments.also]
@@ -351,10 +360,10 @@ def prepare(parser: argparse.ArgumentParser, folder: Path) -> tuple[argparse.Nam
         names = [peer.name for peer in peers]
         if len(set(names)) < len(names):
             raise Failed("each --also wants a name of its own (--also NAME=CODE)")
-        usual = [name for name in names if name != "ssh -N -R"]
-        asked = chosen(arguments.peers, names, "peer") if arguments.peers else usual
+        usual = [name for name in names if name != NO_SESSION]
+        asked = chosen(arguments.peers, names, "peer") if arguments.peers is not None else usual
         rows = [measure.name for measure in measures() if measure.in_quick or not arguments.quick]
-        if arguments.rows:
+        if arguments.rows is not None:
             rows = chosen(arguments.rows, [measure.name for measure in measures()], "row")
         if arguments.output:
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -381,8 +390,9 @@ def main() -> int:
         try:
             with bench.running():
                 measure_all(bench, rows, peers, runs, figures)
-        except KeyboardInterrupt:  # what was measured is not lost
+        except KeyboardInterrupt:  # what was measured is shown, and does not replace a whole run's
             bench.missing["the rest"] = "interrupted"
+            arguments.output = None if arguments.output == HERE else arguments.output
             status = 130
     names = [peer.name for peer in peers]
     results = report.Results(machine, runs, bench.seconds, names, figures, bench.missing)
