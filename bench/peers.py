@@ -239,11 +239,10 @@ def other_version(what: str, folder: Path) -> Path:
 
 
 class Ssh(Peer):
-    """`ssh -R` with its default ciphers, to an sshd on a high port with keys of its own; both of a root of their own
-    (chroot) where one is given.
+    """`ssh -R` to an sshd on a high port with keys of its own; both of a root of their own (chroot) where one is given.
 
-    A command runs beside the forwarding, because sshd turns Nagle's algorithm off only once a session asks for one:
-    with `-N` alone a small packet waits up to 40 ms for an acknowledgement (NOTES.md).
+    A session runs beside the forwarding: before OpenSSH 10, sshd turns Nagle's algorithm off only where one starts.
+    With `-N` alone a small packet waits up to 40 ms for an acknowledgement (NOTES.md).
     """
 
     def __init__(
@@ -304,8 +303,8 @@ class Ssh(Peer):
         }  # fmt: skip
         options = [word for key, value in client.items() for word in ("-o", f"{key}={value}")]
         words = ["-F", "none", "-R", f"{HOST}:{public}:{HOST}:{local}", "-p", dialled(control), *options]
-        user = f"{getpass.getuser()}@{HOST}"
-        processes.start([*self._command("ssh"), *words, *self._options, user, *self._session])
+        user, session = f"{getpass.getuser()}@{HOST}", [] if "-N" in self._options else ["cat"]
+        processes.start([*self._command("ssh"), *words, *self._options, user, *session])
         return public
 
 
