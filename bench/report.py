@@ -111,7 +111,19 @@ def middle(values: dict[str, list[float]], peer: str) -> float:
 
 COLUMNS, WIDTH, TITLE_HEIGHT, BAR_HEIGHT, GAP = 3, 340, 44, 20, 16
 LABEL_WIDTH, BAR_WIDTH = 84, 170
-COLOURS = ["#4c78a8", "#2f9e77", "#8cc63f", "#e8833a", "#8e6bbf", "#c94f6d", "#7f7f7f", "#b39b38", "#3aa6b9"]
+COLOURS = [
+    "#4c78a8",
+    "#2f9e77",
+    "#8cc63f",
+    "#e8833a",
+    "#8e6bbf",
+    "#c94f6d",
+    "#7f7f7f",
+    "#b39b38",
+    "#3aa6b9",
+    "#a0522d",
+    "#5f6f3a",
+]
 
 
 def chart(results: Results) -> str:
