@@ -40,7 +40,9 @@ class Load(NamedTuple):
 
 
 LOADS = [
-    Load("download, 1 stream", "MB", False, lambda bench, tunnel: bench.seconds * bench.bulk(tunnel, "down", 1)[0]),
+    Load(
+        "download, 1 stream", "MB", False, lambda bench, tunnel: bench.seconds * bench.bulk(tunnel, "down", 1, 0.01)[0]
+    ),
     Load("HTTP keep-alive", "request", True, lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 64)[0]),
     Load("HTTP close", "connection", True, lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 32, *CLOSE)[0]),
 ]
