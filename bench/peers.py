@@ -134,6 +134,8 @@ class Tunnel:
 class Peer:
     """One column of the table. `_start` starts both ends; the client is to dial `dialled(control port)`."""
 
+    sockets_per_visitor = 1  # of each end
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -311,6 +313,8 @@ class Ssh(Peer):
 class Program(Peer):
     """Another program, by its name on the PATH or in CACHE. Its arguments and files may name {folder}, {control},
     {dialled}, {public} and {local}: the last four are ports."""
+
+    sockets_per_visitor = 2  # those that are here have no multiplexer
 
     def __init__(
         self, name: str, file: str, server: str, client: str, files: Mapping[str, str], control: int | None = None

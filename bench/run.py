@@ -238,11 +238,7 @@ def measure_all(
 ) -> None:
     """All rows, each in `runs` rounds of all peers, every second one backwards, into `figures`. What fails is noted,
     and the rest goes on."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for measure in wanted:
-        if measure.descriptors + DESCRIPTORS_TO_SPARE > limit:
-            bench.missing[measure.name] = f"a process may have {limit} descriptors here"
-            continue
         if not (bench.web if measure.web else bench.service):
             continue  # `missing` has the reason
         for turn in range(runs):
@@ -258,7 +254,10 @@ def measure_one(bench: Bench, measure: Measure, peer: Peer) -> Measured:
     """In a new tunnel. Nothing where it fails, which is noted."""
     local, probe = (bench.web, WEB_PROBE) if measure.web else (bench.service, ECHO_PROBE)
     relay = functools.partial(bench.distance, measure.rtt_ms) if measure.rtt_ms else None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     try:
+        if measure.descriptors * peer.sockets_per_visitor + DESCRIPTORS_TO_SPARE > limit:
+            raise Failed(f"a process may have {limit} descriptors here")
         with peer.open(bench.folder, local, probe, relay) as tunnel:
             return measure.run(bench, tunnel)
     except (Failed, subprocess.SubprocessError) as error:
