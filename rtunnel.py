@@ -129,8 +129,6 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's ow
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
-ABORTED_AT_ONCE = 64  # pumps of an ended session that are closing [Session._abort_streams]
-ABORT_PACE_S = 1.0  # so long; then all the others, since a dial may take longer [the same]
 LOG_EVERY_S, LOG_BURST = 1.0, 10  # lines of one event that strangers or visitors can cause [LimitLog]
 STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
@@ -236,43 +234,39 @@ U32 = struct.Struct(">I")
 
 
 class FrameType(enum.IntEnum):
-    """The frame types that are known; any other is skipped."""
+    """The frame types that are known, with what makes each legal (PROTOCOL.md, section 2).
 
-    NEW_CONN = 0x01
-    DATA = 0x02
-    CLOSE_CONN = 0x03
-    INIT = 0x04
-    WELCOME = 0x05
-    WINDOW = 0x06
-    EOF = 0x07
-    PING = 0x08
-    PONG = 0x09
-    GOAWAY = 0x0A
-    BLOCKED = 0x0B
-
-
-class Rule(NamedTuple):
-    """What makes a frame legal (PROTOCOL.md, "Frames")."""
+    Any other is skipped. The handler is a method of Stream or, on the control connection, Session.
+    """
 
     level: int  # the lowest one that has it
-    sender: str  # "server", "client" or "both"
+    sender: str
     on_stream: bool  # its id is a stream's; else 0
     lengths: range  # of the payload in bytes; checked at level 1, the original ignores some
+    handler: str
+
+    def __new__(cls, value: int, level: int, sender: str, on_stream: bool, longest: int, handler: str) -> FrameType:
+        self = int.__new__(cls, value)
+        self._value_, self.level, self.sender, self.on_stream, self.handler = value, level, sender, on_stream, handler
+        self.lengths = range(longest + 1) if longest > 8 or not longest else range(longest, longest + 1)
+        return self
+
+    # fmt: off
+    NEW_CONN   = 0x01, 0, "server", True,  MAX_REASON_BYTES,          "on_new_conn"
+    DATA       = 0x02, 0, "both",   True,  MAX_DATA_PAYLOAD_BYTES,    "feed"
+    CLOSE_CONN = 0x03, 0, "both",   True,  MAX_REASON_BYTES,          "close_received"
+    INIT       = 0x04, 0, "client", False, MAX_CONTROL_PAYLOAD_BYTES, "on_init"
+    WELCOME    = 0x05, 0, "server", False, MAX_CONTROL_PAYLOAD_BYTES, "on_welcome"
+    WINDOW     = 0x06, 1, "both",   True,  4,                         "window_received"
+    EOF        = 0x07, 1, "both",   True,  0,                         "end_received"
+    PING       = 0x08, 1, "both",   False, 8,                         "on_ping"
+    PONG       = 0x09, 1, "both",   False, 8,                         "on_pong"
+    GOAWAY     = 0x0A, 1, "both",   False, MAX_REASON_BYTES,          "on_goaway"
+    BLOCKED    = 0x0B, 1, "both",   True,  0,                         "blocked_received"
+    # fmt: on
 
 
-RULES = {
-    FrameType.NEW_CONN: Rule(0, "server", True, range(MAX_REASON_BYTES + 1)),
-    FrameType.DATA: Rule(0, "both", True, range(MAX_DATA_PAYLOAD_BYTES + 1)),
-    FrameType.CLOSE_CONN: Rule(0, "both", True, range(MAX_REASON_BYTES + 1)),
-    FrameType.INIT: Rule(0, "client", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
-    FrameType.WELCOME: Rule(0, "server", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
-    FrameType.WINDOW: Rule(1, "both", True, range(4, 5)),
-    FrameType.EOF: Rule(1, "both", True, range(1)),
-    FrameType.PING: Rule(1, "both", False, range(8, 9)),
-    FrameType.PONG: Rule(1, "both", False, range(8, 9)),
-    FrameType.GOAWAY: Rule(1, "both", False, range(MAX_REASON_BYTES + 1)),
-    FrameType.BLOCKED: Rule(1, "both", True, range(1)),
-}
+KNOWN = {int(kind): kind for kind in FrameType}
 DATA = int(FrameType.DATA)  # a plain int: compared once for each part
 
 
@@ -302,13 +296,13 @@ def encode(kind: int, stream: int, payload: bytes = b"") -> bytes:
 
 def check(frame: Frame, *, level: int, role: str) -> None:
     """Raises ProtocolError where a `role` must not receive such a frame at that level."""
-    rule, name = RULES[FrameType(frame.type)], FrameType(frame.type).name
-    if rule.sender == role:
-        raise ProtocolError(f"{name} is not for a {role} to receive")
-    if rule.level > level:
-        raise ProtocolError(f"{name} at level {level}")
-    if level and (rule.on_stream != bool(frame.stream) or len(frame.payload) not in rule.lengths):
-        raise ProtocolError(f"{name} with id {frame.stream} and {len(frame.payload)} bytes of payload")
+    kind, length = KNOWN[frame.type], len(frame.payload)
+    if kind.sender == role:
+        raise ProtocolError(f"{kind.name} is not for a {role} to receive")
+    if kind.level > level:
+        raise ProtocolError(f"{kind.name} at level {level}")
+    if level and (kind.on_stream != bool(frame.stream) or length not in kind.lengths):
+        raise ProtocolError(f"{kind.name} with id {frame.stream} and {length} bytes of payload")
 
 
 class Decoder:
@@ -349,7 +343,7 @@ class Decoder:
             if self._type == DATA:
                 if part or not self._remaining:
                     yield DataPart(self._stream, part, self._remaining)
-            elif self._type in RULES:
+            elif self._type in KNOWN:
                 self._payload += part
                 if not self._remaining:
                     payload = bytes(self._payload)
@@ -362,7 +356,7 @@ class Decoder:
             self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
             raise ProtocolError(self._error)
         self._type, self._stream, self._remaining = kind, stream, length
-        if kind not in RULES:
+        if kind not in KNOWN:
             self.unknown_frames += 1
 
 
@@ -973,8 +967,8 @@ class Listener(socketserver.ThreadingTCPServer):
     calls `handle`, then `shutdown_request`, which calls `left` and closes. Each override below
     names the trap of socketserver that it is there for.
 
-    Threads: `admit` in the acceptor, `handle` in the pool; `start`, `resume`, `pause` and `stop`
-    from any. Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
+    Threads: `admit` in the acceptor, `handle` in the pool; `start` and `stop` from any.
+    Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
 
     allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
@@ -988,7 +982,7 @@ class Listener(socketserver.ThreadingTCPServer):
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
-        """Bind and listen; what comes waits until `resume`. Raises OSError.
+        """Bind and listen; what comes waits until `start`. Raises OSError.
 
         A name as the address is resolved here, which waits.
         """
@@ -996,7 +990,6 @@ class Listener(socketserver.ThreadingTCPServer):
         self._admit = admit
         self._left = left
         self._asked_to_stop = threading.Event()
-        self._open = threading.Event()
         self._closing = threading.Lock()
         if not address.host:
             address = Address("::" if socket.has_dualstack_ipv6() else "0.0.0.0", address.port)
@@ -1011,25 +1004,16 @@ class Listener(socketserver.ThreadingTCPServer):
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
     def start(self) -> None:
-        """Start the acceptor; what comes still waits. Raises OSError where there is no thread."""
+        """Accept. Raises OSError where there is no thread."""
         try:
             self._acceptor.start()
         except RuntimeError as error:
             self.socket.close()
             raise OSError(str(error)) from error
 
-    def resume(self) -> None:
-        """Accept, from now on or again."""
-        self._open.set()
-
-    def pause(self) -> None:
-        """Let connections wait in the listen queue."""
-        self._open.clear()
-
     def stop(self) -> None:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
-        self._open.set()
         with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
 
@@ -1054,9 +1038,7 @@ class Listener(socketserver.ThreadingTCPServer):
             raise _AskedToStop
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """While it is paused, or without descriptors, the level-triggered selector would spin."""
-        if not self._open.wait(STEP_S) or self._asked_to_stop.is_set():
-            raise BlockingIOError
+        """Without descriptors the level-triggered selector would spin."""
         try:
             return super().get_request()
         except OSError as error:
@@ -1173,7 +1155,7 @@ class Writer:
     and waits only where that is full: that is the back-pressure. One TLS record then carries many
     small frames.
 
-    Threads: `send` and `push` from pumps; `serve`, `finish` from the control sender; `wait_unused`
+    Threads: `send` from pumps; `serve`, `finish` from the control sender; `wait_unused`
     from the reader; the others from any, they never wait.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
@@ -1201,21 +1183,23 @@ class Writer:
         self._cause: str | None = None
         self._last_frame = b""
 
-    def send(self, stream: Stream, frame: bytes | memoryview) -> None:
+    def send(self, stream: Stream, frame: bytes | memoryview = b"") -> None:
         """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
 
-        What comes after the stream's last frame is dropped. Raises SessionEnded.
+        What comes after the stream's last frame is dropped. Without a frame this sends what is
+        posted, unless somebody is writing, who sees to it. Raises SessionEnded.
         """
         with self._lock:
             # Who comes later waits behind those who wait, or they would never get room.
-            if self._writing and (self._waiting or not self._has_room_locked(len(frame))):
+            if self._writing and frame and (self._waiting or not self._has_room_locked(len(frame))):
                 self._wait_for_room_locked(stream, len(frame))
             self._check_open_locked()
             if stream.silenced:
                 return
             if self._writing:
-                self._queue.append((stream, bytes(frame)))
-                self._queue_bytes += len(frame)
+                if frame:
+                    self._queue.append((stream, bytes(frame)))
+                    self._queue_bytes += len(frame)
                 return
             batch = self._take_all_locked(frame)
         self._write(batch)
@@ -1235,7 +1219,7 @@ class Writer:
         self._room.notify()  # there may be room for the next one, too
 
     def post(self, frame: bytes, *, provoked: bool = False, wake: bool = True) -> None:
-        """Queue a control frame, ahead of all DATA. Without `wake` the caller must `push` it.
+        """Queue a control frame, ahead of all DATA. Without `wake` the caller must `send`.
 
         Raises SessionEnded; ProtocolError where the peer provokes more than it reads.
         """
@@ -1273,15 +1257,6 @@ class Writer:
     def unsent_bytes(self) -> int:
         with self._lock:
             return self._queue_bytes + self._control_bytes
-
-    def push(self) -> None:
-        """Write what is queued, unless somebody is writing, who sees to it. Raises SessionEnded."""
-        with self._lock:
-            self._check_open_locked()
-            if self._writing or not self._control:
-                return
-            batch = self._take_all_locked()
-        self._write(batch)
 
     def flush(self) -> None:
         """Have the control sender send what the transport itself has to say."""
@@ -1584,7 +1559,7 @@ class Stream:
         level = self._session.level
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=level)
         try:
-            self._session.writer.push()  # its NEW_CONN, if it is new
+            self._session.writer.send(self)  # its NEW_CONN, if it is new
             if connect is None or self._dial(connect):
                 self._pump()
                 self._end_sending()
@@ -1753,11 +1728,13 @@ class Stream:
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
         assert self._lock.locked()
+        if self._sock is None:  # it is still being dialled
+            return
         if self._queue:
             with memoryview(self._queue) as view:
                 count = self._deliver_locked(view[:DRAIN_BYTES])
             del self._queue[:count]
-        if self._receiving is Receiving.ENDING and not self._queue and self._sock is not None:
+        if self._receiving is Receiving.ENDING and not self._queue:
             self._receiving = Receiving.ENDED
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
@@ -1956,7 +1933,6 @@ class Session:
         self._received_at = time.monotonic()  # the reader's; the clock looks at it
         self._farewell_said = threading.Event()
         self._lock = threading.Lock()
-        self._fewer = LateCondition(self._lock)  # a stream has gone
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
@@ -2033,13 +2009,12 @@ class Session:
 
     def on_frame(self, frame: Frame) -> None:
         """A whole frame that `check` has passed. Raises ProtocolError."""
-        kind = FrameType(frame.type)
+        kind = KNOWN[frame.type]
         self.check_may_send(kind.name)
-        if kind in STREAM_FRAMES:
-            if stream := self._find(frame.stream):
-                getattr(stream, STREAM_FRAMES[kind])(frame.payload)
-        else:
-            getattr(self, SESSION_FRAMES[kind])(frame)
+        if not kind.on_stream or kind is FrameType.NEW_CONN:
+            getattr(self, kind.handler)(frame)
+        elif stream := self._find(frame.stream):
+            getattr(stream, kind.handler)(frame.payload)
 
     def on_ping(self, frame: Frame) -> None:
         self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
@@ -2087,22 +2062,8 @@ class Session:
         finally:
             self.writer.finish()
             self._farewell_said.set()
-            self._abort_streams()
-
-    def _abort_streams(self) -> None:
-        """Reset them, for a second no faster than their pumps can close.
-
-        Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms,
-        keep the process from all other work for seconds (NOTES.md).
-        """
-        deadline = Deadline(ABORT_PACE_S)
-        left = self.streams()[::-1]
-        while left:
-            left.pop().abort(self._cause or "ended")  # read without the lock: it stays as it is
-            with self._lock:
-                while len(self._streams) - len(left) > ABORTED_AT_ONCE:
-                    if not self._fewer.wait(deadline.remaining()):
-                        break
+            for stream in self.streams():
+                stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
 
     # -- the clock
 
@@ -2231,7 +2192,6 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
-            self._fewer.notify_all()
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
@@ -2244,24 +2204,6 @@ class Session:
         except BaseException:
             self.end("internal error")
             raise
-
-
-# The method that takes a frame, of the stream and of the session. INIT is the server's, NEW_CONN and
-# WELCOME are the client's: `check` lets them come to nobody else.
-STREAM_FRAMES = {
-    FrameType.CLOSE_CONN: "close_received",
-    FrameType.WINDOW: "window_received",
-    FrameType.EOF: "end_received",
-    FrameType.BLOCKED: "blocked_received",
-}
-SESSION_FRAMES = {
-    FrameType.INIT: "on_init",
-    FrameType.WELCOME: "on_welcome",
-    FrameType.NEW_CONN: "on_new_conn",
-    FrameType.PING: "on_ping",
-    FrameType.PONG: "on_pong",
-    FrameType.GOAWAY: "on_goaway",
-}
 
 
 # ---- program: what server and client share ----------------------------------------------------
@@ -2421,11 +2363,11 @@ class ServerSession(Session):
 
     role = "server"
 
-    def __init__(self, transport: Transport, server: Server, sock: socket.socket, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, server: Server, carrier: PlainTransport, deadline: Deadline) -> None:
         super().__init__(transport, server)
         self._server = server
         self._deadline = deadline
-        self.sock = sock  # whose place among the strangers it has
+        self.carrier = carrier  # whose place among the strangers it has
         self._heard = False  # any byte; the reader's
         self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
@@ -2525,7 +2467,7 @@ class Lease:
         self.holder = session.holder if session else None
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
-        self.lingers_until: float | None = None  # visitors wait in the queue for the holder's return
+        self.lingers_until: float | None = None  # visitors wait so long for the holder's return
 
     def belongs_to(self, session: ServerSession) -> bool:
         """Whether the session may take it over; at level 0 nobody may."""
@@ -2540,7 +2482,6 @@ class Lease:
             other.lease = None
         session.lease = self
         self.lingers_until = None
-        self.listener.resume()
         return replaced
 
     def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
@@ -2578,15 +2519,6 @@ class GlobalLease(Lease):
         return bool(mine and its and mine.instance and mine.instance == its.instance)
 
 
-@dataclasses.dataclass
-class Stranger:
-    """A control connection that is no client yet. Guarded by Server._lock."""
-
-    carrier: PlainTransport
-    site: str
-    gives_way: bool = False  # it has been shut, and has yet to leave
-
-
 class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
@@ -2612,7 +2544,8 @@ class Server(Program):
         self._control: Listener | None = None  # main's
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
-        self._strangers: dict[socket.socket, Stranger] = {}  # the oldest first
+        self._strangers: dict[PlainTransport, str] = {}  # with their sites, the oldest first
+        self._gone: set[PlainTransport] = set()  # strangers that gave way, and have yet to leave
         self._visitors = 0  # that are accepted and not closed
         self._assigned: dict[tuple[str, str], int] = {}  # ports that we chose, the oldest first
 
@@ -2631,8 +2564,7 @@ class Server(Program):
                     self._leases[lease.listener.address.port] = lease
                 self._open(lease.listener, option)
             option, address = "control", self._control_address
-            admit, left = self._greet_stranger, self._forget_stranger
-            self._control = Listener(address, self.pool, self.serve_control, admit, left)
+            self._control = Listener(address, self.pool, self.serve_control)
             self._open(self._control, option)
         except OSError as error:
             self.stop()
@@ -2640,7 +2572,6 @@ class Server(Program):
 
     def _open(self, listener: Listener, kind: str) -> None:
         listener.start()
-        listener.resume()
         log_event(INFO, "listening", kind=kind, address=listener.address)
 
     def retire_all(self) -> None:
@@ -2661,59 +2592,48 @@ class Server(Program):
 
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
-        deadline = Deadline(HELLO_TIMEOUT_S)
-        with self._lock:
-            stranger = self._strangers[sock]
-        session: ServerSession | None = None
+        deadline, session = Deadline(HELLO_TIMEOUT_S), None
         try:
-            transport = self.secure(stranger.carrier, deadline)
-            log_receipt(transport)
-            session = ServerSession(transport, self, sock, deadline)
-            with self.registered(session):
-                reason = session.run()
-                self.leave_lease(session, reason, linger=session.ways.lingers)
+            carrier = PlainTransport(sock)
+            with self._stranger(carrier, address.site):
+                transport = self.secure(carrier, deadline)
+                log_receipt(transport)
+                session = ServerSession(transport, self, carrier, deadline)
+                with self.registered(session):
+                    reason = session.run()
+                    self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
+        about = {"peer": address, "level": session.level if session else 0, "reason": reason}
         if session is not None and session.is_client:
-            about = {"peer": address, "level": session.level, "reason": reason}
             log_event(INFO, "session-closed", **about, **session.rtt())
-            return
-        if stranger.gives_way:
-            reason = f"over {MAX_STRANGERS} connections are no clients yet, most of them of its site"
-        log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
+        else:
+            log_limit("refused", **about)
 
-    def _greet_stranger(self, sock: socket.socket, address: Address) -> bool:
-        """In the acceptor. Where no place is free, the oldest of the largest site gives way.
+    @contextlib.contextmanager
+    def _stranger(self, carrier: PlainTransport, site: str) -> Iterator[None]:
+        """While it lasts the connection has a place among the strangers, until it is a client.
 
-        While as many are still on their way out, nobody is accepted: that bounds their threads.
+        Where no place is free, the oldest of the site that has most gives way. Raises SessionEnded
+        in the end for one that has.
         """
+        with self._lock:
+            self._strangers[carrier] = site
+            if len(self._strangers) > MAX_STRANGERS:
+                largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
+                oldest = next(each for each, its in self._strangers.items() if its == largest)
+                del self._strangers[oldest]
+                self._gone.add(oldest)
+                oldest.shutdown()  # its reader wakes, and leaves
         try:
-            stranger = Stranger(PlainTransport(sock), address.site)
-        except OSError as error:  # it is gone already
-            log_limit("refused", peer=address, level=0, reason=reason_of(error))
-            return False
-        with self._lock:
-            while len(self._strangers) >= 2 * MAX_STRANGERS and not self._stopping:
-                self._changed.wait()
-            self._strangers[sock] = stranger
-            crowd = [other for other in self._strangers.values() if not other.gives_way]
-            if len(crowd) > MAX_STRANGERS:
-                sites = collections.Counter(other.site for other in crowd)
-                largest = sites.most_common(1)[0][0]
-                oldest = next(other for other in crowd if other.site == largest)
-                oldest.gives_way = True
-                oldest.carrier.shutdown()  # its reader wakes, and leaves
-        return True
-
-    def _forget_stranger(self, sock: socket.socket) -> None:
-        """It is about to be closed."""
-        with self._lock:
-            self._forget_stranger_locked(sock)
-
-    def _forget_stranger_locked(self, sock: socket.socket) -> None:
-        assert self._lock.locked()
-        if self._strangers.pop(sock, None) is not None:
-            self._changed.notify_all()
+            yield
+        finally:
+            with self._lock:
+                self._strangers.pop(carrier, None)
+                gave_way = carrier in self._gone
+                self._gone.discard(carrier)
+            if gave_way:
+                raise SessionEnded(f"over {MAX_STRANGERS} connections are no clients yet, most of its site")
 
     # -- leases
 
@@ -2765,7 +2685,7 @@ class Server(Program):
             with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, welcome))
         session.is_client = True
-        self._forget_stranger_locked(session.sock)
+        self._strangers.pop(session.carrier, None)
         self._changed.notify_all()
         return lease, replaced
 
@@ -2809,7 +2729,7 @@ class Server(Program):
         """Sessions, those too that have left their lease, but have streams."""
         assert self._lock.locked()
         sessions = (each for each in self._connections if isinstance(each, ServerSession))
-        return sum(session.sock not in self._strangers for session in sessions)
+        return sum(session.is_client for session in sessions)
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
@@ -2829,7 +2749,7 @@ class Server(Program):
         return lease
 
     def _bind(self, address: Address, kind: type[Lease], *holder: ServerSession) -> Lease:
-        """A lease whose visitors wait until it is resumed. Raises OSError."""
+        """A lease that accepts nobody yet. Raises OSError."""
 
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
@@ -2858,7 +2778,7 @@ class Server(Program):
                 return
             lease.join(session)
             session.is_client = True
-            self._forget_stranger_locked(session.sock)
+            self._strangers.pop(session.carrier, None)
         about = {"peer": session.transport.peer, "level": 0, "port": lease.listener.address.port}
         log_event(INFO, "session-opened", **about)
 
@@ -2874,7 +2794,6 @@ class Server(Program):
                 return
             linger = linger and not self._stopping
             if linger:
-                lease.listener.pause()
                 lease.lingers_until = time.monotonic() + LEASE_LINGER_S
             else:
                 self._drop_locked(lease)
@@ -2890,8 +2809,8 @@ class Server(Program):
             if until is None or time.monotonic() < until or self._stopping:  # it came, and left again
                 return
             lease.lingers_until = None
+            self._changed.notify_all()  # those who wait for it
             if lease.shared:
-                lease.listener.resume()
                 return
             self._drop_locked(lease)
         reason = "its client did not come back"
