@@ -1474,7 +1474,7 @@ class Stream:
         assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             return True
-        if not self._has_ended_locked():
+        if self._receiving is not Receiving.BROKEN and not self._has_ended_locked():
             raise ProtocolError(f"{name} after EOF on stream {self.number}")
         return False
 
@@ -1643,6 +1643,8 @@ class Stream:
                 self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                 said = True
             self._watch(sock, lambda: self._send_window.credit > 0)
+            if self._receiving is Receiving.BROKEN:  # read without the lock: it stays so
+                self.abort("reset")
         return not self._is_over()
 
     def _watch(self, sock: socket.socket, done: Callable[[], bool]) -> None:
@@ -1716,6 +1718,8 @@ class Stream:
             # What the socket has received before can still be read: often the answer that explains
             # the reset. So the pump goes on, and aborts the stream when it has read all.
             self._stop_receiving_locked(Receiving.BROKEN)
+            if self._sending is not Sending.OPEN:
+                self._abort_locked("reset")
             return 0
         self._moved_at = time.monotonic()
         grant, paid = self._receive_window.drain(count)
