@@ -305,7 +305,7 @@ def test_a_file_ends_with_the_first_that_it_holds(
 ) -> None:
     """Of several roots, or lists, in one file the one that ends first counts, wherever it stands."""
     monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 6)
-    rtunnel_tls._write_revocations(tmp_path / "short.pem", root.certificate.subject, root.key, 1, ())
+    (tmp_path / "short.pem").write_bytes(rtunnel_tls._revocations(root.certificate, root.key, 1, ()))
     roots, lists = [root.save(tmp_path), house.ca], [tmp_path / "short.pem", house.crl]
     for order in (1, -1):
         for name, held in (("roots", roots), ("lists", lists)):
@@ -328,9 +328,9 @@ def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path:
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
     key = rtunnel_tls._load_key(house.folder / "ca.key")
-    subject = x509.load_pem_x509_certificate(house.ca.read_bytes()).subject
+    authority = x509.load_pem_x509_certificate(house.ca.read_bytes())
     monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 0)
-    rtunnel_tls._write_revocations(tmp_path / "crl.pem", subject, key, 1, ())
+    (tmp_path / "crl.pem").write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
     refuse("--tls-crl|expired|pki revoke", crl=tmp_path / "crl.pem", **house.files("server"))
 
 
@@ -343,9 +343,10 @@ def test_a_list_of_a_classical_signature_is_refused(house: House, tmp_path: Path
     refuse("--tls-crl|signature", crl=tmp_path / "crl.pem", **house.files("server"))
 
 
-def test_a_list_of_another_authority_lets_nobody_in(house: House, big_house: House) -> None:
+def test_a_list_of_another_authority_lets_nobody_in(house: House, tmp_path: Path) -> None:
     """With a list that does not cover the peer's authority, nobody is let in: a wrong file is no open door."""
-    server = house.server(crl=big_house.crl)
+    rtunnel_tls.init_authority(tmp_path / "pki", name="another")
+    server = house.server(crl=tmp_path / "pki" / "crl.pem")
     refused, _ = meet(server, lambda sock: _quiet(sock, house.client()))
     assert isinstance(refused, HandshakeError)
 
