@@ -166,7 +166,7 @@ def _told(subject: str = "", remedy: str = "") -> Iterator[None]:
     except OSError as error:
         detail = f"{error.strerror}" if subject else f"{error.filename}: {error.strerror}"
     except (SSL.Error, crypto.Error) as error:
-        detail = _reason(error)
+        detail = _reason(error).partition(";")[0]
     except (HandshakeError, AttributeError, *_UNFIT) as error:
         detail = str(error) or type(error).__name__
         if isinstance(error, HandshakeError) and error.early:
@@ -331,6 +331,8 @@ def _show(context: SSL.Context, profile: Profile, role: Role, file: PathLike, ke
         chain = _load_certificates(file)
         _check_leaf(chain[0], role, profile)
         _check_chain(chain, profile)
+        if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
+            raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
         context.use_certificate(chain[0])
         for authority in chain[1:]:
             context.add_extra_chain_cert(authority)

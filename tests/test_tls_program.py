@@ -487,7 +487,7 @@ def test_a_key_that_others_can_read(program: Factory, house: House, tmp_path: Pa
     starting = program(role, *needed, *house.flags(role, key=key))
     assert starting.wait() == 2
     assert starting.lines == [
-        f"rtunnel {role}: --tls-key {key}: others can read this key; run: chmod 600 {key}",
+        f"rtunnel {role}: --tls-key {key}: others can read it; run: chmod 600 {key}",
     ]
 
 
