@@ -493,3 +493,65 @@ def test_no_secret_is_in_an_error_or_a_receipt(house: House) -> None:
         shown = f"{server.receipt!r} {server.receipt.pairs()} {context!r} {server!r}"
     assert key not in shown
     assert "PRIVATE" not in shown
+
+
+# --- finish, beside a reader --------------------------------------------------------------------------------
+
+
+def test_finish_beside_a_reader(house: House) -> None:
+    """`finish` while the reader waits: the peer gets close_notify, and the reader still gets what comes after."""
+    for ours_first in (True, False):
+        with session(house.server(), house.client()) as pair:
+            ours, theirs = pair if ours_first else pair[::-1]
+            reader = Task(receive, ours, 5)
+            ours.finish()
+            assert theirs.receive_into(view(1)) == 0
+            theirs.send(b"later")
+            theirs.finish()
+            assert reader.result() == b"later"
+            assert ours.receive_into(view(1)) == 0
+
+
+def test_nothing_is_sent_after_finish(house: House) -> None:
+    """What the reader causes then, answers to KeyUpdates, stays: a send after SHUT_WR would fail the session."""
+    with forged(house) as (transport, forger):
+        asked: list[int] = []
+        transport.wants_flush = lambda: asked.append(1)
+        transport.finish()
+        assert forger.receive()[0] == Forger.ALERT
+        updates = [forger.key_update(request=True) for _ in range(2)]  # OpenSSL answers one when the next has come
+        forger.sock.sendall(b"".join(updates) + forger.record(Forger.APPLICATION_DATA, b"x"))
+        assert receive(transport, 1) == b"x"
+        assert transport._ssl.unsent()
+        assert asked
+        transport.flush()
+        with pytest.raises(EOFError):
+            forger.receive()
+        with pytest.raises(TransportError):
+            transport.send(b"frame")
+
+
+def test_finish_after_a_failure_sends_the_alert_and_no_close_notify(house: House) -> None:
+    """A close_notify would vouch for a stream that was cut."""
+    with forged(house) as (transport, forger):
+        forger.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(TransportError, match="bad record mac"):
+            receive(transport, 1)
+        transport.finish()
+        kind, content = forger.receive()
+        assert (kind, content) == (Forger.ALERT, b"\x02\x14")
+        with pytest.raises(EOFError):
+            forger.receive()
+
+
+def test_a_flood_of_key_updates_after_finish_ends_the_connection(house: House) -> None:
+    """The answers that wait for nobody are bounded too."""
+    with forged(house) as (transport, forger):
+        transport.finish()
+        task = Task(lambda: [forger.sock.sendall(forger.key_update(request=True)) for _ in range(20_000)])
+        with pytest.raises((TransportError, OSError)):
+            receive(transport, 1)
+        assert transport._ssl.unsent() < rtunnel_tls.MAX_UNSENT_BYTES + rtunnel_tls.INCOMING_BYTES
+        transport.shutdown()
+        with contextlib.suppress(OSError):
+            task.result()
