@@ -2,11 +2,11 @@
 
 What this module promises
     A peer gets past `TlsTransport.handshake` only if it spoke TLS 1.3, agreed on the keys with
-    ML-KEM (FIPS 203), and proved with an ML-DSA key (FIPS 204) that it is who a certificate says.
-    An authority of the operator's choice has signed that certificate, for the role that the peer
-    plays. No option turns a check off, none admits a classical group, signature or version.
-    OpenSSL makes the checks during the handshake; `check_peer` makes them again on what was really
-    negotiated. No cryptography is our own: OpenSSL, in the wheel of `cryptography`, does it.
+    ML-KEM (FIPS 203), and proved with an ML-DSA key (FIPS 204) that it is who a certificate says:
+    one that an authority of the operator's choice has signed, for the role that the peer plays. No
+    option turns a check off, none admits a classical group, signature or version. OpenSSL makes the
+    checks during the handshake; `check_peer` makes them again on what was really negotiated. No
+    cryptography is our own: OpenSSL, in the wheel of `cryptography`, does it.
 
 OpenSSL's threading rule
     Two threads must never be inside one SSL object at once, not even one that reads and one that
@@ -25,11 +25,10 @@ Errors
     TlsError
       TlsConfigError    a file, an option or this OpenSSL is not fit: one sentence, exit status 2
         NotYetValid       a file's time has not come, or the clock is wrong: wait, and try again
-      HandshakeError    no session with this peer; `rule` says what refused it, or `alert`, `closed`,
-                        `deadline`, `tls`
-      TransportError    an open connection has failed: an alert of the peer (in TLS 1.3 a client so
-                        learns that it was refused), an end of file without close_notify, or what
-                        is no record of this connection
+      HandshakeError    no session with this peer; `rule` names what refused it, or is `alert`,
+                        `closed`, `deadline`, `tls`
+      TransportError    an open connection has failed: the peer's alert (in TLS 1.3 a client so
+                        learns that it was refused), an end without close_notify, a broken record
     A carrier's OSError passes through, but becomes a HandshakeError in the handshake.
 """
 
@@ -60,18 +59,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib  # private: only the `_set_…` functions and `_Ssl` use it
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 Role = Literal["server", "client"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
-
-# What to type for this program: it runs as the command that pip has made, or from its file.
-PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"
+PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"  # what to type
 
 # ---- profiles ----------------------------------------------------------------------------------
 
@@ -83,6 +75,7 @@ class Profile(NamedTuple):
     groups: tuple[str, ...]  # a client's key share is of the first
     signatures: tuple[str, ...]  # of the handshake, and of all keys and signatures in the chain
     ciphers: tuple[str, ...]
+    pki_option: str = ""  # without which `pki` makes what the profile does not admit
 
 
 _HYBRID = ("X25519MLKEM768", "SecP384r1MLKEM1024")  # hold as long as one of their halves does
@@ -94,7 +87,7 @@ PROFILES: Final = {
         Profile("default", _HYBRID + _PURE, ("mldsa65", "mldsa87"), _CIPHERS),
         Profile("hybrid", _HYBRID, ("mldsa65", "mldsa87"), _CIPHERS),
         Profile("pure", _PURE, ("mldsa65", "mldsa87", "mldsa44"), _CIPHERS),  # as the original
-        Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1]),  # the NSA's CNSA 2.0
+        Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),  # the NSA's CNSA 2.0
     )
 }
 _MLDSA: Final = {  # RFC 9881, 2: one identifier for a kind of key and its signatures
@@ -151,8 +144,10 @@ class TransportError(TlsError):
 
 
 # What `cryptography` raises for bytes that break a standard, or lack what we look for.
-_BROKEN: Final = (x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType, x509.ExtensionNotFound)
-_UNFIT: Final = (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, *_BROKEN)
+_UNFIT: Final = (
+    ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature,
+    x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType, x509.ExtensionNotFound,
+)  # fmt: skip
 _FROM_PEER = "alert from the peer: "
 
 
@@ -169,9 +164,10 @@ def _told(subject: str = "", remedy: str = "") -> Iterator[None]:
         detail = _reason(error).partition(";")[0]
     except (HandshakeError, AttributeError, *_UNFIT) as error:
         detail = str(error) or type(error).__name__
-        if isinstance(error, HandshakeError) and error.early:
+        if getattr(error, "early", False):
             kind, remedy = NotYetValid, ""
-    raise kind(_escaped("; ".join(filter(None, (": ".join(filter(None, (subject, detail))), remedy)))))
+    sentence = f"{subject}: {detail}" if subject else detail
+    raise kind(_escaped(f"{sentence}; {remedy}" if remedy else sentence))
 
 
 def _escaped(text: str) -> str:
@@ -180,12 +176,12 @@ def _escaped(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """OpenSSL's reasons, the first cause first; `tlsv1 alert unknown ca` is what the peer says."""
-    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    reason = "; ".join(str(reason) for *_, reason in entries) or type(error).__name__
+    """OpenSSL's reasons, the first cause first; `tlsv1 alert unknown ca` is the peer's word."""
     if isinstance(error, SSL.WantReadError):  # from a write only
-        reason = "the peer has sent the first part of a handshake message, and OpenSSL waits for the rest"
-    return re.sub(r"^(?:tls|ssl)\S* alert ", _FROM_PEER, reason)
+        return "the peer has sent the first part of a handshake message, and OpenSSL waits for the rest"
+    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    reasons = "; ".join(str(reason) for *_, reason in entries) or type(error).__name__
+    return re.sub(r"^(?:tls|ssl)\S* alert ", _FROM_PEER, reasons)
 
 
 # ---- contexts ----------------------------------------------------------------------------------
@@ -217,10 +213,10 @@ class TlsContext:
     def revokes(self, receipt: Receipt) -> bool:
         """Whether a list revokes an open session's certificate, or an authority above it.
 
-        By the serial and the authority's key, for a name lives on and two authorities may share it.
+        By serial and by the authority's key: a name lives on, and two authorities may share it.
         """
         return any(
-            each.get_revoked_certificate_by_serial_number(certificate.serial_number) and _is_signed_by(each, authority)
+            each.get_revoked_certificate_by_serial_number(certificate.serial_number) and _has_signed(authority, each)
             for certificate, authority in zip(receipt.chain, receipt.chain[1:], strict=False)
             for each in self.revocations
         )
@@ -247,9 +243,9 @@ def make_context(
         with _told("the server's name"):
             peer_name = parse_name(verify_name)
             _set_peer_name(context, peer_name)
-    roots = _trust(context, profile, ca)
-    chain = _show(context, profile, role, cert, key)
-    lists = [] if crl is None else _heed(context, profile, crl, [*chain[1:], *roots])
+    roots = _load_roots(context, profile, ca)
+    chain = _load_own(context, profile, role, cert, key)
+    lists = [] if crl is None else _load_lists(context, profile, crl, [*chain[1:], *roots])
     keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is not None:
         _log_secrets(context, keylog)
@@ -265,16 +261,16 @@ def _bare_context(profile: Profile) -> SSL.Context:
     with _told(f"--tls-profile {profile.name}", "it needs: pip install 'cryptography>=49' 'pyOpenSSL>=26.4'"):
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_max_proto_version(SSL.TLS1_3_VERSION)
-        _set_list(context, "set_groups", "SSL_CTX_set1_curves_list", profile.groups)
-        _set_list(context, "set_sigalgs", "SSL_CTX_set1_sigalgs_list", profile.signatures)
+        _set_list(context, "SSL_CTX_set1_curves_list", profile.groups)
+        _set_list(context, "SSL_CTX_set1_sigalgs_list", profile.signatures)
         context.set_tls13_ciphersuites(":".join(profile.ciphers).encode())
     # No resumption: each session proves both keys afresh. The option makes tickets stateful, and
     # without a cache they lead nowhere; two small ones still go out to a client that has passed.
     context.set_options(SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    # pyOpenSSL has no names for these two. SSL_MODE_NO_AUTO_CHAIN: or OpenSSL would add the root,
-    # which the peer has, 5 to 7 kB for anybody who connects. SSL_MODE_ENABLE_PARTIAL_WRITE: with
-    # it, SSL_write stops after the first of many records.
+    # pyOpenSSL has no names for two modes. NO_AUTO_CHAIN: else OpenSSL adds the root, which the peer
+    # has, 5 to 7 kB for anybody who connects. ENABLE_PARTIAL_WRITE: with it SSL_write stops after
+    # the first of many records.
     context.set_mode(0x8)
     context.clear_mode(0x1)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
@@ -282,22 +278,19 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_list(context: SSL.Context, setter: str, binding: str, names: Sequence[str]) -> None:
-    """Admit these groups or signature algorithms, of both ends, and no others: all, or SSL.Error.
+def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
+    """Admit these groups, or signature algorithms of either end, and no others; all, or SSL.Error.
 
-    pyOpenSSL 26.4 has no setter, so OpenSSL's is called. Raises AttributeError where it has gone.
+    pyOpenSSL 26.4 has no setters. Raises AttributeError where OpenSSL's are not bound any more.
     """
-    own = getattr(context, setter, None)
-    wanted = ":".join(names).encode()
-    applied = own(wanted) if own else getattr(lib, binding)(context._context, wanted)
-    if applied not in (1, None):  # OpenSSL's setters return 1, pyOpenSSL's None, and else raise
+    if getattr(lib, binding)(context._context, ":".join(names).encode()) != 1:
         lib.ERR_clear_error()
         version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
         raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
 
 
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Hold the peer's subjectAltName, and nothing else, to it. pyOpenSSL 26.4 cannot. SSL.Error."""
+    """Hold the peer's subjectAltName, and nothing else, to this name. Raises SSL.Error."""
     wanted = lib.SSL_CTX_get0_param(context._context)
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
@@ -310,22 +303,23 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
         raise SSL.Error([("", "", "OpenSSL cannot verify such a name")])
 
 
-def _trust(context: SSL.Context, profile: Profile, file: PathLike) -> list[Certificate]:
-    """Load the roots that a peer's chain may end in."""
-    command = f"{PROGRAM} pki init{_algorithm_option(profile)}"
-    with _told(f"--tls-ca {file}", f"copy ca.crt from the authority's folder, or make an authority by: {command}"):
+def _load_roots(context: SSL.Context, profile: Profile, file: PathLike) -> list[Certificate]:
+    """The roots that a peer's chain may end in."""
+    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
+    with _told(f"--tls-ca {file}", remedy):
         roots = _load_certificates(file)
         _check_chain(roots, profile)
+        store: Any = context.get_cert_store()
         for root in roots:
-            if not _is_authority(root):
+            if "authority" not in _roles(root):
                 raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
-            _store(context).add_cert(crypto.X509.from_cryptography(root))
+            store.add_cert(crypto.X509.from_cryptography(root))
         return roots
 
 
-def _show(context: SSL.Context, profile: Profile, role: Role, file: PathLike, key: PathLike) -> list[Certificate]:
-    """Load our own chain and its key, held to the peer's rules: what it would refuse is told here."""
-    options = ("--server HOST" if role == "server" else "--client") + _algorithm_option(profile)
+def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike, key: PathLike) -> list[Certificate]:
+    """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
+    options = ("--server HOST" if role == "server" else "--client") + profile.pki_option
     remedy = f"the authority makes one by: {PROGRAM} pki issue NAME {options}, or by: {PROGRAM} pki renew NAME"
     with _told(f"--tls-cert {file}", remedy):
         chain = _load_certificates(file)
@@ -345,21 +339,22 @@ def _show(context: SSL.Context, profile: Profile, role: Role, file: PathLike, ke
         return chain
 
 
-def _heed(
+def _load_lists(
     context: SSL.Context, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
 ) -> list[CertificateRevocationList]:
-    """Load revocation lists. For one that is forged or has ended OpenSSL would refuse everybody."""
+    """By a list that is forged, or out of time, OpenSSL would refuse everybody."""
     remedy = f"copy crl.pem from the authority's folder, where a new one is made by: {PROGRAM} pki revoke"
     with _told(f"--tls-crl {file}", remedy):
+        store: Any = context.get_cert_store()
         lists = _load_revocations(file)
         for each in lists:
             _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
             _check_time("the list", each.last_update_utc, _end(each))
             named = [authority for authority in authorities if authority.subject == each.issuer]
-            if named and not any(_is_signed_by(each, authority) for authority in named):
+            if named and not any(_has_signed(authority, each) for authority in named):
                 raise ValueError(f"the {each.issuer.rfc4514_string()} that we trust has not signed it")
-            _store(context).add_crl(each)
-        _store(context).set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+            store.add_crl(each)
+        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
         return lists
 
 
@@ -379,7 +374,7 @@ def _log_secrets(context: SSL.Context, file: str) -> None:
     context.set_keylog_callback(append)
 
 
-# ---- readers of names, files and certificates --------------------------------------------------
+# ---- names, files, certificates ----------------------------------------------------------------
 
 _private = functools.partial(os.open, mode=0o600)  # an opener
 
@@ -387,8 +382,8 @@ _private = functools.partial(os.open, mode=0o600)  # an opener
 def parse_name(name: str) -> str | Address:
     """A host or address in the one form that is compared and sent. Raises ValueError.
 
-    It is ASCII, lower case, without a dot at the end. An IPv4-mapped address becomes IPv4; a zone
-    (`%eth0`) is of this machine only, and goes.
+    A host is ASCII, lower case, without a dot at the end. An IPv4-mapped address becomes IPv4; a
+    zone (`%eth0`) is of this machine only, and goes.
     """
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name.partition("%")[0])
@@ -413,8 +408,8 @@ def _load_certificates(file: PathLike) -> list[Certificate]:
 
 
 def _load_revocations(file: PathLike) -> list[CertificateRevocationList]:
-    lists = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
-    return _load(file, b"X509 CRL", lambda content: [*map(x509.load_pem_x509_crl, lists.findall(content))])
+    blocks = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
+    return _load(file, b"X509 CRL", lambda content: [*map(x509.load_pem_x509_crl, blocks.findall(content))])
 
 
 def _load_key(file: PathLike) -> Any:
@@ -426,59 +421,41 @@ def _load_key(file: PathLike) -> Any:
 
 
 def _refuse_readable(file: PathLike) -> None:
-    """Refuse a secret that others can read. Windows has no such modes; a device's mean nothing."""
+    """Windows has no such modes, and a device's mean nothing."""
     mode = os.stat(file).st_mode
     if os.name == "posix" and stat.S_ISREG(mode) and stat.S_IMODE(mode) & 0o077:
         raise ValueError(f"others can read it; run: chmod 600 {file}")
+
+
+def _extension(source: Certificate | CertificateRevocationList, kind: type[Any]) -> Any:
+    with contextlib.suppress(x509.ExtensionNotFound):
+        return source.extensions.get_extension_for_class(kind).value
+    return None
 
 
 def _algorithm(identifier: ObjectIdentifier) -> str:
     return _MLDSA.get(identifier.dotted_string, identifier._name)
 
 
-def _extension(source: Certificate | CertificateRevocationList, kind: type[Any]) -> Any:
-    """None where there is none."""
-    with contextlib.suppress(x509.ExtensionNotFound):
-        return source.extensions.get_extension_for_class(kind).value
-    return None
+def _has_signed(authority: Certificate, revocations: CertificateRevocationList) -> bool:
+    return revocations.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
 
 
-def _algorithm_option(profile: Profile) -> str:
-    """What to tell `pki` where a profile does not admit its usual algorithm."""
-    return "" if "mldsa65" in profile.signatures else " --algorithm mldsa87"
-
-
-def _store(context: SSL.Context) -> crypto.X509Store:
-    store = context.get_cert_store()
-    assert store is not None, "a context is born with a store"
-    return store
-
-
-def _is_authority(certificate: Certificate) -> bool:
-    return getattr(_extension(certificate, x509.BasicConstraints), "ca", False)
-
-
-def _is_signed_by(signed: CertificateRevocationList, authority: Certificate) -> bool:
-    key: Any = authority.public_key()
-    return signed.is_signature_valid(key)
-
-
-def _roles(certificate: Certificate) -> list[Role]:
+def _roles(certificate: Certificate) -> list[str]:
     purposes = _extension(certificate, x509.ExtendedKeyUsage) or ()
-    return [role for role, purpose in _PURPOSES.items() if purpose in purposes]
+    authority = getattr(_extension(certificate, x509.BasicConstraints), "ca", False)
+    return [role for role, purpose in _PURPOSES.items() if purpose in purposes] + ["authority"] * authority
 
 
 def _names(certificate: Certificate) -> list[str | Address]:
     """Hosts and addresses in subjectAltName; other kinds of names are not for us."""
-    names = _extension(certificate, x509.SubjectAlternativeName) or ()
-    hosts = [name.value.lower() for name in names if isinstance(name, x509.DNSName)]
-    return hosts + [
-        name.value for name in names if isinstance(name, x509.IPAddress) and isinstance(name.value, Address)
-    ]
+    names = [name.value for name in _extension(certificate, x509.SubjectAlternativeName) or ()
+             if isinstance(name, x509.DNSName | x509.IPAddress)]  # fmt: skip
+    return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, str | Address)]
 
 
 def _end(revocations: CertificateRevocationList) -> datetime.datetime:
-    """When a list ends. One that names no end has ended: nobody could tell when it grew stale."""
+    """One that names no end has ended: nobody could tell when it grew stale."""
     return revocations.next_update_utc or revocations.last_update_utc
 
 
@@ -560,8 +537,8 @@ def _check_leaf(leaf: Certificate, role: Role, profile: Profile) -> str:
         raise HandshakeError("purpose", f"the certificate is not for a {role}")
     names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if len(names) != 1 or not re.fullmatch(rf"[ -~]{{1,{MAX_IDENTITY_CHARS}}}", names[0]) or names == [NO_IDENTITY]:
-        wanted = f"one common name of 1 to {MAX_IDENTITY_CHARS} printable ASCII characters, not {NO_IDENTITY}"
-        raise HandshakeError("identity", f"the certificate must have {wanted}")
+        wanted = f"one common name, 1 to {MAX_IDENTITY_CHARS} printable ASCII characters, and not {NO_IDENTITY}"
+        raise HandshakeError("identity", f"a certificate must have {wanted}")
     return names[0]
 
 
@@ -575,14 +552,14 @@ def _check_chain(chain: Sequence[Certificate], profile: Profile) -> None:
 def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> None:
     now = _now()
     if now < begin:
-        text = f"{what} is not valid before {_iso(begin)}, and the clock says {_iso(now)}"
-        raise HandshakeError("validity", text, early=True)
+        clock = f"{what} is not valid before {_iso(begin)}, and the clock says {_iso(now)}"
+        raise HandshakeError("validity", clock, early=True)
     if end < now:
         raise HandshakeError("validity", f"{what} expired on {_iso(end)}")
 
 
 def _matches(pattern: str | Address, name: str | Address) -> bool:
-    """RFC 9525, 6.3: the same name, or `*` for the first label of a name that has at least three."""
+    """RFC 9525, 6.3: the same name, or `*` for the first label of a name that has three or more."""
     if isinstance(pattern, str) and isinstance(name, str) and pattern.startswith("*."):
         return name.partition(".")[2] == pattern[2:] and "." in pattern[2:]
     return pattern == name
@@ -593,6 +570,23 @@ def _misnamed(leaf: Certificate, wanted: str | Address) -> str:
     if len(names) > MAX_NAMES_TOLD:
         names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
     return f"the certificate is for {', '.join(names) or 'no host'}, not for {wanted}"
+
+
+# ---- TLS transport -----------------------------------------------------------------------------
+
+
+class Carrier(Protocol):
+    """The plain transport below. All but `set_timeout` raise OSError when the connection fails."""
+
+    @property
+    def peer(self) -> str: ...  # `203.0.113.7:51234`, for messages
+    def receive_into(self, buffer: memoryview) -> int: ...  # waits; 0 at the end of file
+    def send(self, data: Readable) -> None: ...  # all of it; waits
+    def set_timeout(self, seconds: float | None) -> None: ...  # of each wait; in the handshake only
+    def limit_write(self, seconds: float) -> None: ...  # a `send` without progress so long fails
+    def finish(self) -> None: ...  # no more comes: SHUT_WR
+    def shutdown(self) -> None: ...  # both directions end, and whoever waits wakes
+    def close(self) -> None: ...
 
 
 _RULES: Final = {  # words in what OpenSSL says when it ends a handshake; the first that fits counts
@@ -609,48 +603,27 @@ _RULES: Final = {  # words in what OpenSSL says when it ends a handshake; the fi
 }
 
 
-# ---- TLS transport -----------------------------------------------------------------------------
-
-
-class Carrier(Protocol):
-    """The plain transport below. All but `set_timeout` raise OSError when the connection has failed."""
-
-    @property
-    def peer(self) -> str: ...  # `203.0.113.7:51234`, for messages
-    def receive_into(self, buffer: memoryview) -> int: ...  # waits; 0 at the end of file
-    def send(self, data: Readable) -> None: ...  # all of it; waits
-    def set_timeout(self, seconds: float | None) -> None: ...  # of each wait; in the handshake only
-    def limit_write(self, seconds: float) -> None: ...  # a `send` without progress so long fails
-    def finish(self) -> None: ...  # no more comes: SHUT_WR
-    def shutdown(self) -> None: ...  # both directions end, and whoever waits wakes
-    def close(self) -> None: ...
-
-
 class _Ssl:
     """An SSL object between two memory BIOs. Nothing here waits.
 
     Threads: one at a time, which the caller sees to.
-    The calls that move bytes go to OpenSSL directly, because pyOpenSSL's own allocate, copy and
-    raise once or twice for each record and take 2.2 times as long. The length that each is given is
-    that of the buffer that it is given.
+    The calls that move bytes go to OpenSSL directly: pyOpenSSL's own allocate, copy and raise once
+    or twice for each record, and take 2.2 times as long. The length that each is given is that of
+    the buffer that it is given.
     """
 
     def __init__(self, context: TlsContext) -> None:
         self._connection = SSL.Connection(context.ssl_context, None)
-        if context.role == "server":
-            self._connection.set_accept_state()
-            return
-        self._connection.set_connect_state()
+        (self._connection.set_accept_state if context.role == "server" else self._connection.set_connect_state)()
         if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
             self._connection.set_tlsext_host_name(context.peer_name.encode())
 
     def handshake(self) -> bool:
         """True when it is done, False where OpenSSL needs more from the peer. Raises SSL.Error."""
-        try:
+        with contextlib.suppress(SSL.WantReadError):
             self._connection.do_handshake()
-        except SSL.WantReadError:
-            return False
-        return True
+            return True
+        return False
 
     def negotiated(self) -> tuple[str, str, str, list[Certificate]]:
         """Version, group, cipher and verified chain, as `check_peer` takes them."""
@@ -659,9 +632,10 @@ class _Ssl:
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
     def refusal(self, error: SSL.Error, wanted: Any) -> HandshakeError:
-        """Why OpenSSL ended the handshake, by the rule's name; nothing is decided by it."""
-        if (reason := _reason(error)).startswith(_FROM_PEER):
-            return HandshakeError("alert", f"refused by the peer: {reason.removeprefix(_FROM_PEER)}")
+        """Why OpenSSL ended the handshake, by the rule's name: for messages only."""
+        reason = _reason(error)
+        if reason.startswith(_FROM_PEER):
+            return HandshakeError("alert", reason.replace(_FROM_PEER, "refused by the peer: "))
         # What OpenSSL has against the certificate, if anything; pyOpenSSL 26.4 has no getter.
         code = lib.SSL_get_verify_result(self._connection._ssl)
         objection = ffi.string(lib.X509_verify_cert_error_string(code)).decode() if code else ""
@@ -679,7 +653,7 @@ class _Ssl:
             raise MemoryError("OpenSSL could not take the peer's bytes")
 
     def read_into(self, view: memoryview) -> int:
-        """Plaintext of one record at most; 0 where OpenSSL needs more from the peer. Raises SSL.Error."""
+        """Plaintext of one record at most; 0 where OpenSSL needs more from the peer. SSL.Error."""
         ssl = self._connection._ssl
         count: int = lib.SSL_read(ssl, ffi.from_buffer(view, require_writable=True), len(view))
         if count > 0:
@@ -692,8 +666,8 @@ class _Ssl:
     def write(self, plaintext: Readable) -> None:
         """Encrypt all of it. Raises SSL.Error.
 
-        That can be WantReadError: the peer has sent a part of a handshake message (RFC 8446, 4.6),
-        and OpenSSL will not write before the rest is there. No honest peer stops in between.
+        WantReadError is one: the peer has sent a part of a handshake message (RFC 8446, 4.6), and
+        OpenSSL will not write before the rest is there. No honest peer stops in between.
         """
         ssl = self._connection._ssl
         count = lib.SSL_write(ssl, ffi.from_buffer(plaintext), len(plaintext))
@@ -707,8 +681,7 @@ class _Ssl:
 
     def unsent(self) -> int:
         """Bytes of records that wait to be taken."""
-        waiting: int = lib.BIO_get_mem_data(self._connection._from_ssl, ffi.NULL)
-        return waiting
+        return int(lib.BIO_get_mem_data(self._connection._from_ssl, ffi.NULL))
 
     def take(self, spare: memoryview) -> memoryview:
         """All records that wait; in `spare` where they fit, so valid until that is used again."""
@@ -732,10 +705,9 @@ class TlsTransport:
 
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
         """By `handshake` only."""
-        self.peer = carrier.peer
-        self.receipt = receipt
-        self.identity = receipt.identity
+        self.peer, self.receipt, self.identity = carrier.peer, receipt, receipt.identity
         self.wants_flush: Callable[[], None] = lambda: None  # the session's; called without the lock
+        self.limit_write, self.shutdown, self.close = carrier.limit_write, carrier.shutdown, carrier.close
         self._carrier = carrier
         # the reader's
         self._incoming = memoryview(bytearray(INCOMING_BYTES))
@@ -745,22 +717,21 @@ class TlsTransport:
         self._failed: TransportError | None = None
         # the turn's holder's
         self._outgoing = memoryview(bytearray(OUTGOING_BYTES))
+        self._finished = False
         self._lock = threading.Lock()
         # guarded by _lock
         self._ssl = ssl
-        self._finished = False  # nothing can be sent after our close_notify
 
     @classmethod
     def handshake(cls, carrier: Carrier, context: TlsContext, remaining: Callable[[], float]) -> TlsTransport:
-        """Shake hands and check the peer, in the connection's own thread.
+        """Shake hands and check the peer within the seconds that `remaining` tells.
 
-        `remaining` tells the seconds left. Raises HandshakeError, once the peer could read our
-        alert. The caller closes the carrier.
+        Raises HandshakeError, once the peer could read our alert. The caller closes the carrier.
         """
         ssl = _Ssl(context)
         try:
             _exchange(carrier, ssl, remaining)
-            # Our last flight is still in `ssl`: who does not pass never sees a client's certificate.
+            # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
             try:
                 receipt = check_peer(context, *ssl.negotiated())
             except _UNFIT as error:
@@ -813,7 +784,7 @@ class TlsTransport:
                 raise TransportError(why)
 
     def _read_locked(self, view: memoryview) -> int:
-        """Decrypt until `view` is full or OpenSSL needs more; keep for later what ends the connection."""
+        """Decrypt until `view` is full or OpenSSL needs more; what ends the connection is kept."""
         assert self._lock.locked()
         count = 0
         self._drained = False
@@ -831,16 +802,15 @@ class TlsTransport:
         return count
 
     def send(self, frames: Readable) -> None:
-        """Encrypt and send all. Raises TransportError or the carrier's OSError, and then for ever."""
+        """Encrypt and send all. After TransportError or the carrier's OSError nothing can be sent."""
         try:
             with self._lock:
                 if frames:
                     self._ssl.write(frames)
-                # What reading has caused after our close_notify goes nowhere: SHUT_WR has been done.
-                records = b"" if self._finished else self._ssl.take(self._outgoing)
+                records = self._ssl.take(self._outgoing)
         except SSL.Error as error:
             raise TransportError(_reason(error)) from error
-        if records:
+        if records and not self._finished:  # what reading causes after SHUT_WR goes nowhere
             self._carrier.send(records)
 
     def flush(self) -> None:
@@ -849,29 +819,16 @@ class TlsTransport:
 
     def finish(self) -> None:
         """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
-        with self._lock:
-            # After a failure OpenSSL makes none: it would vouch for a stream that was cut. What goes
-            # out then is the alert.
-            with contextlib.suppress(SSL.Error):
-                self._ssl.close_notify()
-            self._finished = True
-            records = self._ssl.take(self._outgoing)
-        if records:
-            self._carrier.send(records)
+        # After a failure OpenSSL makes none, for it would vouch for a stream that was cut.
+        with self._lock, contextlib.suppress(SSL.Error):
+            self._ssl.close_notify()
+        self.flush()
+        self._finished = True
         self._carrier.finish()
-
-    def limit_write(self, seconds: float) -> None:
-        self._carrier.limit_write(seconds)
-
-    def shutdown(self) -> None:
-        self._carrier.shutdown()
-
-    def close(self) -> None:
-        self._carrier.close()
 
 
 def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> None:
-    """Carry the flights of a handshake but our last one. Raises SSL.Error, HandshakeError, OSError."""
+    """Carry a handshake's flights but our last. Raises SSL.Error, HandshakeError, OSError."""
     buffer, begun = memoryview(bytearray(HANDSHAKE_BYTES)), False
     while not ssl.handshake():
         _limit_waits(carrier, remaining())
@@ -880,10 +837,10 @@ def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> No
         _limit_waits(carrier, remaining())
         count = carrier.receive_into(buffer)
         if not count:
-            said = "in the handshake" if begun else "and has said nothing; was it started with --tls?"
+            said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
             raise HandshakeError("closed", f"the peer closed the connection {said}")
-        # A frame of ours in place of a record: type, stream, length (PROTOCOL.md). OpenSSL would send
-        # no alert, by which a plain peer can see what we speak: `protocol_version` (RFC 8446, 6).
+        # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). The alert,
+        # protocol_version, which OpenSSL would not send, shows a peer in plain mode what we speak.
         if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
             carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
             raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
@@ -919,13 +876,13 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 # for each NAME, NAME.crt and NAME.key. Who has ca.key can be anybody: the folder stays on one
 # machine, and the others get ca.crt, crl.pem and their own pair.
 #
-# To rotate the authority without an interruption, each step everywhere before the next begins:
-# make another one in a new folder; put its ca.crt and its crl.pem behind the old ones, in the same
-# files, and reload; give each machine a pair of the new one, and reload; take the old ones out.
+# A rotation without a pause, each step on all machines before the next: make an authority in a new
+# folder; put its ca.crt and crl.pem behind the old ones, in the same files, and reload; give each
+# machine a pair of the new authority, and reload; take the old ca.crt and crl.pem out, and reload.
 
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _SIGNS_HANDSHAKES = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-_SIGNS_CERTIFICATES = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # and lists
+_SIGNS_CERTIFICATES = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
 _RESTORE = "put a copy of it back, for a new one would forget what was in it"
 
 
@@ -944,13 +901,11 @@ def init_authority(
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-    with _held(where):
-        _refuse_overwrite(where, ("ca.crt", "ca.key", "crl.pem", "issued.pem"), force)
-        key = _generate(algorithm)
+    with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force):
         extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
-        authority = _certificate(name, key, 365 * years, extensions)
+        authority, pem, key = _make(name, algorithm, 365 * years, extensions)
         files = {"crl.pem": _revocations(authority, key, 1, ()), "issued.pem": _pem(authority)}
-        _replace(where, _pair("ca", authority, key) | files)
+        _replace(where, {"ca.crt": _pem(authority), "ca.key": pem} | files)
     return where / "ca.crt"
 
 
@@ -959,46 +914,44 @@ def issue(
     folder: PathLike, name: str, *, hosts: Sequence[str] | None,
     days: int = LEAF_DAYS, algorithm: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Issue NAME.crt and NAME.key: for a server that is dialled by one of `hosts`, or a client (None).
+    """Issue NAME.crt and NAME.key: for a server that is dialled by one of `hosts`, or for a client.
 
     Returns NAME.crt. The algorithm is the authority's where none is given. With `force` a new pair
     replaces the old one, which stays valid until it ends or is revoked. Raises TlsConfigError.
     """
     where = Path(folder)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
-        text = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
-        raise ValueError(f"{name!r} cannot be a certificate's name: {text}")
+        rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
+        raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
     if hosts is not None and not hosts:
         raise ValueError("--server: name the hosts or addresses that clients dial")
-    with _authority(where) as (authority, authority_key, issued):
-        _refuse_overwrite(where, (f"{name}.crt", f"{name}.key"), force)
+    with _authority(where, f"{name}.crt", f"{name}.key", force=force) as (authority, signer, issued):
         longest = _days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
             raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
-        key = _generate(algorithm or _algorithm(authority.public_key_algorithm_oid))
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
-        purpose = _PURPOSES["client" if hosts is None else "server"]
-        extensions = {_SIGNS_HANDSHAKES: True, x509.ExtendedKeyUsage([purpose]): False}
+        purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
+        extensions: dict[Any, bool] = {_SIGNS_HANDSHAKES: True, purpose: False}
         if hosts is not None:
             extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
-        certificate = _certificate(name, key, days, extensions, (authority, authority_key))
-        record = {"issued.pem": _pem(authority, *issued, certificate)}
-        _replace(where, _pair(name, certificate, key) | record)
+        kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
+        certificate, pem, _ = _make(name, kind, days, extensions, (authority, signer))
+        files = {f"{name}.crt": _pem(certificate), f"{name}.key": pem}
+        _replace(where, files | {"issued.pem": _pem(authority, *issued, certificate)})
     return where / f"{name}.crt"
 
 
 @_told()
 def renew(folder: PathLike, name: str) -> Path:
-    """Issue another pair to NAME, with the last one's role, names, algorithm and days.
+    """Issue another pair to NAME, with the last one's role, hosts, algorithm and days.
 
     Returns NAME.crt. The old pair stays valid until it ends or is revoked. Raises TlsConfigError.
     """
     with _authority(Path(folder)) as (authority, _, issued):
-        pass
-    named = [each for each in issued if each.subject.rfc4514_string() == f"CN={name}"]
+        named = [each for each in issued if each.subject.rfc4514_string() == f"CN={name}"]
     if not named:
-        raise ValueError(f"{folder} has issued nothing to {name}; try: {PROGRAM} pki issue")
+        raise ValueError(f"{folder} has issued nothing to {name}; use: {PROGRAM} pki issue")
     last = max(reversed(named), key=lambda each: each.not_valid_before_utc)
     hosts = [str(host) for host in _names(last)] if "server" in _roles(last) else None
     days = min(last.not_valid_after_utc - last.not_valid_before_utc, authority.not_valid_after_utc - _now()).days
@@ -1015,17 +968,24 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
     what it said. It is valid for another LIST_DAYS.
     """
     where, file = Path(folder), Path(folder, "crl.pem")
+    if serial is not None and not re.fullmatch(r"0*(?!0)[0-9a-fA-F]{1,40}", serial := serial.replace(":", "")):
+        raise ValueError(f"--serial {serial!r}: write it as the log does, in up to 40 hexadecimal digits")
     with _authority(where) as (authority, key, issued):
         with _told(str(file), _RESTORE):
             old = _load_revocations(file)[0]
             number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-            if not _is_signed_by(old, authority):
+            if not _has_signed(authority, old):
                 raise ValueError("it is another authority's")
-        serials = set() if target is None else _serials(authority, issued, target)
-        if serial is not None:
-            if not re.fullmatch(r"[0-9a-fA-F:]{1,60}", serial) or not 0 < int(serial.replace(":", ""), 16) < 2**159:
-                raise ValueError(f"--serial {serial!r}: write it as the log does, in up to 40 hexadecimal digits")
-            serials.add(int(serial.replace(":", ""), 16))
+        serials = {int(serial, 16)} if serial else set()
+        named = [each for each in issued if each.subject.rfc4514_string() == f"CN={target}"]
+        serials |= {each.serial_number for each in named if each.not_valid_after_utc > _now()}
+        if target is not None and not serials:
+            if named or not Path(target).exists():
+                raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
+            certificate = _load_certificates(target)[0]
+            if not _has_issued(authority, certificate):
+                raise ValueError(f"{target} is of another authority, which alone can revoke it")
+            serials = {certificate.serial_number}
         if authority.serial_number in serials:
             raise ValueError("this is the authority itself, without which nobody is admitted")
         fresh = sorted(serials - {entry.serial_number for entry in old})
@@ -1034,38 +994,25 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
     return file
 
 
-def _serials(authority: Certificate, issued: Iterable[Certificate], target: PathLike) -> set[int]:
-    """Of the certificates that NAME has, or of the one in a file."""
-    named = [each for each in issued if each.subject.rfc4514_string() == f"CN={target}"]
-    if valid := {each.serial_number for each in named if each.not_valid_after_utc > _now()}:
-        return valid
-    if named or not Path(target).exists():
-        raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
-    certificate = _load_certificates(Path(target))[0]
-    if not _is_issued_by(certificate, authority):
-        raise ValueError(f"{target} is of another authority, which alone can revoke it")
-    return {certificate.serial_number}
-
-
 @_told()
 def show(target: PathLike) -> list[str]:
-    """Lines about all certificates of a folder, or of a file, by the list beside it.
-
-    Raises TlsConfigError.
-    """
+    """Lines about all certificates of a folder, or of a file, by the list that lies beside it."""
     path = Path(target)
     files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: {PROGRAM} pki init")
-    record, listed = path / "issued.pem", files[0].with_name("crl.pem")
-    with _told(str(listed), _RESTORE):
-        lists = _load_revocations(listed) if listed.exists() else []
-    shown = {each: file for file in [record, *files] if file.exists() for each in _load_certificates(file)}
-    order = sorted(shown.items(), key=lambda held: (held[1] == record, held[1]))
-    return [_escaped(line) for each, file in order for line in _lines(file, each, lists)]
+    record, listed, lists = path / "issued.pem", files[0].with_name("crl.pem"), []
+    if listed.exists():
+        with _told(str(listed), _RESTORE):
+            lists = _load_revocations(listed)
+    shown: dict[Certificate, list[str]] = {}
+    for file in [*files, record] if record.exists() else files:
+        for certificate in _load_certificates(file):
+            shown.setdefault(certificate, [str(file), *_facts(certificate, lists)])
+    return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _lines(file: Path, certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> list[str]:
+def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> list[str]:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     revoked, issuer = (
         "unknown, for there is no list of its issuer",
@@ -1079,7 +1026,7 @@ def _lines(file: Path, certificate: Certificate, lists: Iterable[CertificateRevo
     facts = {
         "subject": certificate.subject.rfc4514_string(),
         "issuer": certificate.issuer.rfc4514_string(),
-        "role": " and ".join(_roles(certificate)) or ("authority" if _is_authority(certificate) else "none"),
+        "role": " and ".join(_roles(certificate)) or "none",
         "names": ", ".join(map(str, _names(certificate))) or "none",
         "algorithm": _algorithm(certificate.public_key_algorithm_oid),
         "signed by": _algorithm(certificate.signature_algorithm_oid),
@@ -1088,35 +1035,71 @@ def _lines(file: Path, certificate: Certificate, lists: Iterable[CertificateRevo
         "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
         "revoked": revoked,
     }
-    return [str(file), *(f"  {key:<11}{value}" for key, value in facts.items())]
+    return [f"  {key:<11}{value}" for key, value in facts.items()]
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """The folder, for one process at a time. The system takes the lock back when that ends."""
-    with open(folder / ".lock", "ab", opener=_private) as lock:
+def _held(folder: Path, *names: str, force: bool = False) -> Iterator[None]:
+    """The folder, for one process at a time; these files must not be there, but for `force`."""
+    with open(folder / ".lock", "ab", opener=_private) as lock:  # let go when the process ends
         if sys.platform == "win32":
+            import msvcrt
+
             msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
         else:
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         _settle(folder)
+        for name in names:
+            if not force and (folder / name).exists():
+                raise ValueError(f"{folder / name} exists; --force replaces it")
         yield
+
+
+@contextlib.contextmanager
+def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple[Certificate, Any, list[Certificate]]]:
+    """A folder's authority, its key, and all that it has issued; the folder is held meanwhile."""
+    if not (folder / "ca.crt").exists():
+        raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
+    with _held(folder, *names, force=force):
+        authority, key, record = (
+            _load_certificates(folder / "ca.crt")[0],
+            _load_key(folder / "ca.key"),
+            list[Certificate](),
+        )
+        if key.public_key() != authority.public_key():
+            raise ValueError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}")
+        if (folder / "issued.pem").exists():
+            with _told(str(folder / "issued.pem"), _RESTORE):
+                record = _load_certificates(folder / "issued.pem")
+        for file in sorted(folder.glob("*.crt")):  # of before there was a record
+            with contextlib.suppress(OSError, *_UNFIT):
+                record += _load_certificates(file)[:1]
+        issued = [each for each in dict.fromkeys(record) if each != authority and _has_issued(authority, each)]
+        yield authority, key, issued
+
+
+def _has_issued(authority: Certificate, certificate: Certificate) -> bool:
+    with contextlib.suppress(*_UNFIT):
+        certificate.verify_directly_issued_by(authority)
+        return True
+    return False
 
 
 def _replace(folder: Path, files: dict[str, bytes]) -> None:
     """Write all of these files, or none, whatever happens in between.
 
-    They are made in a folder of their own, whose renaming is the moment from which they count. A
-    crash after it leaves them there, and the next command moves them on. Who reloads meanwhile can
-    see a certificate without its key; that is refused, and what was loaded before stays.
+    They are made in a folder of their own, and from its renaming on they count. A crash after that
+    leaves them there, and the next command moves them on. Who reloads meanwhile can meet a
+    certificate without its key: it refuses that, and keeps what it has.
     """
     making = folder / ".making"
     try:
         making.mkdir(mode=0o700)
-        for name, content in files.items():
-            # The mode holds from the first byte. Windows has none: the folder's rights protect a key.
-            mode = 0o600 if name.endswith(".key") else 0o644
-            with open(making / name, "xb", opener=functools.partial(os.open, mode=mode)) as stream:
+        for name, content in files.items():  # a key's mode holds from its first byte
+            opener = _private if name.endswith(".key") else functools.partial(os.open, mode=0o644)
+            with open(making / name, "xb", opener=opener) as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -1135,48 +1118,6 @@ def _settle(folder: Path) -> None:
         ready.rmdir()
 
 
-@contextlib.contextmanager
-def _authority(folder: Path) -> Iterator[tuple[Certificate, Any, list[Certificate]]]:
-    """A folder's authority, its key, and all that it has issued; held for one process at a time.
-
-    That is what is on record, and what lies beside it: before version 1.4 there was no record.
-    """
-    if not (folder / "ca.crt").exists():
-        raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
-    with _held(folder):
-        authority, key = _load_certificates(folder / "ca.crt")[0], _load_key(folder / "ca.key")
-        if key.public_key() != authority.public_key():
-            raise ValueError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}")
-        record, issued = folder / "issued.pem", list[Certificate]()
-        if record.exists():
-            with _told(str(record), _RESTORE):
-                issued = _load_certificates(record)
-        for file in sorted(folder.glob("*.crt")):
-            with contextlib.suppress(OSError, *_UNFIT):
-                issued += _load_certificates(file)[:1]
-        issued = [each for each in dict.fromkeys(issued) if each != authority and _is_issued_by(each, authority)]
-        yield authority, key, issued
-
-
-def _is_issued_by(certificate: Certificate, authority: Certificate) -> bool:
-    with contextlib.suppress(*_UNFIT):
-        certificate.verify_directly_issued_by(authority)
-        return True
-    return False
-
-
-def _refuse_overwrite(folder: Path, names: Iterable[str], force: bool) -> None:
-    for name in names:
-        if not force and (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; --force replaces it")
-
-
-def _generate(algorithm: str) -> Any:
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"--algorithm {algorithm}: choose one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[algorithm]()
-
-
 def _general_name(host: str) -> x509.GeneralName:
     """A subjectAltName; `*.` may stand for one label. Raises ValueError."""
     name = parse_name(host.removeprefix("*."))
@@ -1187,24 +1128,27 @@ def _general_name(host: str) -> x509.GeneralName:
     return x509.IPAddress(name)
 
 
-def _certificate(
-    name: str, key: Any, days: int, extensions: dict[Any, bool], by: tuple[Certificate, Any] | None = None
-) -> Certificate:
-    """Extensions are told with whether they are critical; the two key identifiers come by themselves."""
+def _make(
+    name: str, algorithm: str, days: int, extensions: dict[Any, bool], by: tuple[Certificate, Any] | None = None
+) -> tuple[Certificate, bytes, Any]:
+    """A certificate, by itself or by an authority, and its key. The extensions: whether critical."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {algorithm}: choose one of {', '.join(ALGORITHMS)}")
+    key: Any = ALGORITHMS[algorithm]()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    issuer = by[0].subject if by else subject
     begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
-    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), serial, begin, end)
+    builder = x509.CertificateBuilder(by[0].subject if by else subject, subject, key.public_key(), serial, begin, end)
     extensions = extensions | {x509.SubjectKeyIdentifier.from_public_key(key.public_key()): False}
     if by:
-        extensions[_authority_identifier(by[0])] = False
+        extensions[_identifier(by[0])] = False
     for extension, critical in extensions.items():
         builder = builder.add_extension(extension, critical)
-    return builder.sign(by[1] if by else key, None)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return builder.sign(by[1] if by else key, None), pem, key
 
 
-def _authority_identifier(authority: Certificate) -> x509.AuthorityKeyIdentifier:
-    """By which OpenSSL tells two authorities of one name apart."""
+def _identifier(authority: Certificate) -> x509.AuthorityKeyIdentifier:
+    """By it OpenSSL tells two authorities of one name apart."""
     own = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
@@ -1213,14 +1157,8 @@ def _revocations(authority: Certificate, key: Any, number: int, entries: Iterabl
     begin, end = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=LIST_DAYS)
     builder = x509.CertificateRevocationListBuilder(authority.subject, begin, end, revoked_certificates=[*entries])
     builder = builder.add_extension(x509.CRLNumber(number), critical=False)
-    return _pem(builder.add_extension(_authority_identifier(authority), critical=False).sign(key, None))
+    return _pem(builder.add_extension(_identifier(authority), critical=False).sign(key, None))
 
 
 def _pem(*items: Certificate | CertificateRevocationList) -> bytes:
     return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in items)
-
-
-def _pair(name: str, certificate: Certificate, key: Any) -> dict[str, bytes]:
-    plain = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    return {f"{name}.crt": _pem(certificate), f"{name}.key": pem}

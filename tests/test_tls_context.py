@@ -440,7 +440,7 @@ def test_a_profile_that_this_openssl_lacks_is_refused(
 
 @pytest.mark.parametrize("binding", ["SSL_CTX_set1_curves_list", "SSL_CTX_set1_sigalgs_list"])
 def test_a_binding_that_is_gone_is_refused(house: House, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
-    """Where the private binding is gone and pyOpenSSL has no setter, nothing starts."""
+    """Where the private binding is gone, nothing starts."""
 
     class Without:
         def __getattr__(self, name: str) -> Any:
@@ -452,25 +452,14 @@ def test_a_binding_that_is_gone_is_refused(house: House, monkeypatch: pytest.Mon
     refuse(f"--tls-profile default|{binding}", **house.files("server"))
 
 
-@pytest.mark.parametrize(("setter", "names"), [("set_groups", "MLKEM1024"), ("set_sigalgs", "mldsa87")])
-def test_a_setter_of_pyopenssl_is_preferred(
-    big_house: House, monkeypatch: pytest.MonkeyPatch, setter: str, names: str
-) -> None:
-    """A later pyOpenSSL's own setter is called with the profile's list, and the binding is not."""
-    called: list[bytes] = []
-    monkeypatch.setattr(SSL.Context, setter, lambda _, value: called.append(value), raising=False)
-    big_house.server("cnsa2")
-    assert called == [names.encode()]
-
-
 def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
     """Each of the functions around a private binding has its effect, one at a time."""
     files = house.files("server")
     pair = Pair.__new__(Pair)
     pair.cert, pair.key = files["cert"], files["key"]
     for restriction, reason in (
-        (("set_groups", "SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
-        (("set_sigalgs", "SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
+        (("SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
+        (("SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
     ):
         context = raw_context(pair, house.ca, groups="MLKEM768", signatures="mldsa65:mldsa87")
         rtunnel_tls._set_list(context, *restriction)
