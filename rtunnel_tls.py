@@ -87,7 +87,7 @@ PROFILES: Final = {
         Profile("default", _HYBRID + _PURE, ("mldsa65", "mldsa87"), _CIPHERS),
         Profile("hybrid", _HYBRID, ("mldsa65", "mldsa87"), _CIPHERS),
         Profile("pure", _PURE, ("mldsa65", "mldsa87", "mldsa44"), _CIPHERS),  # as the original
-        Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),  # the NSA's CNSA 2.0
+        Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),
     )
 }
 _MLDSA: Final = {  # RFC 9881, 2: one identifier for a kind of key and its signatures
@@ -128,7 +128,7 @@ class TlsConfigError(TlsError):
 
 
 class NotYetValid(TlsConfigError):
-    """A certificate or a list begins later than now. At boot it is often the clock that is wrong."""
+    """A certificate or a list begins later than now. At boot, often the clock is wrong."""
 
 
 class HandshakeError(TlsError):
@@ -153,7 +153,7 @@ _FROM_PEER = "alert from the peer: "
 
 @contextlib.contextmanager
 def _told(subject: str = "", remedy: str = "") -> Iterator[None]:
-    """Whatever is wrong with a file or a setting is one sentence: its name, the fault, the remedy."""
+    """Whatever is wrong with a file or a setting is a sentence: its name, the fault, the remedy."""
     kind = TlsConfigError
     try:
         yield
@@ -189,9 +189,9 @@ def _reason(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TlsContext:
-    """The settings of all connections of one role. A reload makes another: a store only ever adds.
+    """The settings of all connections of one role.
 
-    Threads: any; nothing changes after `make_context`.
+    Threads: any; nothing changes after `make_context`. A reload makes another: a store only adds.
     """
 
     role: Role
@@ -211,10 +211,7 @@ class TlsContext:
         return {file: _days_left(end) for file, end in self.expiries}
 
     def revokes(self, receipt: Receipt) -> bool:
-        """Whether a list revokes an open session's certificate, or an authority above it.
-
-        By serial and by the authority's key: a name lives on, and two authorities may share it.
-        """
+        """Whether an open session's chain holds what a list of the same authority's key revokes."""
         return any(
             each.get_revoked_certificate_by_serial_number(certificate.serial_number) and _has_signed(authority, each)
             for certificate, authority in zip(receipt.chain, receipt.chain[1:], strict=False)
@@ -268,21 +265,17 @@ def _bare_context(profile: Profile) -> SSL.Context:
     # without a cache they lead nowhere; two small ones still go out to a client that has passed.
     context.set_options(SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    # pyOpenSSL has no names for two modes. NO_AUTO_CHAIN: else OpenSSL adds the root, which the peer
-    # has, 5 to 7 kB for anybody who connects. ENABLE_PARTIAL_WRITE: with it SSL_write stops after
-    # the first of many records.
-    context.set_mode(0x8)
-    context.clear_mode(0x1)
+    # pyOpenSSL has no names for these modes. OpenSSL would add the root, which the peer has, 5 to 7 kB
+    # for anybody who connects; and stop a write after the first of many records.
+    context.set_mode(0x8)  # SSL_MODE_NO_AUTO_CHAIN
+    context.clear_mode(0x1)  # SSL_MODE_ENABLE_PARTIAL_WRITE
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     context.set_verify_depth(VERIFY_DEPTH)
     return context
 
 
 def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
-    """Admit these groups, or signature algorithms of either end, and no others; all, or SSL.Error.
-
-    pyOpenSSL 26.4 has no setters. Raises AttributeError where OpenSSL's are not bound any more.
-    """
+    """Admit these groups, or signature algorithms, and no others; pyOpenSSL 26.4 has no setters."""
     if getattr(lib, binding)(context._context, ":".join(names).encode()) != 1:
         lib.ERR_clear_error()
         version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
@@ -382,8 +375,7 @@ _private = functools.partial(os.open, mode=0o600)  # an opener
 def parse_name(name: str) -> str | Address:
     """A host or address in the one form that is compared and sent. Raises ValueError.
 
-    A host is ASCII, lower case, without a dot at the end. An IPv4-mapped address becomes IPv4; a
-    zone (`%eth0`) is of this machine only, and goes.
+    An IPv4-mapped address becomes IPv4; a zone (`%eth0`) is of this machine only, and goes.
     """
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name.partition("%")[0])
@@ -437,8 +429,13 @@ def _algorithm(identifier: ObjectIdentifier) -> str:
     return _MLDSA.get(identifier.dotted_string, identifier._name)
 
 
-def _has_signed(authority: Certificate, revocations: CertificateRevocationList) -> bool:
-    return revocations.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+def _has_signed(authority: Certificate, item: Certificate | CertificateRevocationList) -> bool:
+    with contextlib.suppress(*_UNFIT):
+        if isinstance(item, CertificateRevocationList):
+            return item.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
+        item.verify_directly_issued_by(authority)
+        return True
+    return False
 
 
 def _roles(certificate: Certificate) -> list[str]:
@@ -500,12 +497,11 @@ class Receipt(NamedTuple):
 
 
 def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[Certificate]) -> Receipt:
-    """Judge what a finished handshake came to. The first rule that fails refuses the peer.
+    """Judge what a finished handshake came to; `chain` is what OpenSSL has verified.
 
-    `chain` is what OpenSSL verified, the peer's certificate first, the root last. Two of the rules
-    are not OpenSSL's. It lets a certificate without extended key usage play any role. And it holds
-    only the handshake's own signature to the profile, so that an RSA authority in between, which a
-    quantum computer forges, could vouch for an ML-DSA key. The others are OpenSSL's too, and stand
+    Two of the rules are not OpenSSL's. It lets a certificate without extended key usage play any
+    role. And it holds only the handshake's own signature to the profile, so that an RSA authority
+    in between, which a quantum computer forges, could vouch for an ML-DSA key. The others stand
     here so that they do not hang on one call of a private binding. Raises HandshakeError.
     """
     profile = context.profile
@@ -543,7 +539,7 @@ def _check_leaf(leaf: Certificate, role: Role, profile: Profile) -> str:
 
 
 def _check_chain(chain: Sequence[Certificate], profile: Profile) -> None:
-    """Hold every signature to the profile, and every certificate to the time. Raises HandshakeError."""
+    """Hold every signature to the profile, and every certificate to the time. HandshakeError."""
     for each in chain:  # the root's own proves nothing, but tells its key, which made the next
         _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
         _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
@@ -810,7 +806,7 @@ class TlsTransport:
                 records = self._ssl.take(self._outgoing)
         except SSL.Error as error:
             raise TransportError(_reason(error)) from error
-        if records and not self._finished:  # what reading causes after SHUT_WR goes nowhere
+        if records and not self._finished:  # what reading causes afterwards goes nowhere
             self._carrier.send(records)
 
     def flush(self) -> None:
@@ -983,7 +979,7 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             if named or not Path(target).exists():
                 raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
             certificate = _load_certificates(target)[0]
-            if not _has_issued(authority, certificate):
+            if not _has_signed(authority, certificate):
                 raise ValueError(f"{target} is of another authority, which alone can revoke it")
             serials = {certificate.serial_number}
         if authority.serial_number in serials:
@@ -1014,10 +1010,8 @@ def show(target: PathLike) -> list[str]:
 
 def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> list[str]:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    revoked, issuer = (
-        "unknown, for there is no list of its issuer",
-        _extension(certificate, x509.AuthorityKeyIdentifier),
-    )
+    revoked = "unknown, for there is no list of its issuer"
+    issuer = _extension(certificate, x509.AuthorityKeyIdentifier)
     for each in lists:
         own = _extension(each, x509.AuthorityKeyIdentifier)
         if each.issuer == certificate.issuer and (issuer is None or own in (None, issuer)):
@@ -1063,28 +1057,21 @@ def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple
     if not (folder / "ca.crt").exists():
         raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
     with _held(folder, *names, force=force):
-        authority, key, record = (
-            _load_certificates(folder / "ca.crt")[0],
-            _load_key(folder / "ca.key"),
-            list[Certificate](),
-        )
+        authority, key = _load_certificates(folder / "ca.crt")[0], _load_key(folder / "ca.key")
         if key.public_key() != authority.public_key():
             raise ValueError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}")
-        if (folder / "issued.pem").exists():
-            with _told(str(folder / "issued.pem"), _RESTORE):
-                record = _load_certificates(folder / "issued.pem")
+        record, issued = folder / "issued.pem", list[Certificate]()
+        if record.exists():
+            with _told(str(record), _RESTORE):
+                issued = _load_certificates(record)
         for file in sorted(folder.glob("*.crt")):  # of before there was a record
             with contextlib.suppress(OSError, *_UNFIT):
-                record += _load_certificates(file)[:1]
-        issued = [each for each in dict.fromkeys(record) if each != authority and _has_issued(authority, each)]
-        yield authority, key, issued
-
-
-def _has_issued(authority: Certificate, certificate: Certificate) -> bool:
-    with contextlib.suppress(*_UNFIT):
-        certificate.verify_directly_issued_by(authority)
-        return True
-    return False
+                issued += _load_certificates(file)[:1]
+        yield (
+            authority,
+            key,
+            [each for each in dict.fromkeys(issued) if each != authority and _has_signed(authority, each)],
+        )
 
 
 def _replace(folder: Path, files: dict[str, bytes]) -> None:
@@ -1099,7 +1086,7 @@ def _replace(folder: Path, files: dict[str, bytes]) -> None:
         making.mkdir(mode=0o700)
         for name, content in files.items():  # a key's mode holds from its first byte
             opener = _private if name.endswith(".key") else functools.partial(os.open, mode=0o644)
-            with open(making / name, "xb", opener=opener) as stream:
+            with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
