@@ -265,8 +265,8 @@ def _bare_context(profile: Profile) -> SSL.Context:
     # without a cache they lead nowhere; two small ones still go out to a client that has passed.
     context.set_options(SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    # pyOpenSSL has no names for these modes. OpenSSL would add the root, which the peer has, 5 to 7 kB
-    # for anybody who connects; and stop a write after the first of many records.
+    # pyOpenSSL has no names for these modes. OpenSSL would add the root, which the peer has, 5 to 7
+    # kB for anybody who connects; and stop a write after the first of many records.
     context.set_mode(0x8)  # SSL_MODE_NO_AUTO_CHAIN
     context.clear_mode(0x1)  # SSL_MODE_ENABLE_PARTIAL_WRITE
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
@@ -702,7 +702,7 @@ class TlsTransport:
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
         """By `handshake` only."""
         self.peer, self.receipt, self.identity = carrier.peer, receipt, receipt.identity
-        self.wants_flush: Callable[[], None] = lambda: None  # the session's; called without the lock
+        self.wants_flush: Callable[[], None] = lambda: None  # the session's; not under the lock
         self.limit_write, self.shutdown, self.close = carrier.limit_write, carrier.shutdown, carrier.close
         self._carrier = carrier
         # the reader's
@@ -798,7 +798,7 @@ class TlsTransport:
         return count
 
     def send(self, frames: Readable) -> None:
-        """Encrypt and send all. After TransportError or the carrier's OSError nothing can be sent."""
+        """Encrypt and send all. Raises TransportError, OSError, and then nothing can be sent."""
         try:
             with self._lock:
                 if frames:
@@ -1118,7 +1118,7 @@ def _general_name(host: str) -> x509.GeneralName:
 def _make(
     name: str, algorithm: str, days: int, extensions: dict[Any, bool], by: tuple[Certificate, Any] | None = None
 ) -> tuple[Certificate, bytes, Any]:
-    """A certificate, by itself or by an authority, and its key. The extensions: whether critical."""
+    """A certificate, of itself or of an authority, its key as PEM, and its key."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"--algorithm {algorithm}: choose one of {', '.join(ALGORITHMS)}")
     key: Any = ALGORITHMS[algorithm]()
