@@ -610,7 +610,10 @@ class _Ssl:
 
     def __init__(self, context: TlsContext) -> None:
         self._connection = SSL.Connection(context.ssl_context, None)
-        (self._connection.set_accept_state if context.role == "server" else self._connection.set_connect_state)()
+        if context.role == "server":
+            self._connection.set_accept_state()
+        else:
+            self._connection.set_connect_state()
         if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
             self._connection.set_tlsext_host_name(context.peer_name.encode())
 
