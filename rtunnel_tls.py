@@ -344,8 +344,11 @@ def _load_lists(
             _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
             _check_time("the list", each.last_update_utc, _end(each))
             named = [authority for authority in authorities if authority.subject == each.issuer]
+            issuer = each.issuer.rfc4514_string()
             if named and not any(_has_signed(authority, each) for authority in named):
-                raise ValueError(f"the {each.issuer.rfc4514_string()} that we trust has not signed it")
+                raise ValueError(f"the {issuer} that we trust has not signed it")
+            if len(named) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
+                raise ValueError(f"a list does not say which {issuer} has signed it, and there are two")
             store.add_crl(each)
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
         return lists
@@ -1038,7 +1041,7 @@ def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList])
 @contextlib.contextmanager
 def _held(folder: Path, *names: str, force: bool = False) -> Iterator[None]:
     """The folder, for one process at a time; these files must not be there, but for `force`."""
-    with open(folder / ".lock", "ab", opener=_private) as lock:  # let go when the process ends
+    with open(folder / ".lock", "ab", opener=_private) as lock:  # the system lets go of it
         if sys.platform == "win32":
             import msvcrt
 

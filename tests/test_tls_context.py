@@ -335,6 +335,25 @@ def test_a_rotation_of_the_authority(tmp_path: Path) -> None:
     assert not world.meets(old, new)
 
 
+def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path) -> None:
+    """OpenSSL would take it for either's, and refuse everybody; an earlier version wrote such. `pki revoke` mends it."""
+    world = Rotation(tmp_path)
+    authority, key = _authority(world.old)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateRevocationListBuilder(authority.subject, now - HOUR, now + 24 * HOUR)
+    builder = builder.add_extension(x509.CRLNumber(1), critical=False)
+    world.old.crl.write_bytes(builder.sign(key, None).public_bytes(serialization.Encoding.PEM))
+    world.trust(world.old)
+    assert world.meets(world.old, world.old), "alone it is no trouble"
+    world.trust(world.old, world.new)
+    words = "--tls-crl|does not say which CN=rtunnel CA has signed it|pki revoke"
+    refuse(words, **(world.old.files("server") | {"ca": world.ca, "crl": world.crl}))
+    rtunnel_tls.revoke(world.old.folder)
+    world.trust(world.old, world.new)
+    assert world.meets(world.old, world.new)
+    assert world.meets(world.new, world.old)
+
+
 def _authority(house: House) -> tuple[x509.Certificate, Any]:
     key = rtunnel_tls._load_key(house.folder / "ca.key")
     return rtunnel_tls._load_certificates(house.ca)[0], key
