@@ -347,7 +347,7 @@ def _load_lists(
             issuer = each.issuer.rfc4514_string()
             if named and not any(_has_signed(authority, each) for authority in named):
                 raise ValueError(f"the {issuer} that we trust has not signed it")
-            if len(named) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
+            if len(set(named)) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
                 raise ValueError(f"a list does not say which {issuer} has signed it, and there are two")
             store.add_crl(each)
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)

@@ -336,7 +336,7 @@ def test_a_rotation_of_the_authority(tmp_path: Path) -> None:
 
 
 def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path) -> None:
-    """OpenSSL would take it for either's, and refuse everybody; an earlier version wrote such. `pki revoke` mends it."""
+    """OpenSSL would take it for either's, and refuse everybody. An earlier version wrote such; `pki revoke` mends it."""
     world = Rotation(tmp_path)
     authority, key = _authority(world.old)
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -345,6 +345,9 @@ def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path
     world.old.crl.write_bytes(builder.sign(key, None).public_bytes(serialization.Encoding.PEM))
     world.trust(world.old)
     assert world.meets(world.old, world.old), "alone it is no trouble"
+    whole = tmp_path / "whole.crt"  # with its root, which is no second authority
+    whole.write_bytes(world.old.files("server")["cert"].read_bytes() + world.ca.read_bytes())
+    world.old.server(cert=whole, ca=world.ca, crl=world.crl)
     world.trust(world.old, world.new)
     words = "--tls-crl|does not say which CN=rtunnel CA has signed it|pki revoke"
     refuse(words, **(world.old.files("server") | {"ca": world.ca, "crl": world.crl}))
