@@ -336,7 +336,7 @@ def test_a_rotation_of_the_authority(tmp_path: Path) -> None:
 
 
 def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path) -> None:
-    """OpenSSL would take it for either's, and refuse everybody. An earlier version wrote such; `pki revoke` mends it."""
+    """OpenSSL would take it for either's and refuse everybody. An earlier version wrote such; `pki revoke` mends it."""
     world = Rotation(tmp_path)
     authority, key = _authority(world.old)
     now = datetime.datetime.now(datetime.timezone.utc)
