@@ -719,7 +719,7 @@ class TlsTransport:
         self._failed: TransportError | None = None
         # the turn's holder's
         self._outgoing = memoryview(bytearray(OUTGOING_BYTES))
-        self._finished = False
+        self._finished = False  # close_notify has been sent: nothing can follow it
         self._lock = threading.Lock()
         # guarded by _lock
         self._ssl = ssl
@@ -821,11 +821,14 @@ class TlsTransport:
 
     def finish(self) -> None:
         """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
-        # After a failure OpenSSL makes none, for it would vouch for a stream that was cut.
-        with self._lock, contextlib.suppress(SSL.Error):
-            self._ssl.close_notify()
-        self.flush()
+        with self._lock:
+            # After a failure OpenSSL makes none, for it would vouch for a stream that was cut.
+            with contextlib.suppress(SSL.Error):
+                self._ssl.close_notify()
+            records = self._ssl.take(self._outgoing)
         self._finished = True
+        if records:
+            self._carrier.send(records)
         self._carrier.finish()
 
 
@@ -978,9 +981,8 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
             if not _has_signed(authority, old):
                 raise ValueError("it is another authority's")
-        serials = {int(serial, 16)} if serial else set()
         named = [each for each in issued if each.subject.rfc4514_string() == f"CN={target}"]
-        serials |= {each.serial_number for each in named if each.not_valid_after_utc > _now()}
+        serials = {each.serial_number for each in named if each.not_valid_after_utc > _now()}
         if target is not None and not serials:
             if named or not Path(target).exists():
                 raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
@@ -988,6 +990,8 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             if not _has_signed(authority, certificate):
                 raise ValueError(f"{target} is of another authority, which alone can revoke it")
             serials = {certificate.serial_number}
+        if serial is not None:
+            serials.add(int(serial, 16))
         if authority.serial_number in serials:
             raise ValueError("this is the authority itself, without which nobody is admitted")
         fresh = sorted(serials - {entry.serial_number for entry in old})
@@ -1073,11 +1077,8 @@ def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple
         for file in sorted(folder.glob("*.crt")):  # of before there was a record
             with contextlib.suppress(OSError, *_UNFIT):
                 issued += _load_certificates(file)[:1]
-        yield (
-            authority,
-            key,
-            [each for each in dict.fromkeys(issued) if each != authority and _has_signed(authority, each)],
-        )
+        issued = [each for each in dict.fromkeys(issued) if each != authority and _has_signed(authority, each)]
+        yield authority, key, issued
 
 
 def _replace(folder: Path, files: dict[str, bytes]) -> None:

@@ -360,6 +360,9 @@ def test_a_file_or_a_serial_is_revoked_alone(folder: Path, tmp_path: Path) -> No
     revoke(folder, serial="0A:0b")
     assert revoked(folder) == {load(copy).serial_number, 0xA0B}
     assert kept not in revoked(folder)
+    bob = load(issue(folder, "bob", hosts=None)).serial_number
+    revoke(folder, folder / "bob.crt", serial="c0c")
+    assert {bob, 0xC0C} <= revoked(folder)
     for serial in ("", "x", "-1", "0", "f" * 41):
         refuse("--serial", revoke, folder, serial=serial)
 
