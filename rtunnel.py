@@ -3663,12 +3663,12 @@ def raise_descriptor_limit() -> None:
 
 
 def add_pki(commands: Any) -> None:
-    """`pki init|issue|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
+    """`pki init|issue|renew|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
     pki = commands.add_parser(
         "pki", help="make and show certificates", description="A certificate authority in a folder."
     )
     actions = pki.add_subparsers(
-        dest="action", required=True, metavar="init|issue|revoke|show", parser_class=CommandParser
+        dest="action", required=True, metavar="init|issue|renew|revoke|show", parser_class=CommandParser
     )
     algorithms = list(rtunnel_tls.ALGORITHMS)
     init = actions.add_parser("init", help="make an authority and its empty revocation list")
@@ -3681,30 +3681,51 @@ def add_pki(commands: Any) -> None:
     role.add_argument("--client", action="store_true", help="for a client")
     issue.add_argument("--days", type=int, default=rtunnel_tls.LEAF_DAYS, help="how long it is valid (default: 397)")
     issue.add_argument("--algorithm", choices=algorithms, help="of its key (default: the authority's)")
-    revoke = actions.add_parser("revoke", help="put a certificate on the revocation list")
+    renew = actions.add_parser("renew", help="issue a new pair of the same name, role, hosts and algorithm")
+    revoke = actions.add_parser("revoke", help="put certificates on the revocation list, which is written anew")
+    which = revoke.add_mutually_exclusive_group()
+    which.add_argument("name", nargs="?", help="NAME: all of its valid certificates; or the file of one")
+    which.add_argument("--serial", metavar="HEX", help="the certificate of this serial number, as a log line tells it")
     show = actions.add_parser("show", help="show the folder's certificates, or one file's")
-    show.add_argument("file", nargs="?", help="a certificate (default: all of the folder)")
-    for action in (issue, revoke):
+    show.add_argument("file", nargs="?", help="a certificate (default: all of the folder, and all that was issued)")
+    for action in (issue, renew):
         action.add_argument("name", help="of NAME.crt and NAME.key, and of who they are for")
     for action in (init, issue):
         action.add_argument("--force", action="store_true", help="replace what is there")
-    for action in (init, issue, revoke, show):
+    for action in (init, issue, renew, revoke, show):
         action.add_argument("--dir", default="conf/pki", help="the folder (default: conf/pki)")
     pki.set_defaults(run=run_pki, parser=pki)
 
 
+# What `pki` says behind the path of what it has made: which file goes where next.
+PKI_NEXT = {
+    "init": "Copy ca.crt and crl.pem to each machine (--tls-ca, --tls-crl). ca.key must never leave this folder.",
+    "issue": "Copy {name}.crt and {name}.key to {name}'s machine (--tls-cert, --tls-key), with ca.crt and crl.pem.",
+    "renew": "Copy {name}.crt and {name}.key over the old pair on {name}'s machine, then send that rtunnel SIGHUP. "
+    "The old pair is valid until it ends: if it has leaked, revoke it by the serial number that `pki show` tells.",
+    "revoke": "Copy crl.pem to each machine, over the file that its --tls-crl names, then send each rtunnel SIGHUP. "
+    "Until then what was revoked is still admitted there.",
+}
+
+
 def run_pki(settings: argparse.Namespace) -> int:
     release_signals()
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # a certificate's name need not fit the terminal
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
     elif settings.action == "issue":
         options = {"days": settings.days, "algorithm": settings.algorithm, "force": settings.force}
         print(rtunnel_tls.issue(settings.dir, settings.name, hosts=settings.server, **options))
+    elif settings.action == "renew":
+        print(rtunnel_tls.renew(settings.dir, settings.name))
     elif settings.action == "revoke":
-        print(rtunnel_tls.revoke(settings.dir, settings.name))
+        print(rtunnel_tls.revoke(settings.dir, settings.name, serial=settings.serial))
     else:
         print("\n".join(rtunnel_tls.show(settings.file or settings.dir)))
+    if settings.action in PKI_NEXT:
+        print(PKI_NEXT[settings.action].format(name=settings.name))
     return 0
 
 
