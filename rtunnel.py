@@ -21,6 +21,8 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
+import io
 import ipaddress
 import itertools
 import json
@@ -130,6 +132,7 @@ ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 LOG_EVERY_S, LOG_BURST = 1.0, 10  # lines of one event that strangers or visitors can cause [LimitLog]
+CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
 STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [stop_log]
@@ -305,6 +308,9 @@ def check(frame: Frame, *, level: int, role: str) -> None:
         raise ProtocolError(f"{kind.name} with id {frame.stream} and {length} bytes of payload")
 
 
+SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
+
+
 class Decoder:
     """Turns whatever bytes have arrived into events. No DATA payload is ever assembled.
 
@@ -321,6 +327,14 @@ class Decoder:
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
         self._error = ""  # its words: an exception would keep its traceback, and so the session
+
+    def is_inside_control(self) -> bool:
+        """Whether a header, or a frame that is not DATA, has begun and not ended."""
+        return bool(self._header) or (self._remaining > 0 and self._type != DATA)
+
+    def speaks_tls(self, start: bytes | bytearray = b"") -> bool:
+        """Whether a TLS record stands where a frame begins: an alert or a handshake (RFC 8446, 5.1)."""
+        return bytes(start or self._header)[:2] in (b"\x15\x03", b"\x16\x03")
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
@@ -352,6 +366,9 @@ class Decoder:
 
     def _begin(self, kind: int, stream: int, length: int) -> None:
         limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
+        if self.speaks_tls(self._header):
+            self._error = SPEAKS_TLS
+            raise ProtocolError(self._error)
         if length > limit:
             self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
             raise ProtocolError(self._error)
@@ -380,6 +397,7 @@ class Init(NamedTuple):
     instance: str = ""  # 128 random bits in hex; empty: unknown
     version: int = 0
     window: int = WINDOW_BYTES
+    takeover: bool = True  # from a session of the same holder that lives
 
     @classmethod
     def parse(cls, payload: bytes) -> Init:
@@ -399,7 +417,8 @@ class Init(NamedTuple):
             if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
             window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
-            return init._replace(version=number(pairs["version"], 1, 2**31), window=window)
+            takeover = pairs.get("takeover") != "no"
+            return init._replace(version=number(pairs["version"], 1, 2**31), window=window, takeover=takeover)
         except UnicodeDecodeError as error:
             raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
@@ -409,6 +428,7 @@ class Init(NamedTuple):
 
     def payload(self) -> bytes:
         lines = f"\nversion={self.version}\nwindow={self.window}\ninstance={self.instance}" if self.version else ""
+        lines += "" if self.takeover else "\ntakeover=no"
         return f"{self.port}:{self.local}{lines}".encode("ascii")
 
 
@@ -1960,7 +1980,7 @@ class Session:
             self._farewell_said.set()
         try:
             self._read()
-            self.end("closed by the peer")
+            self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except Refused as refused:
             self.refused = refused
             self.refuse(refused)
@@ -2318,10 +2338,8 @@ class Program:
     def reload(self, fresh: Program) -> None:
         """New handshakes and ports go by the settings of `fresh`; what they forbid is cut.
 
-        Sessions, streams and listening addresses stay. Raises ConfigError.
+        Sessions, streams and listening addresses stay.
         """
-        if (self._context is None) != (fresh._context is None):
-            raise ConfigError("--tls is neither turned on nor off by a reload: restart the program")
         self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
             self.check_allowed(session)
@@ -2348,9 +2366,9 @@ class Program:
         return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
 
 
-def log_receipt(transport: Transport) -> None:
+def log_receipt(transport: Transport, **about: object) -> None:
     if transport.receipt is not None:
-        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
         if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
             warn_of_expiry(transport.identity, transport.receipt.days_left)
 
@@ -2372,7 +2390,7 @@ class ServerSession(Session):
         self._server = server
         self._deadline = deadline
         self.carrier = carrier  # whose place among the strangers it has
-        self._heard = False  # any byte; the reader's
+        self._heard = False  # what no original says that has nothing to say; the reader's
         self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
@@ -2400,11 +2418,11 @@ class ServerSession(Session):
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
-        self._heard = True
         self._check_unknown_frames()
 
     def _check_unknown_frames(self) -> None:
         unknown = self.decoder.unknown_frames
+        self._heard |= unknown > 0 or self.decoder.is_inside_control()
         if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
@@ -2413,7 +2431,8 @@ class ServerSession(Session):
         self._server.leave_lease(self, reason, linger=False)
 
     def check_may_send(self, name: str) -> None:
-        if not self.is_client and name != "INIT":
+        # An original's streams of before a reconnect may speak first (O-5).
+        if not self.is_client and name not in ("INIT", "DATA", "CLOSE_CONN"):
             raise ProtocolError(f"{name} before INIT")
 
     def refuse(self, refused: Refused) -> None:
@@ -2560,6 +2579,7 @@ class Server(Program):
     def start(self) -> None:
         """Open the ports. Raises RtunnelError where one cannot be bound."""
         super().start()
+        self._warn_of_bind()
         try:
             if self._public_address is not None:
                 option, address = "public", self._public_address
@@ -2573,6 +2593,14 @@ class Server(Program):
         except OSError as error:
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
+
+    def _warn_of_bind(self) -> None:
+        """An address that this machine does not have may come later, at boot."""
+        try:
+            if self._public_bind:
+                self._bind(Address(self._public_bind, 0), Lease).listener.server_close()
+        except OSError as error:
+            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
 
     def _open(self, listener: Listener, kind: str) -> None:
         listener.start()
@@ -2651,7 +2679,7 @@ class Server(Program):
         except OSError as error:
             about = {"port": init.port, "peer": peer, "level": session.level}
             log_event(ERROR, "lease-failed", **about, reason=reason_of(error))
-            code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
+            code = "port-in-use" if error.errno == errno.EADDRINUSE else "unavailable"
             if error.errno in OUT_OF_RESOURCES:
                 code = "too-many-clients"
             sentence = f"port {init.port} cannot be opened: {reason_of(error)}"
@@ -2679,8 +2707,11 @@ class Server(Program):
             session.ways, session.peer_window = LEVEL_1, init.window
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
+        if not self._may_open(session):
+            identity = session.transport.identity
+            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         lease = self._find_lease_locked(session, init)
-        self._check_limits_locked(session, init, lease)
+        self._check_limits_locked(session, lease)
         lease = lease or self._bind_free_locked(session, init)
         # Before WELCOME, which fails where the session has ended: its end leaves the lease.
         replaced = lease.join(session)
@@ -2699,9 +2730,11 @@ class Server(Program):
             return self._global_lease_locked()
         port = init.port or self._assigned.get((session.holder or "", init.instance), 0)
         lease = self._leases.get(port)
-        if lease is None or lease.belongs_to(session):
+        if lease is not None and lease.belongs_to(session):
+            if lease.sessions and not init.takeover:
+                raise Refused("port-in-use", f"another session of yours serves port {port}")
             return lease
-        if init.port:
+        if lease is not None and init.port:
             raise Refused("port-in-use", f"port {port} belongs to another client")
         return None
 
@@ -2709,12 +2742,10 @@ class Server(Program):
         assert self._lock.locked()
         return next((lease for lease in self._leases.values() if lease.shared), None)
 
-    def _check_limits_locked(self, session: ServerSession, init: Init, lease: Lease | None) -> None:
-        """Where a port is opened, its rules are checked. Raises Refused."""
+    def _check_limits_locked(self, session: ServerSession, lease: Lease | None) -> None:
+        """Raises Refused."""
         assert self._lock.locked()
         identity = session.transport.identity
-        if not self._may_open(session):
-            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         replaces = lease is not None and not lease.shared and lease.sessions
         if not replaces and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
@@ -2909,6 +2940,10 @@ class Mapping:
     # belongs to.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
+    def about(self) -> dict[str, object]:
+        """For a log line."""
+        return {"local": self.local, "port": self.remote_port}
+
     @classmethod
     def parse(cls, text: str) -> Mapping:
         """`REMOTE_PORT:HOST:PORT`. Raises ConfigError."""
@@ -2943,7 +2978,7 @@ class ClientSession(Session):
 
     role = "client"
 
-    def __init__(self, transport: Transport, client: Client, mapping: Mapping) -> None:
+    def __init__(self, transport: Transport, client: Client, mapping: Mapping, takeover: bool = True) -> None:
         super().__init__(transport, client)
         self.over = threading.Event()  # no more visitors come: a GOAWAY has come, or its end
         self.has_ended = threading.Event()
@@ -2955,7 +2990,7 @@ class ClientSession(Session):
         self._began = time.monotonic()
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
-        init = Init(mapping.remote_port, str(mapping.local), mapping.instance, version=1)
+        init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
 
     def run(self) -> str:
@@ -2999,27 +3034,28 @@ class ClientSession(Session):
             # Once: the server may have become an original.
             self._client.expects_welcome = False
             self.end(f"no WELCOME within {LIVED_S:g} s")
-        else:
+        elif self._heard or self._mapping.remote_port:
             self._open()
+        else:
+            meaning = "an original server serves it at its global port, if it has one"
+            log_event(
+                WARNING, "session-unanswered", **self._mapping.about(), server=self.transport.peer, meaning=meaning
+            )
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
         if not self.is_open:
             self.is_open = True
             self._client.has_opened(self._mapping)
-            public = self._public or f"port {self._mapping.remote_port}"
-            about = {"public": public, "local": self._mapping.local}
-            server = self.transport.peer
-            log_event(INFO, "session-opened", **about, level=self.level, server=server)
-            # Behind the public address, which users look for in the first line.
-            log_receipt(self.transport)
+            about = {"public": self._public or f"port {self._mapping.remote_port}", **self._mapping.about()}
+            log_event(INFO, "session-opened", **about, level=self.level, server=self.transport.peer)
 
     def on_goaway(self, frame: Frame) -> None:
         """This session's streams go on; the mapping's thread connects anew."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
-        about = {"server": self.transport.peer, "local": self._mapping.local}
+        about = {"server": self.transport.peer, **self._mapping.about()}
         log_event(INFO, "goaway", **about, level=self.level, reason=reason)
         if reason != REPLACED and self._client.has_too_many_sessions():
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
@@ -3056,7 +3092,7 @@ class ClientSession(Session):
                 sock.sendall(proxy_line(stream.visitor, public))
             return sock
         except OSError as error:
-            about = {"local": self._mapping.local, "stream": stream.number, "peer": stream.visitor}
+            about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
             raise
 
@@ -3088,6 +3124,7 @@ class Client(Program):
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
+        self._replaced: set[Mapping] = set()  # by a clone, which they leave in peace while it lives
 
     def start(self) -> None:
         super().start()
@@ -3106,6 +3143,7 @@ class Client(Program):
         with self._lock:
             self._has_served = True
             self._denied.pop(mapping, None)
+            self._replaced.discard(mapping)
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
@@ -3119,9 +3157,11 @@ class Client(Program):
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
-        about: dict[str, object] = {"server": self._server, "local": mapping.local}
+        about: dict[str, object] = {"server": self._server, **mapping.about()}
         try:
-            session = self._connect(mapping)
+            with self._lock:
+                takeover = mapping not in self._replaced
+            session = self._connect(mapping, takeover)
             try:
                 self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
             except NoThread:
@@ -3138,6 +3178,8 @@ class Client(Program):
             backoff.reset()
         if session.goaway == REPLACED:
             session.has_ended.wait()
+            with self._lock:
+                self._replaced.add(mapping)
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
             return FIRST_RETRY_S if session.is_young() else 0
@@ -3150,10 +3192,10 @@ class Client(Program):
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
 
-    def _connect(self, mapping: Mapping) -> ClientSession:
+    def _connect(self, mapping: Mapping, takeover: bool) -> ClientSession:
         """Raises OSError, HandshakeError, SessionEnded."""
         with self._opening:
-            log_event(DEBUG, "connecting", server=self._server, local=mapping.local)
+            log_event(DEBUG, "connecting", server=self._server, **mapping.about())
             self._renew_context()
             sock = dial(self._server, CONNECT_TIMEOUT_S)
             try:
@@ -3161,7 +3203,8 @@ class Client(Program):
             except BaseException:
                 sock.close()
                 raise
-        return ClientSession(transport, self, mapping)
+        log_receipt(transport, **mapping.about())
+        return ClientSession(transport, self, mapping, takeover)
 
     def _read(self, session: ClientSession, about: dict[str, object]) -> None:
         """The session reader."""
@@ -3189,8 +3232,7 @@ class Client(Program):
             self._denied[mapping] = str(refused)
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
         if new:
-            about = {"server": self._server, "local": mapping.local}
-            log_event(ERROR, "refused", **about, reason=str(refused))
+            log_event(ERROR, "refused", server=self._server, **mapping.about(), reason=str(refused))
         if hopeless:
             self.status = 3
             self.stop_asked.set()
@@ -3292,6 +3334,9 @@ class Original(Level1):
     def visitor(self, payload: bytes) -> Address | None:
         return None
 
+    def check_id(self, number: int, last: int) -> None:
+        """Dropped: an original's streams of before a reconnect go on sending here (S-5)."""
+
     def is_new(self, number: int, last: int) -> bool:
         """In any order: the original numbers its visitors before it queues their frames (S-2)."""
         return True
@@ -3313,6 +3358,10 @@ class Option(NamedTuple):
     metavar: str
     help: str
     action: str = "store"
+
+    @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
 
 
 def listen_address(text: str) -> Address | None:
@@ -3379,6 +3428,10 @@ def tls_options(role: str) -> list[Option]:
     ]
 
 
+# What a reload takes; the others want a restart.
+RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name"}
+RELOADED |= {"tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
+
 SHARED_OPTIONS = [
     Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
@@ -3423,21 +3476,31 @@ OPTIONS = {
 
 
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """Flat `key = value` lines; a key that no option has is an error that names the file."""
+    """Flat `key = value` lines in UTF-8. What would be lost in silence is an error with its place."""
 
     command = ""  # each command has a subclass
 
     def parse(self, stream: TextIO) -> dict[str, Any]:
+        options = {option.name: option for option in OPTIONS[self.command]}
+        settings: dict[str, Any] = {}
         try:
-            settings: dict[str, Any] = super().parse(stream)
+            lines = stream.readlines()
         except UnicodeDecodeError:
             raise configargparse.ConfigFileParserException(f"{stream.name}: this is no UTF-8 text") from None
-        options = {option.name: option for option in OPTIONS[self.command]}
-        for key, value in settings.items():
+        for number, line in enumerate(lines, 1):
+            key, fault = re.split(r"[=:\s]", line.strip(), maxsplit=1)[0], ""
+            if not key or key[0] in "#;":
+                continue
             if key not in options:
-                raise configargparse.ConfigFileParserException(f"{stream.name}: unknown key {key!r}; --help lists all")
-            if isinstance(value, list) and options[key].action != "append":
-                raise configargparse.ConfigFileParserException(f"{stream.name}: {key} takes one value, and no list")
+                fault = f"unknown key {key!r}; --help lists all, and there are no sections"
+            elif key in settings:
+                fault = f"{key} comes twice" + "; write a list [a, b]" * (options[key].action == "append")
+            else:
+                settings |= super().parse(io.StringIO(line))
+                if isinstance(settings.get(key), list) and options[key].action != "append":
+                    fault = f"{key} takes one value, and no list"
+            if fault:
+                raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
         return settings
 
 
@@ -3453,6 +3516,7 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser = commands.add_parser(
         command, help=summary, description=summary, allow_abbrev=False, auto_env_var_prefix="RTUNNEL_",
         config_file_parser_class=type("ConfigFile", (ConfigFile,), {"command": command}),
+        config_file_open_func=functools.partial(open, encoding="utf-8-sig"),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         add_env_var_help=False, add_config_file_help=False,
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
@@ -3472,8 +3536,19 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def make_program(settings: argparse.Namespace) -> Server | Client:
-    """What the settings ask for, not started. Raises ConfigError, TlsConfigError."""
+def make_program(first: argparse.Namespace) -> Server | Client:
+    """What the settings of now ask for, not started. Raises ConfigError, TlsConfigError.
+
+    What a reload cannot change stays as it was first, and is named.
+    """
+    settings = first.parse_again()
+    fixed = [option for option in OPTIONS[first.command] if option.name not in RELOADED]
+    before = {option.name: getattr(first, option.attribute) for option in fixed}
+    changed = [option.name for option in fixed if getattr(settings, option.attribute) != before[option.name]]
+    if changed:
+        log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
+    for option in fixed:
+        setattr(settings, option.attribute, before[option.name])
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
@@ -3499,6 +3574,10 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
+    ports = collections.Counter(mapping.remote_port or mapping for mapping in mappings)
+    if twice := [each for each, count in ports.items() if count > 1]:
+        what = f"port {twice[0]}" if isinstance(twice[0], int) else f"0:{twice[0].local}"
+        raise ConfigError(f"--forward has {what} twice: one mapping for each port, each mapping once")
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
     context = make_context(settings)
     warn(settings, context)
@@ -3548,7 +3627,7 @@ def take_signals() -> queue.SimpleQueue[str]:
     return words
 
 
-def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
+def run(make: Callable[[], Server | Client]) -> int:
     """Run until a signal asks for the end, or until the server has refused for good.
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
@@ -3556,10 +3635,14 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     of the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
-    program.words = take_signals()
+    words = take_signals()
+    program = make_in_time(make, words)
+    if program is None:
+        return 0
+    program.words = words
     program.start()
     tell_systemd("READY=1")
-    word = serve(program, remake)
+    word = serve(program, make)
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
     if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
@@ -3570,22 +3653,35 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     return status
 
 
-def next_word(program: Program, seconds: float) -> str:
+def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
+    """A machine without a battery has a wrong clock at boot: wait for it. None: a signal came."""
+    while True:
+        try:
+            return make()
+        except rtunnel_tls.NotYetValid as error:
+            log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
+        deadline = Deadline(CLOCK_RETRY_S)
+        while deadline.remaining():
+            if next_word(words, deadline.remaining()) in STOP_SIGNALS:
+                return None
+
+
+def next_word(words: queue.SimpleQueue[str], seconds: float) -> str:
     """Main's post; empty after so long, at most STEP_S: on Windows no signal ends the wait."""
     try:
-        return program.words.get(timeout=min(seconds, STEP_S))
+        return words.get(timeout=min(seconds, STEP_S))
     except queue.Empty:
         return ""
 
 
-def serve(program: Server | Client, remake: Callable[[], Server | Client]) -> str:
+def serve(program: Server | Client, make: Callable[[], Server | Client]) -> str:
     """Returns the word that ends it."""
     while True:
-        word = next_word(program, STEP_S)
+        word = next_word(program.words, STEP_S)
         if word in STOP_SIGNALS or word == "refused":
             return word
         if word == "SIGHUP":
-            reload(program, remake)
+            reload(program, make)
         elif word == "SIGUSR1":
             program.log_state()
 
@@ -3595,7 +3691,7 @@ def drain(program: Program) -> None:
     deadline = Deadline(program.settings.drain_s)
     program.retire_all()
     while program.stream_count() and deadline.remaining():
-        word = next_word(program, deadline.remaining())
+        word = next_word(program.words, deadline.remaining())
         if word in STOP_SIGNALS:
             return
         if word == "SIGUSR1":
@@ -3608,7 +3704,7 @@ def wait_for_end(program: Program) -> int:
     """For the last frames to go out; returns the exit status."""
     deadline = Deadline(STOP_TIMEOUT_S)
     while program.has_connections() and deadline.remaining():
-        if next_word(program, deadline.remaining()) in STOP_SIGNALS:
+        if next_word(program.words, deadline.remaining()) in STOP_SIGNALS:
             return 1
     return program.status
 
@@ -3621,11 +3717,11 @@ def tell_systemd(state: str) -> None:
             sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
-def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> None:
+def reload(program: Server | Client, make: Callable[[], Server | Client]) -> None:
     """What is broken is refused, all of it, in whatever way it is, and the old stays."""
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        program.reload(remake())
+        program.reload(make())
     except Exception as error:
         log_event(ERROR, "reload-failed", reason=reason_of(error))
     else:
@@ -3658,8 +3754,10 @@ def raise_descriptor_limit() -> None:
     except ImportError:  # Windows has no such limit
         return
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for limit in (hard, 65536, 10240):  # macOS refuses "unlimited", and what its kernel has not
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
 
 
 def add_pki(commands: Any) -> None:
@@ -3731,11 +3829,11 @@ def run_pki(settings: argparse.Namespace) -> int:
 
 def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
-        shown = settings.parser.format_values()
-        print(shown, end="")
-        for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
-            if option.action == "switch" and not re.search(rf"\b{option.name}\b(?!-)", shown):
-                print(f"  --{option.name}: {option.default}")
+        print(settings.parser.format_values(), end="")
+        print("Switches in force:")  # it leaves out those that nobody has set
+        for option in OPTIONS[settings.command]:
+            if option.action == "switch":
+                print(f"  {option.name} = {str(getattr(settings, option.attribute)).lower()}")
         return 0
     keep_standard_descriptors()
     stay_on_cpu(settings.cpu, settings.command)
@@ -3743,8 +3841,7 @@ def run_program(settings: argparse.Namespace) -> int:
     raise_descriptor_limit()
     flush_log = start_log(settings.log_level)
     try:
-        program = make_program(settings)
-        return run(program, lambda: make_program(settings.parse_again()))
+        return run(lambda: make_program(settings))
     except ConfigError:
         raise
     except RtunnelError as error:
@@ -3771,6 +3868,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_pki(commands)
     top.set_defaults(parse_again=lambda: top.parse_args(arguments))
     try:
+        known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
+        if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
+            raise ConfigError(f"rtunnel: the environment has {unknown[0]}, and no option is called so: unset it")
         settings = top.parse_args(arguments)
         try:
             return settings.run(settings)  # type: ignore[no-any-return]
@@ -3789,11 +3889,13 @@ def entry() -> NoReturn:
     The interpreter's own end waits for a lock that a thread may hold that writes to a stopped
     terminal. What is left of streams is reset by the kernel (SO_LINGER).
     """
-    status = main()
     try:
+        status = main()
         sys.stdout.flush()
+    except BrokenPipeError:  # of `--print-config | head`: who reads has enough
+        status = 0
     except OSError:
-        status = status or 1
+        status = 1
     os._exit(status)
 
 
