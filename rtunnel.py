@@ -909,11 +909,12 @@ def dial(address: Address, seconds: float) -> socket.socket:
     try:
         while untried or pending:
             if untried:
-                family, kind, protocol, _, target = untried.pop(0)
-                sock = socket.socket(family, kind, protocol)
-                pending[sock] = target[0]
-                sock.setblocking(False)
-                sock.connect_ex(target)  # an error shows below, as that of a later moment does
+                row = untried.pop(0)
+                try:
+                    pending[begin_to_connect(row)] = row[4][0]
+                except OSError as error:
+                    said[row[4][0]] = error
+                    continue
             left = deadline.remaining()
             wait = min(NEXT_ADDRESS_S, left) if untried else left
             for sock in ready(list(pending), writing=True, seconds=wait):
@@ -932,6 +933,23 @@ def dial(address: Address, seconds: float) -> socket.socket:
         for sock in pending:
             sock.close()
     raise nobody_answered(address, said)
+
+
+def begin_to_connect(row: Any) -> socket.socket:
+    """A socket that connects to this row of getaddrinfo. Raises OSError.
+
+    At once where there is no route or no such family: poll and SO_ERROR would tell success later.
+    """
+    family, kind, protocol, _, target = row
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def alternate_families(rows: Sequence[Any]) -> list[Any]:
