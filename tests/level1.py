@@ -152,6 +152,15 @@ def new_instance() -> str:
     return secrets.token_hex(16)
 
 
+# --- what the program does not tell: the only places that know its private names -------------------------------
+
+
+def waiting_pumps(writer: rtunnel.Writer) -> int:
+    """How many threads wait for room in its queue."""
+    with writer._lock:
+        return writer._waiting
+
+
 # --- a peer of level 1 -----------------------------------------------------------------------------------------
 
 
