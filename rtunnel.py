@@ -1771,7 +1771,7 @@ class Stream:
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
         assert self._lock.locked()
-        if self._queue:
+        if self._queue and self._sock is not None:  # the client may still be dialling
             with memoryview(self._queue) as view:
                 count = self._deliver_locked(view[:DRAIN_BYTES])
             del self._queue[:count]
