@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance
+from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance, waiting_pumps
 from naive_peer import NaivePeer
 from relay import Relay
 from support import (
@@ -106,7 +106,7 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
         for _ in range(100):  # windows in all more than the kernel holds for one connection
             visitor = stack.enter_context(connect(public))
             visitor.sendall(bytes(rtunnel.WINDOW_BYTES))
-        eventually(lambda: session.writer._waiting, what="pumps wait for the writer's turn")
+        eventually(lambda: waiting_pumps(session.writer), what="pumps wait for room")
         assert ends.public(2) == public
         check_echo(public)
         ends.log.wait_for("session-closed", reason="replaced")
