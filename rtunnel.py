@@ -1517,7 +1517,7 @@ class Stream:
         assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             return True
-        if not self._has_ended_locked():
+        if self._receiving is not Receiving.BROKEN and not self._has_ended_locked():
             raise ProtocolError(f"{name} after EOF on stream {self.number}")
         return False
 
