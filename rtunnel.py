@@ -1709,8 +1709,12 @@ class Stream:
             sock = self._sock
         self._session.writer.send(self, encode(last, self.number))  # behind its DATA
         assert sock is not None
-        while self._receiving is not Receiving.ENDED and not self._is_over():
-            self._watch(sock, lambda: self._receiving is Receiving.ENDED)
+        over = {Receiving.ENDED, Receiving.BROKEN}
+        while self._receiving not in over and not self._is_over():
+            self._watch(sock, lambda: self._receiving in over)
+        with self._lock:
+            if self._receiving is Receiving.BROKEN:
+                self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
         self._sending = Sending.ENDED
