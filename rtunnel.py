@@ -534,6 +534,9 @@ class ReceiveWindow:
         return count
 
 
+# ---- budget: what the windows of a session share -----------------------------------------------
+
+
 class Budget:
     """What all windows of a session may grow by.
 
