@@ -511,7 +511,7 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
     monkeypatch.setattr(threading.Thread, "start", fail_once)
     monkeypatch.setattr(rtunnel.Listener, "start", watched)
     ends.open_client(control, mapping(("127.0.0.1", 1)))
-    assert "can't start new thread" in ends.log.wait_for("refused")["reason"]
+    ends.log.wait_for("session-closed", reason="can't start new thread")
     ends.public()
     assert [sock.fileno() for sock in closed] == [-1]
     assert free == [True, True]

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from conftest import Factory
-from level1 import control_address, leases, stop
+from level1 import control_address, leases
 from naive_peer import DATA, NEW_CONN, NaivePeer
 from support import Program, connect, echo_service, ends_with, eventually, read_exactly
 from tunnels import open_tunnel, text, visit
