@@ -1,7 +1,7 @@
 # make demo    the tunnel at work over post-quantum TLS: certificates, a server, a client, a page and a file of 50 MB
 # make test    the tests
 # make check   what a change has to pass: format, lint, types, tests
-# make bench   speed, beside `ssh -R`: bench/results.* (make bench ARGS="--quick"; --help shows all options)
+# make bench   speed, beside `ssh -R` and others: bench/results.* (make bench ARGS="--quick"; --help shows all options)
 # make profile where the time goes, per message and per byte
 # make attack  attackers of a dozen kinds beside good visitors, 60 s (make attack ARGS="--seconds 600"; so the next ones)
 # make faults  a network that cuts, stalls and truncates; processes that are killed, 450 s

@@ -21,6 +21,8 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
+import io
 import ipaddress
 import itertools
 import json
@@ -129,9 +131,8 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's ow
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
-ABORTED_AT_ONCE = 64  # pumps of an ended session that are closing [Session._abort_streams]
-ABORT_PACE_S = 1.0  # so long; then all the others, since a dial may take longer [the same]
 LOG_EVERY_S, LOG_BURST = 1.0, 10  # lines of one event that strangers or visitors can cause [LimitLog]
+CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
 STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [stop_log]
@@ -236,43 +237,39 @@ U32 = struct.Struct(">I")
 
 
 class FrameType(enum.IntEnum):
-    """The frame types that are known; any other is skipped."""
+    """The frame types that are known, with what makes each legal (PROTOCOL.md, section 2).
 
-    NEW_CONN = 0x01
-    DATA = 0x02
-    CLOSE_CONN = 0x03
-    INIT = 0x04
-    WELCOME = 0x05
-    WINDOW = 0x06
-    EOF = 0x07
-    PING = 0x08
-    PONG = 0x09
-    GOAWAY = 0x0A
-    BLOCKED = 0x0B
-
-
-class Rule(NamedTuple):
-    """What makes a frame legal (PROTOCOL.md, "Frames")."""
+    Any other is skipped. The handler is a method of Stream or, on the control connection, Session.
+    """
 
     level: int  # the lowest one that has it
-    sender: str  # "server", "client" or "both"
+    sender: str
     on_stream: bool  # its id is a stream's; else 0
     lengths: range  # of the payload in bytes; checked at level 1, the original ignores some
+    handler: str
+
+    def __new__(cls, value: int, level: int, sender: str, on_stream: bool, longest: int, handler: str) -> FrameType:
+        self = int.__new__(cls, value)
+        self._value_, self.level, self.sender, self.on_stream, self.handler = value, level, sender, on_stream, handler
+        self.lengths = range(longest + 1) if longest > 8 or not longest else range(longest, longest + 1)
+        return self
+
+    # fmt: off
+    NEW_CONN   = 0x01, 0, "server", True,  MAX_REASON_BYTES,          "on_new_conn"
+    DATA       = 0x02, 0, "both",   True,  MAX_DATA_PAYLOAD_BYTES,    "feed"
+    CLOSE_CONN = 0x03, 0, "both",   True,  MAX_REASON_BYTES,          "close_received"
+    INIT       = 0x04, 0, "client", False, MAX_CONTROL_PAYLOAD_BYTES, "on_init"
+    WELCOME    = 0x05, 0, "server", False, MAX_CONTROL_PAYLOAD_BYTES, "on_welcome"
+    WINDOW     = 0x06, 1, "both",   True,  4,                         "window_received"
+    EOF        = 0x07, 1, "both",   True,  0,                         "end_received"
+    PING       = 0x08, 1, "both",   False, 8,                         "on_ping"
+    PONG       = 0x09, 1, "both",   False, 8,                         "on_pong"
+    GOAWAY     = 0x0A, 1, "both",   False, MAX_REASON_BYTES,          "on_goaway"
+    BLOCKED    = 0x0B, 1, "both",   True,  0,                         "blocked_received"
+    # fmt: on
 
 
-RULES = {
-    FrameType.NEW_CONN: Rule(0, "server", True, range(MAX_REASON_BYTES + 1)),
-    FrameType.DATA: Rule(0, "both", True, range(MAX_DATA_PAYLOAD_BYTES + 1)),
-    FrameType.CLOSE_CONN: Rule(0, "both", True, range(MAX_REASON_BYTES + 1)),
-    FrameType.INIT: Rule(0, "client", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
-    FrameType.WELCOME: Rule(0, "server", False, range(MAX_CONTROL_PAYLOAD_BYTES + 1)),
-    FrameType.WINDOW: Rule(1, "both", True, range(4, 5)),
-    FrameType.EOF: Rule(1, "both", True, range(1)),
-    FrameType.PING: Rule(1, "both", False, range(8, 9)),
-    FrameType.PONG: Rule(1, "both", False, range(8, 9)),
-    FrameType.GOAWAY: Rule(1, "both", False, range(MAX_REASON_BYTES + 1)),
-    FrameType.BLOCKED: Rule(1, "both", True, range(1)),
-}
+KNOWN = {int(kind): kind for kind in FrameType}
 DATA = int(FrameType.DATA)  # a plain int: compared once for each part
 
 
@@ -302,13 +299,16 @@ def encode(kind: int, stream: int, payload: bytes = b"") -> bytes:
 
 def check(frame: Frame, *, level: int, role: str) -> None:
     """Raises ProtocolError where a `role` must not receive such a frame at that level."""
-    rule, name = RULES[FrameType(frame.type)], FrameType(frame.type).name
-    if rule.sender == role:
-        raise ProtocolError(f"{name} is not for a {role} to receive")
-    if rule.level > level:
-        raise ProtocolError(f"{name} at level {level}")
-    if level and (rule.on_stream != bool(frame.stream) or len(frame.payload) not in rule.lengths):
-        raise ProtocolError(f"{name} with id {frame.stream} and {len(frame.payload)} bytes of payload")
+    kind, length = KNOWN[frame.type], len(frame.payload)
+    if kind.sender == role:
+        raise ProtocolError(f"{kind.name} is not for a {role} to receive")
+    if kind.level > level:
+        raise ProtocolError(f"{kind.name} at level {level}")
+    if level and (kind.on_stream != bool(frame.stream) or length not in kind.lengths):
+        raise ProtocolError(f"{kind.name} with id {frame.stream} and {length} bytes of payload")
+
+
+SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
 
 
 class Decoder:
@@ -327,6 +327,14 @@ class Decoder:
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
         self._error = ""  # its words: an exception would keep its traceback, and so the session
+
+    def is_inside_control(self) -> bool:
+        """Whether a header, or a frame that is not DATA, has begun and not ended."""
+        return bool(self._header) or (self._remaining > 0 and self._type != DATA)
+
+    def speaks_tls(self, start: bytes | bytearray = b"") -> bool:
+        """Whether a TLS record stands where a frame begins: an alert or a handshake (RFC 8446, 5.1)."""
+        return bytes(start or self._header)[:2] in (b"\x15\x03", b"\x16\x03")
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
@@ -349,7 +357,7 @@ class Decoder:
             if self._type == DATA:
                 if part or not self._remaining:
                     yield DataPart(self._stream, part, self._remaining)
-            elif self._type in RULES:
+            elif self._type in KNOWN:
                 self._payload += part
                 if not self._remaining:
                     payload = bytes(self._payload)
@@ -358,11 +366,14 @@ class Decoder:
 
     def _begin(self, kind: int, stream: int, length: int) -> None:
         limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
+        if self.speaks_tls(self._header):
+            self._error = SPEAKS_TLS
+            raise ProtocolError(self._error)
         if length > limit:
             self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
             raise ProtocolError(self._error)
         self._type, self._stream, self._remaining = kind, stream, length
-        if kind not in RULES:
+        if kind not in KNOWN:
             self.unknown_frames += 1
 
 
@@ -386,6 +397,7 @@ class Init(NamedTuple):
     instance: str = ""  # 128 random bits in hex; empty: unknown
     version: int = 0
     window: int = WINDOW_BYTES
+    takeover: bool = True  # from a session of the same holder that lives
 
     @classmethod
     def parse(cls, payload: bytes) -> Init:
@@ -405,7 +417,8 @@ class Init(NamedTuple):
             if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
             window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
-            return init._replace(version=number(pairs["version"], 1, 2**31), window=window)
+            takeover = pairs.get("takeover") != "no"
+            return init._replace(version=number(pairs["version"], 1, 2**31), window=window, takeover=takeover)
         except UnicodeDecodeError as error:
             raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
@@ -415,6 +428,7 @@ class Init(NamedTuple):
 
     def payload(self) -> bytes:
         lines = f"\nversion={self.version}\nwindow={self.window}\ninstance={self.instance}" if self.version else ""
+        lines += "" if self.takeover else "\ntakeover=no"
         return f"{self.port}:{self.local}{lines}".encode("ascii")
 
 
@@ -994,8 +1008,8 @@ class Listener(socketserver.ThreadingTCPServer):
     calls `handle`, then `shutdown_request`, which calls `left` and closes. Each override below
     names the trap of socketserver that it is there for.
 
-    Threads: `admit` in the acceptor, `handle` in the pool; `start`, `resume`, `pause` and `stop`
-    from any. Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
+    Threads: `admit` in the acceptor, `handle` in the pool; `start` and `stop` from any.
+    Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
 
     allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
@@ -1009,7 +1023,7 @@ class Listener(socketserver.ThreadingTCPServer):
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
-        """Bind and listen; what comes waits until `resume`. Raises OSError.
+        """Bind and listen; what comes waits until `start`. Raises OSError.
 
         A name as the address is resolved here, which waits.
         """
@@ -1017,7 +1031,6 @@ class Listener(socketserver.ThreadingTCPServer):
         self._admit = admit
         self._left = left
         self._asked_to_stop = threading.Event()
-        self._open = threading.Event()
         self._closing = threading.Lock()
         if not address.host:
             address = Address("::" if socket.has_dualstack_ipv6() else "0.0.0.0", address.port)
@@ -1032,25 +1045,16 @@ class Listener(socketserver.ThreadingTCPServer):
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
     def start(self) -> None:
-        """Start the acceptor; what comes still waits. Raises OSError where there is no thread."""
+        """Accept. Raises OSError where there is no thread."""
         try:
             self._acceptor.start()
         except RuntimeError as error:
             self.socket.close()
             raise OSError(str(error)) from error
 
-    def resume(self) -> None:
-        """Accept, from now on or again."""
-        self._open.set()
-
-    def pause(self) -> None:
-        """Let connections wait in the listen queue."""
-        self._open.clear()
-
     def stop(self) -> None:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
-        self._open.set()
         with self._closing, contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
 
@@ -1075,9 +1079,7 @@ class Listener(socketserver.ThreadingTCPServer):
             raise _AskedToStop
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """While it is paused, or without descriptors, the level-triggered selector would spin."""
-        if not self._open.wait(STEP_S) or self._asked_to_stop.is_set():
-            raise BlockingIOError
+        """Without descriptors the level-triggered selector would spin."""
         try:
             return super().get_request()
         except OSError as error:
@@ -1194,7 +1196,7 @@ class Writer:
     and waits only where that is full: that is the back-pressure. One TLS record then carries many
     small frames.
 
-    Threads: `send` and `push` from pumps; `serve`, `finish` from the control sender; `wait_unused`
+    Threads: `send` from pumps; `serve`, `finish` from the control sender; `wait_unused`
     from the reader; the others from any, they never wait.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
@@ -1222,21 +1224,23 @@ class Writer:
         self._cause: str | None = None
         self._last_frame = b""
 
-    def send(self, stream: Stream, frame: bytes | memoryview) -> None:
+    def send(self, stream: Stream, frame: bytes | memoryview = b"") -> None:
         """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
 
-        What comes after the stream's last frame is dropped. Raises SessionEnded.
+        What comes after the stream's last frame is dropped. Without a frame this sends what is
+        posted, unless somebody is writing, who sees to it. Raises SessionEnded.
         """
         with self._lock:
             # Who comes later waits behind those who wait, or they would never get room.
-            if self._writing and (self._waiting or not self._has_room_locked(len(frame))):
+            if self._writing and frame and (self._waiting or not self._has_room_locked(len(frame))):
                 self._wait_for_room_locked(stream, len(frame))
             self._check_open_locked()
             if stream.silenced:
                 return
             if self._writing:
-                self._queue.append((stream, bytes(frame)))
-                self._queue_bytes += len(frame)
+                if frame:
+                    self._queue.append((stream, bytes(frame)))
+                    self._queue_bytes += len(frame)
                 return
             batch = self._take_all_locked(frame)
         self._write(batch)
@@ -1256,7 +1260,7 @@ class Writer:
         self._room.notify()  # there may be room for the next one, too
 
     def post(self, frame: bytes, *, provoked: bool = False, wake: bool = True) -> None:
-        """Queue a control frame, ahead of all DATA. Without `wake` the caller must `push` it.
+        """Queue a control frame, ahead of all DATA. Without `wake` the caller must `send`.
 
         Raises SessionEnded; ProtocolError where the peer provokes more than it reads.
         """
@@ -1294,15 +1298,6 @@ class Writer:
     def unsent_bytes(self) -> int:
         with self._lock:
             return self._queue_bytes + self._control_bytes
-
-    def push(self) -> None:
-        """Write what is queued, unless somebody is writing, who sees to it. Raises SessionEnded."""
-        with self._lock:
-            self._check_open_locked()
-            if self._writing or not self._control:
-                return
-            batch = self._take_all_locked()
-        self._write(batch)
 
     def flush(self) -> None:
         """Have the control sender send what the transport itself has to say."""
@@ -1605,7 +1600,7 @@ class Stream:
         level = self._session.level
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=level)
         try:
-            self._session.writer.push()  # its NEW_CONN, if it is new
+            self._session.writer.send(self)  # its NEW_CONN, if it is new
             if connect is None or self._dial(connect):
                 self._pump()
                 self._end_sending()
@@ -1689,6 +1684,8 @@ class Stream:
                 self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                 said = True
             self._watch(sock, lambda: self._send_window.credit > 0)
+            if self._receiving is Receiving.BROKEN:  # read without the lock: it stays so
+                self.abort("reset")
         return not self._is_over()
 
     def _watch(self, sock: socket.socket, done: Callable[[], bool]) -> None:
@@ -1712,12 +1709,8 @@ class Stream:
             sock = self._sock
         self._session.writer.send(self, encode(last, self.number))  # behind its DATA
         assert sock is not None
-        over = {Receiving.ENDED, Receiving.BROKEN}
-        while self._receiving not in over and not self._is_over():
-            self._watch(sock, lambda: self._receiving in over)
-        with self._lock:
-            if self._receiving is Receiving.BROKEN:
-                self._abort_locked("reset")
+        while self._receiving is not Receiving.ENDED and not self._is_over():
+            self._watch(sock, lambda: self._receiving is Receiving.ENDED)
 
     def _end_sending_locked(self) -> FrameType:
         self._sending = Sending.ENDED
@@ -1766,6 +1759,8 @@ class Stream:
             # What the socket has received before can still be read: often the answer that explains
             # the reset. So the pump goes on, and aborts the stream when it has read all.
             self._stop_receiving_locked(Receiving.BROKEN)
+            if self._sending is not Sending.OPEN:
+                self._abort_locked("reset")
             return 0
         self._moved_at = time.monotonic()
         grant, paid = self._receive_window.drain(count)
@@ -1778,11 +1773,13 @@ class Stream:
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
         assert self._lock.locked()
-        if self._queue and self._sock is not None:  # the client may still be dialling
+        if self._sock is None:  # it is still being dialled
+            return
+        if self._queue:
             with memoryview(self._queue) as view:
                 count = self._deliver_locked(view[:DRAIN_BYTES])
             del self._queue[:count]
-        if self._receiving is Receiving.ENDING and not self._queue and self._sock is not None:
+        if self._receiving is Receiving.ENDING and not self._queue:
             self._receiving = Receiving.ENDED
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
@@ -1981,7 +1978,6 @@ class Session:
         self._received_at = time.monotonic()  # the reader's; the clock looks at it
         self._farewell_said = threading.Event()
         self._lock = threading.Lock()
-        self._fewer = LateCondition(self._lock)  # a stream has gone
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
@@ -2005,7 +2001,7 @@ class Session:
             self._farewell_said.set()
         try:
             self._read()
-            self.end("closed by the peer")
+            self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except Refused as refused:
             self.refused = refused
             self.refuse(refused)
@@ -2058,13 +2054,12 @@ class Session:
 
     def on_frame(self, frame: Frame) -> None:
         """A whole frame that `check` has passed. Raises ProtocolError."""
-        kind = FrameType(frame.type)
+        kind = KNOWN[frame.type]
         self.check_may_send(kind.name)
-        if kind in STREAM_FRAMES:
-            if stream := self._find(frame.stream):
-                getattr(stream, STREAM_FRAMES[kind])(frame.payload)
-        else:
-            getattr(self, SESSION_FRAMES[kind])(frame)
+        if not kind.on_stream or kind is FrameType.NEW_CONN:
+            getattr(self, kind.handler)(frame)
+        elif stream := self._find(frame.stream):
+            getattr(stream, kind.handler)(frame.payload)
 
     def on_ping(self, frame: Frame) -> None:
         self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
@@ -2112,22 +2107,8 @@ class Session:
         finally:
             self.writer.finish()
             self._farewell_said.set()
-            self._abort_streams()
-
-    def _abort_streams(self) -> None:
-        """Reset them, for a second no faster than their pumps can close.
-
-        Ten thousand pumps that wake at once, and each ask for the interpreter's lock every 5 ms,
-        keep the process from all other work for seconds (NOTES.md).
-        """
-        deadline = Deadline(ABORT_PACE_S)
-        left = self.streams()[::-1]
-        while left:
-            left.pop().abort(self._cause or "ended")  # read without the lock: it stays as it is
-            with self._lock:
-                while len(self._streams) - len(left) > ABORTED_AT_ONCE:
-                    if not self._fewer.wait(deadline.remaining()):
-                        break
+            for stream in self.streams():
+                stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
 
     # -- the clock
 
@@ -2256,7 +2237,6 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
-            self._fewer.notify_all()
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
@@ -2269,24 +2249,6 @@ class Session:
         except BaseException:
             self.end("internal error")
             raise
-
-
-# The method that takes a frame, of the stream and of the session. INIT is the server's, NEW_CONN and
-# WELCOME are the client's: `check` lets them come to nobody else.
-STREAM_FRAMES = {
-    FrameType.CLOSE_CONN: "close_received",
-    FrameType.WINDOW: "window_received",
-    FrameType.EOF: "end_received",
-    FrameType.BLOCKED: "blocked_received",
-}
-SESSION_FRAMES = {
-    FrameType.INIT: "on_init",
-    FrameType.WELCOME: "on_welcome",
-    FrameType.NEW_CONN: "on_new_conn",
-    FrameType.PING: "on_ping",
-    FrameType.PONG: "on_pong",
-    FrameType.GOAWAY: "on_goaway",
-}
 
 
 # ---- program: what server and client share ----------------------------------------------------
@@ -2397,10 +2359,8 @@ class Program:
     def reload(self, fresh: Program) -> None:
         """New handshakes and ports go by the settings of `fresh`; what they forbid is cut.
 
-        Sessions, streams and listening addresses stay. Raises ConfigError.
+        Sessions, streams and listening addresses stay.
         """
-        if (self._context is None) != (fresh._context is None):
-            raise ConfigError("--tls is neither turned on nor off by a reload: restart the program")
         self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
             self.check_allowed(session)
@@ -2427,9 +2387,9 @@ class Program:
         return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
 
 
-def log_receipt(transport: Transport) -> None:
+def log_receipt(transport: Transport, **about: object) -> None:
     if transport.receipt is not None:
-        log_event(INFO, "handshake", peer=transport.peer, **transport.receipt.pairs())
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
         if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
             warn_of_expiry(transport.identity, transport.receipt.days_left)
 
@@ -2446,12 +2406,12 @@ class ServerSession(Session):
 
     role = "server"
 
-    def __init__(self, transport: Transport, server: Server, sock: socket.socket, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, server: Server, carrier: PlainTransport, deadline: Deadline) -> None:
         super().__init__(transport, server)
         self._server = server
         self._deadline = deadline
-        self.sock = sock  # whose place among the strangers it has
-        self._heard = False  # any byte; the reader's
+        self.carrier = carrier  # whose place among the strangers it has
+        self._heard = False  # what no original says that has nothing to say; the reader's
         self.init: Init | None = None  # the reader's
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
@@ -2479,11 +2439,11 @@ class ServerSession(Session):
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
-        self._heard = True
         self._check_unknown_frames()
 
     def _check_unknown_frames(self) -> None:
         unknown = self.decoder.unknown_frames
+        self._heard |= unknown > 0 or self.decoder.is_inside_control()
         if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
@@ -2492,7 +2452,8 @@ class ServerSession(Session):
         self._server.leave_lease(self, reason, linger=False)
 
     def check_may_send(self, name: str) -> None:
-        if not self.is_client and name != "INIT":
+        # An original's streams of before a reconnect may speak first (O-5).
+        if not self.is_client and name not in ("INIT", "DATA", "CLOSE_CONN"):
             raise ProtocolError(f"{name} before INIT")
 
     def refuse(self, refused: Refused) -> None:
@@ -2550,7 +2511,7 @@ class Lease:
         self.holder = session.holder if session else None
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
-        self.lingers_until: float | None = None  # visitors wait in the queue for the holder's return
+        self.lingers_until: float | None = None  # visitors wait so long for the holder's return
 
     def belongs_to(self, session: ServerSession) -> bool:
         """Whether the session may take it over; at level 0 nobody may."""
@@ -2565,7 +2526,6 @@ class Lease:
             other.lease = None
         session.lease = self
         self.lingers_until = None
-        self.listener.resume()
         return replaced
 
     def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
@@ -2603,15 +2563,6 @@ class GlobalLease(Lease):
         return bool(mine and its and mine.instance and mine.instance == its.instance)
 
 
-@dataclasses.dataclass
-class Stranger:
-    """A control connection that is no client yet. Guarded by Server._lock."""
-
-    carrier: PlainTransport
-    site: str
-    gives_way: bool = False  # it has been shut, and has yet to leave
-
-
 class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
@@ -2637,7 +2588,8 @@ class Server(Program):
         self._control: Listener | None = None  # main's
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
-        self._strangers: dict[socket.socket, Stranger] = {}  # the oldest first
+        self._strangers: dict[PlainTransport, str] = {}  # with their sites, the oldest first
+        self._gone: set[PlainTransport] = set()  # strangers that gave way, and have yet to leave
         self._visitors = 0  # that are accepted and not closed
         self._assigned: dict[tuple[str, str], int] = {}  # ports that we chose, the oldest first
 
@@ -2648,6 +2600,7 @@ class Server(Program):
     def start(self) -> None:
         """Open the ports. Raises RtunnelError where one cannot be bound."""
         super().start()
+        self._warn_of_bind()
         try:
             if self._public_address is not None:
                 option, address = "public", self._public_address
@@ -2656,16 +2609,22 @@ class Server(Program):
                     self._leases[lease.listener.address.port] = lease
                 self._open(lease.listener, option)
             option, address = "control", self._control_address
-            admit, left = self._greet_stranger, self._forget_stranger
-            self._control = Listener(address, self.pool, self.serve_control, admit, left)
+            self._control = Listener(address, self.pool, self.serve_control)
             self._open(self._control, option)
         except OSError as error:
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
+    def _warn_of_bind(self) -> None:
+        """An address that this machine does not have may come later, at boot."""
+        try:
+            if self._public_bind:
+                self._bind(Address(self._public_bind, 0), Lease).listener.server_close()
+        except OSError as error:
+            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
+
     def _open(self, listener: Listener, kind: str) -> None:
         listener.start()
-        listener.resume()
         log_event(INFO, "listening", kind=kind, address=listener.address)
 
     def retire_all(self) -> None:
@@ -2686,59 +2645,48 @@ class Server(Program):
 
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
-        deadline = Deadline(HELLO_TIMEOUT_S)
-        with self._lock:
-            stranger = self._strangers[sock]
-        session: ServerSession | None = None
+        deadline, session = Deadline(HELLO_TIMEOUT_S), None
         try:
-            transport = self.secure(stranger.carrier, deadline)
-            log_receipt(transport)
-            session = ServerSession(transport, self, sock, deadline)
-            with self.registered(session):
-                reason = session.run()
-                self.leave_lease(session, reason, linger=session.ways.lingers)
+            carrier = PlainTransport(sock)
+            with self._stranger(carrier, address.site):
+                transport = self.secure(carrier, deadline)
+                log_receipt(transport)
+                session = ServerSession(transport, self, carrier, deadline)
+                with self.registered(session):
+                    reason = session.run()
+                    self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
+        about = {"peer": address, "level": session.level if session else 0, "reason": reason}
         if session is not None and session.is_client:
-            about = {"peer": address, "level": session.level, "reason": reason}
             log_event(INFO, "session-closed", **about, **session.rtt())
-            return
-        if stranger.gives_way:
-            reason = f"over {MAX_STRANGERS} connections are no clients yet, most of them of its site"
-        log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
+        else:
+            log_limit("refused", **about)
 
-    def _greet_stranger(self, sock: socket.socket, address: Address) -> bool:
-        """In the acceptor. Where no place is free, the oldest of the largest site gives way.
+    @contextlib.contextmanager
+    def _stranger(self, carrier: PlainTransport, site: str) -> Iterator[None]:
+        """While it lasts the connection has a place among the strangers, until it is a client.
 
-        While as many are still on their way out, nobody is accepted: that bounds their threads.
+        Where no place is free, the oldest of the site that has most gives way. Raises SessionEnded
+        in the end for one that has.
         """
+        with self._lock:
+            self._strangers[carrier] = site
+            if len(self._strangers) > MAX_STRANGERS:
+                largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
+                oldest = next(each for each, its in self._strangers.items() if its == largest)
+                del self._strangers[oldest]
+                self._gone.add(oldest)
+                oldest.shutdown()  # its reader wakes, and leaves
         try:
-            stranger = Stranger(PlainTransport(sock), address.site)
-        except OSError as error:  # it is gone already
-            log_limit("refused", peer=address, level=0, reason=reason_of(error))
-            return False
-        with self._lock:
-            while len(self._strangers) >= 2 * MAX_STRANGERS and not self._stopping:
-                self._changed.wait()
-            self._strangers[sock] = stranger
-            crowd = [other for other in self._strangers.values() if not other.gives_way]
-            if len(crowd) > MAX_STRANGERS:
-                sites = collections.Counter(other.site for other in crowd)
-                largest = sites.most_common(1)[0][0]
-                oldest = next(other for other in crowd if other.site == largest)
-                oldest.gives_way = True
-                oldest.carrier.shutdown()  # its reader wakes, and leaves
-        return True
-
-    def _forget_stranger(self, sock: socket.socket) -> None:
-        """It is about to be closed."""
-        with self._lock:
-            self._forget_stranger_locked(sock)
-
-    def _forget_stranger_locked(self, sock: socket.socket) -> None:
-        assert self._lock.locked()
-        if self._strangers.pop(sock, None) is not None:
-            self._changed.notify_all()
+            yield
+        finally:
+            with self._lock:
+                self._strangers.pop(carrier, None)
+                gave_way = carrier in self._gone
+                self._gone.discard(carrier)
+            if gave_way:
+                raise SessionEnded(f"over {MAX_STRANGERS} connections are no clients yet, most of its site")
 
     # -- leases
 
@@ -2752,7 +2700,7 @@ class Server(Program):
         except OSError as error:
             about = {"port": init.port, "peer": peer, "level": session.level}
             log_event(ERROR, "lease-failed", **about, reason=reason_of(error))
-            code = "port-in-use" if error.errno == errno.EADDRINUSE else "port-denied"
+            code = "port-in-use" if error.errno == errno.EADDRINUSE else "unavailable"
             if error.errno in OUT_OF_RESOURCES:
                 code = "too-many-clients"
             sentence = f"port {init.port} cannot be opened: {reason_of(error)}"
@@ -2780,8 +2728,11 @@ class Server(Program):
             session.ways, session.peer_window = LEVEL_1, init.window
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
+        if not self._may_open(session):
+            identity = session.transport.identity
+            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         lease = self._find_lease_locked(session, init)
-        self._check_limits_locked(session, init, lease)
+        self._check_limits_locked(session, lease)
         lease = lease or self._bind_free_locked(session, init)
         # Before WELCOME, which fails where the session has ended: its end leaves the lease.
         replaced = lease.join(session)
@@ -2790,7 +2741,7 @@ class Server(Program):
             with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
                 session.writer.post(encode(FrameType.WELCOME, 0, welcome))
         session.is_client = True
-        self._forget_stranger_locked(session.sock)
+        self._strangers.pop(session.carrier, None)
         self._changed.notify_all()
         return lease, replaced
 
@@ -2800,9 +2751,11 @@ class Server(Program):
             return self._global_lease_locked()
         port = init.port or self._assigned.get((session.holder or "", init.instance), 0)
         lease = self._leases.get(port)
-        if lease is None or lease.belongs_to(session):
+        if lease is not None and lease.belongs_to(session):
+            if lease.sessions and not init.takeover:
+                raise Refused("port-in-use", f"another session of yours serves port {port}")
             return lease
-        if init.port:
+        if lease is not None and init.port:
             raise Refused("port-in-use", f"port {port} belongs to another client")
         return None
 
@@ -2810,12 +2763,10 @@ class Server(Program):
         assert self._lock.locked()
         return next((lease for lease in self._leases.values() if lease.shared), None)
 
-    def _check_limits_locked(self, session: ServerSession, init: Init, lease: Lease | None) -> None:
-        """Where a port is opened, its rules are checked. Raises Refused."""
+    def _check_limits_locked(self, session: ServerSession, lease: Lease | None) -> None:
+        """Raises Refused."""
         assert self._lock.locked()
         identity = session.transport.identity
-        if not self._may_open(session):
-            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         replaces = lease is not None and not lease.shared and lease.sessions
         if not replaces and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
@@ -2834,7 +2785,7 @@ class Server(Program):
         """Sessions, those too that have left their lease, but have streams."""
         assert self._lock.locked()
         sessions = (each for each in self._connections if isinstance(each, ServerSession))
-        return sum(session.sock not in self._strangers for session in sessions)
+        return sum(session.is_client for session in sessions)
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
@@ -2854,7 +2805,7 @@ class Server(Program):
         return lease
 
     def _bind(self, address: Address, kind: type[Lease], *holder: ServerSession) -> Lease:
-        """A lease whose visitors wait until it is resumed. Raises OSError."""
+        """A lease that accepts nobody yet. Raises OSError."""
 
         def serve(sock: socket.socket, visitor: Address) -> None:
             self._serve_visitor(lease, sock, visitor)
@@ -2883,7 +2834,7 @@ class Server(Program):
                 return
             lease.join(session)
             session.is_client = True
-            self._forget_stranger_locked(session.sock)
+            self._strangers.pop(session.carrier, None)
         about = {"peer": session.transport.peer, "level": 0, "port": lease.listener.address.port}
         log_event(INFO, "session-opened", **about)
 
@@ -2899,7 +2850,6 @@ class Server(Program):
                 return
             linger = linger and not self._stopping
             if linger:
-                lease.listener.pause()
                 lease.lingers_until = time.monotonic() + LEASE_LINGER_S
             else:
                 self._drop_locked(lease)
@@ -2915,8 +2865,8 @@ class Server(Program):
             if until is None or time.monotonic() < until or self._stopping:  # it came, and left again
                 return
             lease.lingers_until = None
+            self._changed.notify_all()  # those who wait for it
             if lease.shared:
-                lease.listener.resume()
                 return
             self._drop_locked(lease)
         reason = "its client did not come back"
@@ -3011,6 +2961,10 @@ class Mapping:
     # belongs to.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
+    def about(self) -> dict[str, object]:
+        """For a log line."""
+        return {"local": self.local, "port": self.remote_port}
+
     @classmethod
     def parse(cls, text: str) -> Mapping:
         """`REMOTE_PORT:HOST:PORT`. Raises ConfigError."""
@@ -3045,7 +2999,7 @@ class ClientSession(Session):
 
     role = "client"
 
-    def __init__(self, transport: Transport, client: Client, mapping: Mapping) -> None:
+    def __init__(self, transport: Transport, client: Client, mapping: Mapping, takeover: bool = True) -> None:
         super().__init__(transport, client)
         self.over = threading.Event()  # no more visitors come: a GOAWAY has come, or its end
         self.has_ended = threading.Event()
@@ -3057,7 +3011,7 @@ class ClientSession(Session):
         self._began = time.monotonic()
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
-        init = Init(mapping.remote_port, str(mapping.local), mapping.instance, version=1)
+        init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
 
     def run(self) -> str:
@@ -3101,27 +3055,28 @@ class ClientSession(Session):
             # Once: the server may have become an original.
             self._client.expects_welcome = False
             self.end(f"no WELCOME within {LIVED_S:g} s")
-        else:
+        elif self._heard or self._mapping.remote_port:
             self._open()
+        else:
+            meaning = "an original server serves it at its global port, if it has one"
+            log_event(
+                WARNING, "session-unanswered", **self._mapping.about(), server=self.transport.peer, meaning=meaning
+            )
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
         if not self.is_open:
             self.is_open = True
             self._client.has_opened(self._mapping)
-            public = self._public or f"port {self._mapping.remote_port}"
-            about = {"public": public, "local": self._mapping.local}
-            server = self.transport.peer
-            log_event(INFO, "session-opened", **about, level=self.level, server=server)
-            # Behind the public address, which users look for in the first line.
-            log_receipt(self.transport)
+            about = {"public": self._public or f"port {self._mapping.remote_port}", **self._mapping.about()}
+            log_event(INFO, "session-opened", **about, level=self.level, server=self.transport.peer)
 
     def on_goaway(self, frame: Frame) -> None:
         """This session's streams go on; the mapping's thread connects anew."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
-        about = {"server": self.transport.peer, "local": self._mapping.local}
+        about = {"server": self.transport.peer, **self._mapping.about()}
         log_event(INFO, "goaway", **about, level=self.level, reason=reason)
         if reason != REPLACED and self._client.has_too_many_sessions():
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
@@ -3158,7 +3113,7 @@ class ClientSession(Session):
                 sock.sendall(proxy_line(stream.visitor, public))
             return sock
         except OSError as error:
-            about = {"local": self._mapping.local, "stream": stream.number, "peer": stream.visitor}
+            about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
             raise
 
@@ -3190,6 +3145,7 @@ class Client(Program):
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
+        self._replaced: set[Mapping] = set()  # by a clone, which they leave in peace while it lives
 
     def start(self) -> None:
         super().start()
@@ -3208,6 +3164,7 @@ class Client(Program):
         with self._lock:
             self._has_served = True
             self._denied.pop(mapping, None)
+            self._replaced.discard(mapping)
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
@@ -3221,9 +3178,11 @@ class Client(Program):
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
-        about: dict[str, object] = {"server": self._server, "local": mapping.local}
+        about: dict[str, object] = {"server": self._server, **mapping.about()}
         try:
-            session = self._connect(mapping)
+            with self._lock:
+                takeover = mapping not in self._replaced
+            session = self._connect(mapping, takeover)
             try:
                 self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
             except NoThread:
@@ -3240,6 +3199,8 @@ class Client(Program):
             backoff.reset()
         if session.goaway == REPLACED:
             session.has_ended.wait()
+            with self._lock:
+                self._replaced.add(mapping)
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
             return FIRST_RETRY_S if session.is_young() else 0
@@ -3252,10 +3213,10 @@ class Client(Program):
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
 
-    def _connect(self, mapping: Mapping) -> ClientSession:
+    def _connect(self, mapping: Mapping, takeover: bool) -> ClientSession:
         """Raises OSError, HandshakeError, SessionEnded."""
         with self._opening:
-            log_event(DEBUG, "connecting", server=self._server, local=mapping.local)
+            log_event(DEBUG, "connecting", server=self._server, **mapping.about())
             self._renew_context()
             sock = dial(self._server, CONNECT_TIMEOUT_S)
             try:
@@ -3263,7 +3224,8 @@ class Client(Program):
             except BaseException:
                 sock.close()
                 raise
-        return ClientSession(transport, self, mapping)
+        log_receipt(transport, **mapping.about())
+        return ClientSession(transport, self, mapping, takeover)
 
     def _read(self, session: ClientSession, about: dict[str, object]) -> None:
         """The session reader."""
@@ -3291,8 +3253,7 @@ class Client(Program):
             self._denied[mapping] = str(refused)
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
         if new:
-            about = {"server": self._server, "local": mapping.local}
-            log_event(ERROR, "refused", **about, reason=str(refused))
+            log_event(ERROR, "refused", server=self._server, **mapping.about(), reason=str(refused))
         if hopeless:
             self.status = 3
             self.stop_asked.set()
@@ -3394,6 +3355,9 @@ class Original(Level1):
     def visitor(self, payload: bytes) -> Address | None:
         return None
 
+    def check_id(self, number: int, last: int) -> None:
+        """Dropped: an original's streams of before a reconnect go on sending here (S-5)."""
+
     def is_new(self, number: int, last: int) -> bool:
         """In any order: the original numbers its visitors before it queues their frames (S-2)."""
         return True
@@ -3415,6 +3379,10 @@ class Option(NamedTuple):
     metavar: str
     help: str
     action: str = "store"
+
+    @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
 
 
 def listen_address(text: str) -> Address | None:
@@ -3481,6 +3449,10 @@ def tls_options(role: str) -> list[Option]:
     ]
 
 
+# What a reload takes; the others want a restart.
+RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name"}
+RELOADED |= {"tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
+
 SHARED_OPTIONS = [
     Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
     Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
@@ -3525,21 +3497,31 @@ OPTIONS = {
 
 
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """Flat `key = value` lines; a key that no option has is an error that names the file."""
+    """Flat `key = value` lines in UTF-8. What would be lost in silence is an error with its place."""
 
     command = ""  # each command has a subclass
 
     def parse(self, stream: TextIO) -> dict[str, Any]:
+        options = {option.name: option for option in OPTIONS[self.command]}
+        settings: dict[str, Any] = {}
         try:
-            settings: dict[str, Any] = super().parse(stream)
+            lines = stream.readlines()
         except UnicodeDecodeError:
             raise configargparse.ConfigFileParserException(f"{stream.name}: this is no UTF-8 text") from None
-        options = {option.name: option for option in OPTIONS[self.command]}
-        for key, value in settings.items():
+        for number, line in enumerate(lines, 1):
+            key, fault = re.split(r"[=:\s]", line.strip(), maxsplit=1)[0], ""
+            if not key or key[0] in "#;":
+                continue
             if key not in options:
-                raise configargparse.ConfigFileParserException(f"{stream.name}: unknown key {key!r}; --help lists all")
-            if isinstance(value, list) and options[key].action != "append":
-                raise configargparse.ConfigFileParserException(f"{stream.name}: {key} takes one value, and no list")
+                fault = f"unknown key {key!r}; --help lists all, and there are no sections"
+            elif key in settings:
+                fault = f"{key} comes twice" + "; write a list [a, b]" * (options[key].action == "append")
+            else:
+                settings |= super().parse(io.StringIO(line))
+                if isinstance(settings.get(key), list) and options[key].action != "append":
+                    fault = f"{key} takes one value, and no list"
+            if fault:
+                raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
         return settings
 
 
@@ -3555,6 +3537,7 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser = commands.add_parser(
         command, help=summary, description=summary, allow_abbrev=False, auto_env_var_prefix="RTUNNEL_",
         config_file_parser_class=type("ConfigFile", (ConfigFile,), {"command": command}),
+        config_file_open_func=functools.partial(open, encoding="utf-8-sig"),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         add_env_var_help=False, add_config_file_help=False,
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
@@ -3574,8 +3557,19 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def make_program(settings: argparse.Namespace) -> Server | Client:
-    """What the settings ask for, not started. Raises ConfigError, TlsConfigError."""
+def make_program(first: argparse.Namespace) -> Server | Client:
+    """What the settings of now ask for, not started. Raises ConfigError, TlsConfigError.
+
+    What a reload cannot change stays as it was first, and is named.
+    """
+    settings = first.parse_again()
+    fixed = [option for option in OPTIONS[first.command] if option.name not in RELOADED]
+    before = {option.name: getattr(first, option.attribute) for option in fixed}
+    changed = [option.name for option in fixed if getattr(settings, option.attribute) != before[option.name]]
+    if changed:
+        log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
+    for option in fixed:
+        setattr(settings, option.attribute, before[option.name])
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
@@ -3601,6 +3595,10 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
+    ports = collections.Counter(mapping.remote_port or mapping for mapping in mappings)
+    if twice := [each for each, count in ports.items() if count > 1]:
+        what = f"port {twice[0]}" if isinstance(twice[0], int) else f"0:{twice[0].local}"
+        raise ConfigError(f"--forward has {what} twice: one mapping for each port, each mapping once")
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
     context = make_context(settings)
     warn(settings, context)
@@ -3650,7 +3648,7 @@ def take_signals() -> queue.SimpleQueue[str]:
     return words
 
 
-def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
+def run(make: Callable[[], Server | Client]) -> int:
     """Run until a signal asks for the end, or until the server has refused for good.
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
@@ -3658,10 +3656,14 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     of the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
-    program.words = take_signals()
+    words = take_signals()
+    program = make_in_time(make, words)
+    if program is None:
+        return 0
+    program.words = words
     program.start()
     tell_systemd("READY=1")
-    word = serve(program, remake)
+    word = serve(program, make)
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
     if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
@@ -3672,22 +3674,35 @@ def run(program: Server | Client, remake: Callable[[], Server | Client]) -> int:
     return status
 
 
-def next_word(program: Program, seconds: float) -> str:
+def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
+    """A machine without a battery has a wrong clock at boot: wait for it. None: a signal came."""
+    while True:
+        try:
+            return make()
+        except rtunnel_tls.NotYetValid as error:
+            log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
+        deadline = Deadline(CLOCK_RETRY_S)
+        while deadline.remaining():
+            if next_word(words, deadline.remaining()) in STOP_SIGNALS:
+                return None
+
+
+def next_word(words: queue.SimpleQueue[str], seconds: float) -> str:
     """Main's post; empty after so long, at most STEP_S: on Windows no signal ends the wait."""
     try:
-        return program.words.get(timeout=min(seconds, STEP_S))
+        return words.get(timeout=min(seconds, STEP_S))
     except queue.Empty:
         return ""
 
 
-def serve(program: Server | Client, remake: Callable[[], Server | Client]) -> str:
+def serve(program: Server | Client, make: Callable[[], Server | Client]) -> str:
     """Returns the word that ends it."""
     while True:
-        word = next_word(program, STEP_S)
+        word = next_word(program.words, STEP_S)
         if word in STOP_SIGNALS or word == "refused":
             return word
         if word == "SIGHUP":
-            reload(program, remake)
+            reload(program, make)
         elif word == "SIGUSR1":
             program.log_state()
 
@@ -3697,7 +3712,7 @@ def drain(program: Program) -> None:
     deadline = Deadline(program.settings.drain_s)
     program.retire_all()
     while program.stream_count() and deadline.remaining():
-        word = next_word(program, deadline.remaining())
+        word = next_word(program.words, deadline.remaining())
         if word in STOP_SIGNALS:
             return
         if word == "SIGUSR1":
@@ -3710,7 +3725,7 @@ def wait_for_end(program: Program) -> int:
     """For the last frames to go out; returns the exit status."""
     deadline = Deadline(STOP_TIMEOUT_S)
     while program.has_connections() and deadline.remaining():
-        if next_word(program, deadline.remaining()) in STOP_SIGNALS:
+        if next_word(program.words, deadline.remaining()) in STOP_SIGNALS:
             return 1
     return program.status
 
@@ -3723,11 +3738,11 @@ def tell_systemd(state: str) -> None:
             sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
-def reload(program: Server | Client, remake: Callable[[], Server | Client]) -> None:
+def reload(program: Server | Client, make: Callable[[], Server | Client]) -> None:
     """What is broken is refused, all of it, in whatever way it is, and the old stays."""
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        program.reload(remake())
+        program.reload(make())
     except Exception as error:
         log_event(ERROR, "reload-failed", reason=reason_of(error))
     else:
@@ -3760,17 +3775,19 @@ def raise_descriptor_limit() -> None:
     except ImportError:  # Windows has no such limit
         return
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses "unlimited"
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for limit in (hard, 65536, 10240):  # macOS refuses "unlimited", and what its kernel has not
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
 
 
 def add_pki(commands: Any) -> None:
-    """`pki init|issue|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
+    """`pki init|issue|renew|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
     pki = commands.add_parser(
         "pki", help="make and show certificates", description="A certificate authority in a folder."
     )
     actions = pki.add_subparsers(
-        dest="action", required=True, metavar="init|issue|revoke|show", parser_class=CommandParser
+        dest="action", required=True, metavar="init|issue|renew|revoke|show", parser_class=CommandParser
     )
     algorithms = list(rtunnel_tls.ALGORITHMS)
     init = actions.add_parser("init", help="make an authority and its empty revocation list")
@@ -3783,40 +3800,61 @@ def add_pki(commands: Any) -> None:
     role.add_argument("--client", action="store_true", help="for a client")
     issue.add_argument("--days", type=int, default=rtunnel_tls.LEAF_DAYS, help="how long it is valid (default: 397)")
     issue.add_argument("--algorithm", choices=algorithms, help="of its key (default: the authority's)")
-    revoke = actions.add_parser("revoke", help="put a certificate on the revocation list")
+    renew = actions.add_parser("renew", help="issue a new pair of the same name, role, hosts and algorithm")
+    revoke = actions.add_parser("revoke", help="put certificates on the revocation list, which is written anew")
+    which = revoke.add_mutually_exclusive_group()
+    which.add_argument("name", nargs="?", help="NAME: all of its valid certificates; or the file of one")
+    which.add_argument("--serial", metavar="HEX", help="the certificate of this serial number, as a log line tells it")
     show = actions.add_parser("show", help="show the folder's certificates, or one file's")
-    show.add_argument("file", nargs="?", help="a certificate (default: all of the folder)")
-    for action in (issue, revoke):
+    show.add_argument("file", nargs="?", help="a certificate (default: all of the folder, and all that was issued)")
+    for action in (issue, renew):
         action.add_argument("name", help="of NAME.crt and NAME.key, and of who they are for")
     for action in (init, issue):
         action.add_argument("--force", action="store_true", help="replace what is there")
-    for action in (init, issue, revoke, show):
+    for action in (init, issue, renew, revoke, show):
         action.add_argument("--dir", default="conf/pki", help="the folder (default: conf/pki)")
     pki.set_defaults(run=run_pki, parser=pki)
 
 
+# What `pki` says behind the path of what it has made: which file goes where next.
+PKI_NEXT = {
+    "init": "Copy ca.crt and crl.pem to each machine (--tls-ca, --tls-crl). ca.key must never leave this folder.",
+    "issue": "Copy {name}.crt and {name}.key to {name}'s machine (--tls-cert, --tls-key), with ca.crt and crl.pem.",
+    "renew": "Copy {name}.crt and {name}.key over the old pair on {name}'s machine, then send that rtunnel SIGHUP. "
+    "The old pair is valid until it ends: if it has leaked, revoke it by the serial number that `pki show` tells.",
+    "revoke": "Copy crl.pem to each machine, over the file that its --tls-crl names, then send each rtunnel SIGHUP. "
+    "Until then what was revoked is still admitted there.",
+}
+
+
 def run_pki(settings: argparse.Namespace) -> int:
     release_signals()
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # a certificate's name need not fit the terminal
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
     elif settings.action == "issue":
         options = {"days": settings.days, "algorithm": settings.algorithm, "force": settings.force}
         print(rtunnel_tls.issue(settings.dir, settings.name, hosts=settings.server, **options))
+    elif settings.action == "renew":
+        print(rtunnel_tls.renew(settings.dir, settings.name))
     elif settings.action == "revoke":
-        print(rtunnel_tls.revoke(settings.dir, settings.name))
+        print(rtunnel_tls.revoke(settings.dir, settings.name, serial=settings.serial))
     else:
         print("\n".join(rtunnel_tls.show(settings.file or settings.dir)))
+    if settings.action in PKI_NEXT:
+        print(PKI_NEXT[settings.action].format(name=settings.name))
     return 0
 
 
 def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
-        shown = settings.parser.format_values()
-        print(shown, end="")
-        for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
-            if option.action == "switch" and not re.search(rf"\b{option.name}\b(?!-)", shown):
-                print(f"  --{option.name}: {option.default}")
+        print(settings.parser.format_values(), end="")
+        print("Switches in force:")  # it leaves out those that nobody has set
+        for option in OPTIONS[settings.command]:
+            if option.action == "switch":
+                print(f"  {option.name} = {str(getattr(settings, option.attribute)).lower()}")
         return 0
     keep_standard_descriptors()
     stay_on_cpu(settings.cpu, settings.command)
@@ -3824,8 +3862,7 @@ def run_program(settings: argparse.Namespace) -> int:
     raise_descriptor_limit()
     flush_log = start_log(settings.log_level)
     try:
-        program = make_program(settings)
-        return run(program, lambda: make_program(settings.parse_again()))
+        return run(lambda: make_program(settings))
     except ConfigError:
         raise
     except RtunnelError as error:
@@ -3852,6 +3889,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_pki(commands)
     top.set_defaults(parse_again=lambda: top.parse_args(arguments))
     try:
+        known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
+        if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
+            raise ConfigError(f"rtunnel: the environment has {unknown[0]}, and no option is called so: unset it")
         settings = top.parse_args(arguments)
         try:
             return settings.run(settings)  # type: ignore[no-any-return]
@@ -3870,11 +3910,13 @@ def entry() -> NoReturn:
     The interpreter's own end waits for a lock that a thread may hold that writes to a stopped
     terminal. What is left of streams is reset by the kernel (SO_LINGER).
     """
-    status = main()
     try:
+        status = main()
         sys.stdout.flush()
+    except BrokenPipeError:  # of `--print-config | head`: who reads has enough
+        status = 0
     except OSError:
-        status = status or 1
+        status = 1
     os._exit(status)
 
 

@@ -43,5 +43,5 @@ setup(
     install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
     extras_require={"test": TEST, "dev": DEV, "fuzz": FUZZ},
     py_modules=["rtunnel", "rtunnel_tls"],
-    entry_points={"console_scripts": ["rtunnel = rtunnel:main"]},
+    entry_points={"console_scripts": ["rtunnel = rtunnel:entry"]},
 )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peers import HOST, ROOT, Ours, Relay, Tunnel
-from run import ECHO_PROBE, WEB_PROBE, Bench
+from run import CLOSE, ECHO_PROBE, WEB_PROBE, Bench
 
 PY_SPY = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil.which("py-spy")
 STRACE = shutil.which("strace")
@@ -43,13 +43,8 @@ LOADS = [
     Load(
         "download, 1 stream", "MB", False, lambda bench, tunnel: bench.seconds * bench.bulk(tunnel, "down", 1, 0.01)[0]
     ),
-    Load("HTTP keep-alive", "request", True, lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 64)),
-    Load(
-        "HTTP close",
-        "connection",
-        True,
-        lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 32, "-HConnection: close"),
-    ),
+    Load("HTTP keep-alive", "request", True, lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 64)[0]),
+    Load("HTTP close", "connection", True, lambda bench, tunnel: bench.seconds * bench.wrk(tunnel, 32, *CLOSE)[0]),
 ]
 
 

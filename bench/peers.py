@@ -1,20 +1,23 @@
-"""What the bench compares: no tunnel, rtunnel, `ssh -R` through an sshd of its own, and any program with a script.
+"""What the bench compares: no tunnel, rtunnel, `ssh -R` through an sshd of its own, and other programs (NOTES.md says
+how to install them).
 
 Each measurement gets processes of its own, on free ports of 127.0.0.1; whatever is started here is ended here.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
 import os
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +25,10 @@ HOST = "127.0.0.1"
 READY_S = 20.0  # for a program to listen, or a tunnel to answer
 STOP_S = 5.0  # for a program to end when it is asked
 TICKS = os.sysconf("SC_CLK_TCK")
-SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+MODULES = ("rtunnel.py", "rtunnel_tls.py")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtunnel-bench"
+PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", str(CACHE / "cargo/bin")])
+BORE_PORT = 7835  # its server's, which cannot be set
 
 
 class Failed(Exception):
@@ -56,21 +62,18 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
-        self._foreign: list[int] = []  # started by a script
 
-    def start(self, arguments: Sequence[object], **options: object) -> subprocess.Popen[str]:
-        """Start it with its stderr in a file."""
+    def start(self, arguments: Sequence[object], *, is_read: bool = False) -> subprocess.Popen[str]:
+        """Start it. What it writes goes to a file, but its stdout where that is read: an unread pipe would stop it."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
+        environment["RUST_LOG"] = "warn"  # rathole and bore would write lines for each visitor
         with (self.folder / "log").open("a") as log:
-            process: subprocess.Popen[str] = subprocess.Popen(
-                [str(word) for word in arguments], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, **{"env": environment, **options},
-            )  # type: ignore[call-overload]  # fmt: skip
+            process = subprocess.Popen(
+                [str(word) for word in arguments], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if is_read else log, stderr=log,
+            )  # fmt: skip
         self.started.append(process)
         return process
-
-    def adopt(self, pids: Sequence[int]) -> None:
-        self._foreign += pids
 
     def pids(self) -> list[int]:
         """Of all that run, their children too."""
@@ -78,7 +81,7 @@ class Processes:
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        found = [process.pid for process in self.started if process.poll() is None] + self._foreign
+        found = [process.pid for process in self.started if process.poll() is None]
         for pid in found:
             found += [child for child, parent in parents.items() if parent == pid]
         return found
@@ -89,20 +92,12 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.started):
             process.terminate()
-        for pid in self._foreign:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
         for process in self.started:
             with process:
                 try:
                     process.communicate(timeout=STOP_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
-        for pid in self._foreign:
-            with contextlib.suppress(Failed):
-                eventually(lambda pid=pid: not Path(f"/proc/{pid}").exists(), str(pid), STOP_S)  # type: ignore[misc]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 Relay = Callable[[int], contextlib.AbstractContextManager[int]]  # from a port to the one that leads there
@@ -124,6 +119,9 @@ class Tunnel:
                 used[pid] = (int(fields[11]) + int(fields[12])) / TICKS
         return used
 
+    def cpu_s_since(self, before: dict[int, float]) -> float:
+        return sum(seconds - before.get(pid, 0) for pid, seconds in self.cpu_s().items())
+
     def resident_kb(self) -> float:
         total = 0
         for pid in self.processes.pids() if self.processes else []:
@@ -136,11 +134,17 @@ class Tunnel:
 class Peer:
     """One column of the table. `_start` starts both ends; the client is to dial `dialled(control port)`."""
 
+    sockets_per_visitor = 1  # of each end
+
     def __init__(self, name: str) -> None:
         self.name = name
 
     def missing(self) -> str | None:
         """Why it cannot be measured here."""
+        return None
+
+    def version(self) -> str | None:
+        """Of a program that is not of this repository."""
         return None
 
     @contextlib.contextmanager
@@ -151,9 +155,8 @@ class Peer:
         with contextlib.ExitStack() as stack:
             processes = stack.enter_context(Processes(place))
 
-            def dialled(port: int, *, listens: bool = True) -> int:
-                if listens:
-                    eventually(lambda: is_listening(port), f"{self.name}'s server does not listen")
+            def dialled(port: int) -> int:
+                eventually(lambda: is_listening(port), f"{self.name}'s server does not listen")
                 return stack.enter_context(relay(port)) if relay else port
 
             try:
@@ -164,7 +167,7 @@ class Peer:
                 raise Failed(" | ".join([str(error), *log.splitlines()[-3:]])) from error
             yield Tunnel(port, processes)
 
-    def _start(self, processes: Processes, local: int, dialled: Callable[..., int]) -> int:
+    def _start(self, processes: Processes, local: int, dialled: Callable[[int], int]) -> int:
         raise NotImplementedError
 
 
@@ -179,7 +182,7 @@ def answers(port: int, probe: bytes) -> bool:
 class Direct(Peer):
     """No tunnel: what the load and the kernel can do."""
 
-    def _start(self, processes: Processes, local: int, dialled: Callable[..., int]) -> int:
+    def _start(self, processes: Processes, local: int, dialled: Callable[[int], int]) -> int:
         return dialled(local)
 
 
@@ -211,7 +214,7 @@ class Ours(Peer):
         paths = [word for key, file in files.items() for word in (f"--tls-{key}", self._pki / file)]
         return ["--tls", "--tls-profile", self._profile, *paths]
 
-    def _start(self, processes: Processes, local: int, dialled: Callable[..., int]) -> int:
+    def _start(self, processes: Processes, local: int, dialled: Callable[[int], int]) -> int:
         control, public = free_port(), free_port()
         server = ["--control-listen", f"{HOST}:{control}", "--public-bind", HOST]
         processes.start([sys.executable, self.program, "server", *server, *self.flags("server")])
@@ -220,66 +223,164 @@ class Ours(Peer):
         return public
 
 
-class Ssh(Peer):
-    """`ssh -N -R` with its defaults, to an sshd on a high port with keys of its own."""
+def other_version(what: str, folder: Path) -> Path:
+    """The program of `--also`: a file, a folder that holds both modules, or a git revision, which is unpacked."""
+    path = Path(what)
+    if not path.exists():
+        path = Path(tempfile.mkdtemp(dir=folder))
+        for module in MODULES:
+            shown = subprocess.run(["git", "show", f"{what}:{module}"], cwd=ROOT, capture_output=True, check=False)
+            if shown.returncode:
+                raise Failed(f"{what!r} is no file, no folder, and no git revision that has {module}")
+            (path / module).write_bytes(shown.stdout)
+    program = path / MODULES[0] if path.is_dir() else path
+    for file in (program, program.with_name(MODULES[1])):  # else Python would take this checkout's
+        if not file.is_file():
+            raise Failed(f"{what!r} has no {file.name}")
+    return program.resolve()
 
-    def __init__(self, name: str, folder: Path) -> None:
+
+class Ssh(Peer):
+    """`ssh -R` to an sshd on a high port with keys of its own; both of a root of their own (chroot) where one is given.
+
+    A session runs beside the forwarding: before OpenSSH 10, sshd turns Nagle's algorithm off only where one starts.
+    With `-N` alone a small packet waits up to 40 ms for an acknowledgement (NOTES.md).
+    """
+
+    def __init__(
+        self, name: str, folder: Path, *, root: Path | None = None, options: str = "", command: str = "cat"
+    ) -> None:
         super().__init__(name)
-        self._keys = folder / "ssh"
+        self._root = root
+        self._options = options.split()
+        self._session = command.split()
+        self._folder = root / "tmp" if root else folder
+        self._keys = Path()
 
     def missing(self) -> str | None:
-        return None if SSHD and shutil.which("ssh") else "OpenSSH is not installed (Debian: apt install openssh-server)"
+        if self._root is None:
+            found = shutil.which("sshd", path=PROGRAMS) and shutil.which("ssh")
+            return None if found else "OpenSSH is not installed (Debian: apt install openssh-server)"
+        if not (self._root / "usr/sbin/sshd").exists():
+            return "there is no root with another OpenSSH (--ssh-root; bench/NOTES.md)"
+        return "chroot wants to be root" if os.geteuid() else None
+
+    def version(self) -> str | None:
+        done = subprocess.run([*self._command("ssh"), "-V"], capture_output=True, text=True, check=False)
+        return done.stderr.strip()
+
+    def _command(self, program: str) -> list[str]:
+        if self._root:
+            return ["chroot", str(self._root), {"sshd": "/usr/sbin/sshd"}.get(program, f"/usr/bin/{program}")]
+        return [shutil.which(program, path=PROGRAMS) or program]
+
+    def _inside(self, path: Path) -> Path:
+        """As its processes see it."""
+        return Path("/") / path.relative_to(self._root) if self._root else path
 
     def _make_keys(self) -> None:
-        self._keys.mkdir()
+        self._keys = Path(tempfile.mkdtemp(prefix="rtunnel-bench-", dir=self._folder))
+        atexit.register(shutil.rmtree, self._keys, ignore_errors=True)
         for name in ("host", "user"):
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._keys / name)]
             subprocess.run(command, check=True)
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants its empty folder, which its service would make
+        if os.geteuid() == 0:  # sshd wants its empty folder, which its service would make
+            ((self._root or Path("/")) / "run/sshd").mkdir(exist_ok=True)
 
-    def _start(self, processes: Processes, local: int, dialled: Callable[..., int]) -> int:
-        if not self._keys.exists():
+    def _start(self, processes: Processes, local: int, dialled: Callable[[int], int]) -> int:
+        if not self._keys.name:
             self._make_keys()
+        keys = self._inside(self._keys)
         control, public = free_port(), free_port()
         server = {
-            "ListenAddress": HOST, "Port": control, "HostKey": self._keys / "host", "PidFile": "none",
-            "AuthorizedKeysFile": self._keys / "user.pub", "StrictModes": "no", "UsePAM": "no",
+            "ListenAddress": HOST, "Port": control, "HostKey": keys / "host", "PidFile": "none",
+            "AuthorizedKeysFile": keys / "user.pub", "StrictModes": "no", "UsePAM": "no",
             "PermitRootLogin": "prohibit-password",
         }  # fmt: skip
         options = [word for key, value in server.items() for word in ("-o", f"{key}={value}")]
-        assert SSHD is not None
-        processes.start([SSHD, "-D", "-e", "-f", "/dev/null", *options])
+        processes.start([*self._command("sshd"), "-D", "-e", "-f", "/dev/null", *options])
         client = {
             "StrictHostKeyChecking": "no", "UserKnownHostsFile": "/dev/null", "BatchMode": "yes",
-            "IdentityFile": self._keys / "user", "IdentitiesOnly": "yes", "ExitOnForwardFailure": "yes",
+            "IdentityFile": keys / "user", "IdentitiesOnly": "yes", "ExitOnForwardFailure": "yes",
         }  # fmt: skip
         options = [word for key, value in client.items() for word in ("-o", f"{key}={value}")]
-        forward = f"{HOST}:{public}:{HOST}:{local}"
-        processes.start(
-            ["ssh", "-F", "none", "-N", "-R", forward, "-p", dialled(control), *options, f"{getpass.getuser()}@{HOST}"]
-        )
+        words = ["-F", "none", "-R", f"{HOST}:{public}:{HOST}:{local}", "-p", dialled(control), *options]
+        user, session = f"{getpass.getuser()}@{HOST}", [] if "-N" in self._options else ["cat"]
+        processes.start([*self._command("ssh"), *words, *self._options, user, *session])
         return public
 
 
-class Script(Peer):
-    """Another program. The script starts its server on CTRL_PORT and its client, which dials SERVER_PORT (the same
-    port, or a relay to it) and leads PUBLIC_PORT to LOCAL_PORT; it writes their process ids into PID_FILE and ends."""
+class Program(Peer):
+    """Another program, by its name on the PATH or in CACHE. Its arguments and files may name {folder}, {control},
+    {dialled}, {public} and {local}: the last four are ports."""
 
-    def __init__(self, name: str, script: Path) -> None:
+    sockets_per_visitor = 2  # those that are here have no multiplexer
+
+    def __init__(
+        self, name: str, file: str, server: str, client: str, files: Mapping[str, str], control: int | None = None
+    ) -> None:
         super().__init__(name)
-        self._script = script.resolve()
+        self.file = shutil.which(file, path=PROGRAMS)
+        self._arguments = server, client
+        self._files = files
+        self._control = control  # its server's port where that cannot be set
 
     def missing(self) -> str | None:
-        return None if os.access(self._script, os.X_OK) else f"{self._script.name} is not executable"
+        return None if self.file else "it is not installed (bench/NOTES.md)"
 
-    def _start(self, processes: Processes, local: int, dialled: Callable[..., int]) -> int:
-        control, public = free_port(), free_port()
-        pids = processes.folder / "pids"
-        ports = {"CTRL_PORT": control, "PUBLIC_PORT": public, "LOCAL_PORT": local}
-        words = {**ports, "SERVER_PORT": dialled(control, listens=False), "PID_FILE": pids}
-        environment = {**os.environ, **{name: str(word) for name, word in words.items()}}
-        with (processes.folder / "log").open("a") as log:
-            subprocess.run([self._script], env=environment, stdout=log, stderr=log, check=False, timeout=READY_S)
-        processes.adopt([int(pid) for pid in pids.read_text().split()])
-        return public
+    def version(self) -> str | None:
+        said = subprocess.run([str(self.file), "--version"], capture_output=True, text=True, check=False).stdout
+        found = re.search(r"\d+\.\d+\.\d+$", said, re.MULTILINE)
+        return found[0] if found else None
+
+    def _start(self, processes: Processes, local: int, dialled: Callable[[int], int]) -> int:
+        ports = {"control": self._control or free_port(), "public": free_port(), "local": local}
+        words = {"folder": processes.folder, **ports}
+        for end, arguments in enumerate(self._arguments):
+            if end:
+                words["dialled"] = dialled(ports["control"])
+                if self._control not in (None, words["dialled"]):
+                    raise Failed("its control port is fixed, so that nothing can stand in between")
+            for name, text in self._files.items():
+                (processes.folder / name).write_text(text.format_map({"dialled": 0, **words}))
+            processes.start([self.file, *arguments.format_map(words).split()])
+        return ports["public"]
+
+
+RATHOLE = {
+    "server.toml": """
+[server]
+bind_addr = "127.0.0.1:{control}"
+default_token = "bench"
+[server.services.bench]
+bind_addr = "127.0.0.1:{public}"
+""",
+    "client.toml": """
+[client]
+remote_addr = "127.0.0.1:{dialled}"
+default_token = "bench"
+[client.services.bench]
+local_addr = "127.0.0.1:{local}"
+""",
+}
+NOISE = {
+    "server.toml": '[server.transport]\ntype = "noise"\n[server.transport.noise]\nlocal_private_key = "KEY"\n',
+    "client.toml": '[client.transport]\ntype = "noise"\n[client.transport.noise]\nremote_public_key = "KEY"\n',
+}
+
+
+def rathole(name: str, *, noise: bool = False) -> Program:
+    """A TCP connection for each visitor: as it is, or encrypted by Noise with a key that the client knows."""
+    files = dict(RATHOLE)
+    peer = Program(name, "rathole", "--server {folder}/server.toml", "--client {folder}/client.toml", files)
+    if noise and peer.file:
+        said = subprocess.run([peer.file, "--genkey"], capture_output=True, text=True, check=True).stdout
+        for (end, text), key in zip(NOISE.items(), re.findall(r"Key:\s*(\S+)", said), strict=True):  # private, public
+            files[end] += text.replace("KEY", key)
+    return peer
+
+
+def bore(name: str) -> Program:
+    """A TCP connection for each visitor, not encrypted."""
+    client = "local {local} --local-host 127.0.0.1 --to 127.0.0.1 --port {public}"
+    return Program(name, "bore", "server --bind-addr 127.0.0.1", client, {}, BORE_PORT)

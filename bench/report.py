@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Figures = dict[str, dict[str, list[float]]]  # figure: peer: one value for each round
@@ -30,6 +32,8 @@ TITLES = {
     "up_cpu": ("Processor time, upload, both ends", "s/GB", LESS),
     "keepalive": ("HTTP keep-alive, 64 connections", "requests/s", MORE),
     "close": ("HTTP close, 32 at a time", "connections/s", MORE),
+    "keepalive_cpu": ("Processor time, keep-alive request, both ends", "µs", LESS),
+    "close_cpu": ("Processor time, short connection, both ends", "µs", LESS),
     "echo_idle_p50": ("Echo of 64 bytes, idle, p50", "µs", LESS),
     "echo_idle_p99": ("Echo of 64 bytes, idle, p99", "µs", LESS),
     "echo_busy_p50": ("Echo beside a saturating stream, p50", "ms", LESS),
@@ -41,7 +45,8 @@ TITLES = {
     "distance_50": ("Download, 1 stream, 50 ms round trip", "MB/s", MORE),
     "distance_100": ("Download, 1 stream, 100 ms round trip", "MB/s", MORE),
 }
-RATIOS = [("default", "ssh -R"), ("plain", "ssh -R")]
+OURS = ("default", "plain")
+RIVALS = ("ssh 10", "ssh -R")  # the first that was measured
 DIRECT = "direct"
 
 
@@ -56,22 +61,48 @@ def spread(values: list[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({amount(min(values))} to {amount(max(values))})"
 
 
+def columns_of_ratios(peers: list[str]) -> list[tuple[str, str]]:
+    """Ours to the best rival, and to other versions of ours ("NAME default", "NAME plain")."""
+    rival = [peer for peer in RIVALS if peer in peers][:1]
+    pairs = [(ours, other) for other in rival for ours in OURS if ours in peers]
+    return pairs + [(ours, other) for ours in OURS for other in peers if ours in peers and is_version(ours, other)]
+
+
+def is_version(ours: str, other: str) -> bool:
+    return other.endswith(f" {ours}")
+
+
+def ratio(values: dict[str, list[float]], ours: str, other: str) -> str:
+    """Of the medians; to another version of ours, the median of the rounds' ratios, the lowest and the highest."""
+    if ours not in values or other not in values:
+        return "-"
+    if is_version(ours, other) and len(values[ours]) == len(values[other]):
+        ratios = sorted(mine / its for mine, its in zip(values[ours], values[other], strict=True))
+        return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return f"{middle(values, ours) / middle(values, other):.2f}"
+
+
 def markdown(results: Results) -> str:
     """The table, the machine, what is missing."""
-    ratios = [pair for pair in RATIOS if set(pair) <= set(results.peers)]
+    ratios = columns_of_ratios(results.peers)
     lines = ["| | " + " | ".join([*results.peers, *map(" / ".join, ratios)]) + " |"]
     lines.append("|---" * (len(results.peers) + 1 + len(ratios)) + "|")
     for figure, (title, unit, better) in TITLES.items():
         if values := results.figures.get(figure):
             cells = [spread(values[peer]) if peer in values else "-" for peer in results.peers]
-            for ours, other in ratios:
-                measured = ours in values and other in values
-                cells.append(f"{middle(values, ours) / middle(values, other):.2f}" if measured else "-")
+            cells += [ratio(values, ours, other) for ours, other in ratios]
             lines.append(f"| {title}, {unit} ({better}) | " + " | ".join(cells) + " |")
     lines += ["", f"Median of {results.runs} (lowest to highest), {results.seconds:g} s each."]
     lines += [", ".join(f"{key}: {value}" for key, value in results.machine.items()) + "."]
     lines += [f"- not measured: {what}: {why}" for what, why in results.missing.items()]
     return "\n".join(lines) + "\n"
+
+
+def write(results: Results, folder: Path) -> None:
+    """The figures, the table and the chart."""
+    (folder / "results.json").write_text(json.dumps(results._asdict(), indent=1) + "\n")
+    (folder / "results.md").write_text(markdown(results))
+    (folder / "results.svg").write_text(chart(results))
 
 
 def middle(values: dict[str, list[float]], peer: str) -> float:
@@ -80,7 +111,19 @@ def middle(values: dict[str, list[float]], peer: str) -> float:
 
 COLUMNS, WIDTH, TITLE_HEIGHT, BAR_HEIGHT, GAP = 3, 340, 44, 20, 16
 LABEL_WIDTH, BAR_WIDTH = 84, 170
-COLOURS = ["#4c78a8", "#2f9e77", "#8cc63f", "#e8833a", "#8e6bbf", "#c94f6d", "#7f7f7f"]
+COLOURS = [
+    "#4c78a8",
+    "#2f9e77",
+    "#8cc63f",
+    "#e8833a",
+    "#8e6bbf",
+    "#c94f6d",
+    "#7f7f7f",
+    "#b39b38",
+    "#3aa6b9",
+    "#a0522d",
+    "#5f6f3a",
+]
 
 
 def chart(results: Results) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from support import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import peers
 import report
 
 FIGURES: report.Figures = {
@@ -24,6 +28,53 @@ def test_the_table() -> None:
     assert "| 3,000 | 1,500 (1,400 to 1,600) | 1,200 (1,100 to 1,300) | 600 | 2.00 | 2.50 |" in table
     assert "| - | - | 2,000 | - | - | - |" in table
     assert "- not measured: http, ssh -R: it failed" in table
+
+
+def test_another_version_is_compared_round_by_round() -> None:
+    """The ratio to it is the median of the rounds' ratios, so that a slow minute meets both of its sides."""
+    figures = {"close": {"plain": [100.0, 50.0, 90.0], "before plain": [50.0, 50.0, 60.0]}}
+    table = report.markdown(report.Results({}, 3, 1.0, ["plain", "before plain"], figures, {}))
+    assert "| plain / before plain |" in table
+    assert "| 1.50 (1.00 to 2.00) |" in table
+
+
+def test_the_best_rival_is_the_one_to_compare_with() -> None:
+    """Where OpenSSH 10 was measured, the ratios are to it and not to the machine's own."""
+    figures = {"close": {"default": [100.0], "ssh -R": [50.0], "ssh 10": [200.0]}}
+    table = report.markdown(report.Results({}, 1, 1.0, list(figures["close"]), figures, {}))
+    assert "| default / ssh 10 |" in table
+    assert "default / ssh -R" not in table
+    assert "| 100 | 50 | 200 | 0.50 |" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--rows", "keepalive,nothing"], "there is no row 'nothing'"),
+        (["--peers", ""], "there is no peer ''"),
+        (["--runs", "0"], "'0'"),
+        (["--seconds", "nan"], "'nan'"),
+        (["--also", "0000000"], "'0000000' is no file, no folder, and no git revision"),
+        (["--also", str(ROOT), "--also", str(ROOT)], "a name of its own"),
+        (["--output", str(ROOT / "README.md")], "File exists"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_run(arguments: list[str], what: str) -> None:
+    """A whole run takes an hour: no mistake waits for its end."""
+    command = [sys.executable, str(ROOT / "bench/run.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert what in done.stderr
+    assert not done.stdout
+
+
+def test_another_version_needs_both_modules(tmp_path: Path) -> None:
+    """Else it would run with a module of this checkout."""
+    (tmp_path / "rtunnel.py").touch()
+    with pytest.raises(peers.Failed, match=r"has no rtunnel_tls\.py"):
+        peers.other_version(str(tmp_path), tmp_path)
+    (tmp_path / "rtunnel_tls.py").touch()
+    assert peers.other_version(str(tmp_path), tmp_path) == tmp_path / "rtunnel.py"
 
 
 def test_the_chart() -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import datetime
+import functools
 import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from tls_peers import House, session
+from support import ROOT
+from tls_peers import House, Signer, Task, session
 
+import rtunnel
 import rtunnel_tls
-from rtunnel_tls import TlsConfigError, init_authority, issue, revoke, show
+from rtunnel_tls import TlsConfigError, init_authority, issue, renew, revoke, show
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
 
@@ -66,11 +74,13 @@ def test_keys_and_their_folder_are_their_owners(folder: Path) -> None:
     for where in (folder, folder.parent / "lax"):
         assert mode(where) == 0o700
         for file in where.iterdir():
-            assert mode(file) == (0o600 if file.suffix == ".key" else 0o644), file
+            assert mode(file) == (0o600 if file.suffix == ".key" or file.name == ".lock" else 0o644), file
     assert sorted(file.name for file in (folder.parent / "lax").iterdir()) == [
+        ".lock",
         "ca.crt",
         "ca.key",
         "crl.pem",
+        "issued.pem",
         "one.crt",
         "one.key",
     ]
@@ -103,7 +113,7 @@ def test_a_server_certificate_holds_what_peers_look_at(folder: Path) -> None:
     key_usage = extensions.get_extension_for_class(x509.KeyUsage).value
     assert key_usage.digital_signature
     assert not key_usage.key_cert_sign
-    assert len(list(extensions)) == 4
+    assert len(list(extensions)) == 5
     assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 397
     assert certificate.not_valid_before_utc < rtunnel_tls._now() - rtunnel_tls.CLOCK_SKEW / 2
     certificate.verify_directly_issued_by(load(folder / "ca.crt"))
@@ -169,7 +179,8 @@ def test_a_name_cannot_leave_the_folder(folder: Path, name: str) -> None:
     """Names are letters, digits, dot, underscore and hyphen, and never the authority's."""
     before = sorted(folder.parent.rglob("*"))
     refuse("certificate's name", issue, folder, name, hosts=None)
-    refuse("certificate's name", revoke, folder, name)
+    refuse("", revoke, folder, name)
+    refuse("has issued nothing", renew, folder, name)
     assert sorted(folder.parent.rglob("*")) == before
 
 
@@ -199,9 +210,11 @@ def test_a_server_needs_a_name(folder: Path) -> None:
 
 
 def test_an_authority_is_needed(tmp_path: Path) -> None:
-    """Without one, the missing file is named."""
-    for function, kwargs in ((issue, {"hosts": None}), (revoke, {})):
-        refuse("No such file", function, tmp_path, "x", **kwargs)
+    """Without one, the folder is named and what makes one; nothing is left there."""
+    for function, kwargs in ((issue, {"hosts": None}), (revoke, {}), (renew, {})):
+        refuse(f"{tmp_path} holds no authority|pki init", function, tmp_path, "x", **kwargs)
+        refuse(f"{tmp_path / 'none'} holds no authority", function, tmp_path / "none", "x", **kwargs)
+    assert list(tmp_path.iterdir()) == []
     refuse("--years", init_authority, tmp_path / "pki", years=0)
     refuse("--algorithm", init_authority, tmp_path / "pki", algorithm="rsa")
     refuse("pki init", show, tmp_path)
@@ -252,7 +265,7 @@ def test_a_broken_list_is_named_and_kept(folder: Path, broken: str) -> None:
     file.write_bytes(content)
     refuse(f"{file}: |copy", revoke, folder, "a")
     if broken != "unnumbered":  # which tells who is revoked, but not where to count on
-        refuse(f"{file}: it holds no|copy", show, folder)
+        refuse(f"{file}: |holds no X509 CRL|copy", show, folder)
     assert file.read_bytes() == content
 
 
@@ -261,7 +274,10 @@ def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_
     init_authority(tmp_path / "other")
     issue(tmp_path / "other", "x", hosts=None)
     shutil.copy(tmp_path / "other" / "x.crt", folder / "x.crt")
-    refuse("authority", revoke, folder, "x")
+    refuse("nothing that was issued to x", revoke, folder, "x")
+    refuse("x.crt is of another authority", revoke, folder, folder / "x.crt")
+    shutil.copy(tmp_path / "other" / "crl.pem", folder / "crl.pem")
+    refuse("crl.pem|another authority", revoke, folder)
 
 
 def test_show_tells_what_an_operator_asks(folder: Path) -> None:
@@ -300,3 +316,355 @@ def test_openssl_reads_what_was_written(folder: Path) -> None:
     command = [openssl, "crl", "-noout", "-text", "-in", str(folder / "crl.pem")]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
     assert "No Revoked Certificates" in text
+
+
+# --- what was issued ----------------------------------------------------------------------------------------
+
+
+def revoked(folder: Path) -> set[int]:
+    return {entry.serial_number for entry in x509.load_pem_x509_crl((folder / "crl.pem").read_bytes())}
+
+
+def test_a_renewed_certificate_can_be_revoked(folder: Path) -> None:
+    """`revoke NAME` takes all that are valid of that name, also those whose file is gone, and no other's."""
+    serials = [load(issue(folder, "alice", hosts=None)).serial_number]
+    serials.append(load(issue(folder, "alice", hosts=None, force=True)).serial_number)
+    serials.append(load(renew(folder, "alice")).serial_number)
+    issue(folder, "bob", hosts=None)
+    (folder / "alice.crt").unlink()
+    revoke(folder, "alice")
+    assert revoked(folder) == set(serials)
+    after = load(renew(folder, "alice")).serial_number
+    assert after not in revoked(folder)
+
+
+def test_what_is_over_is_not_revoked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`revoke NAME` leaves the expired ones off the list; with no valid one left it says so."""
+    old = load(issue(folder, "alice", hosts=None, days=1)).serial_number
+    now = rtunnel_tls._now()
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + datetime.timedelta(days=2))
+    refuse("nothing that was issued to alice is valid", revoke, folder, "alice")
+    new = load(renew(folder, "alice")).serial_number
+    revoke(folder, "alice")
+    assert revoked(folder) == {new}
+    assert old != new
+
+
+def test_a_file_or_a_serial_is_revoked_alone(folder: Path, tmp_path: Path) -> None:
+    """A certificate's file, wherever it lies, and a serial number, on record or not, revoke that one."""
+    copy = tmp_path / "copy.crt"
+    shutil.copy(issue(folder, "alice", hosts=None), copy)
+    kept = load(renew(folder, "alice")).serial_number
+    revoke(folder, copy)
+    assert revoked(folder) == {load(copy).serial_number}
+    revoke(folder, serial="0A:0b")
+    assert revoked(folder) == {load(copy).serial_number, 0xA0B}
+    assert kept not in revoked(folder)
+    bob = load(issue(folder, "bob", hosts=None)).serial_number
+    revoke(folder, folder / "bob.crt", serial="c0c")
+    assert {bob, 0xC0C} <= revoked(folder)
+    for serial in ("", "x", "-1", "0", "f" * 41):
+        refuse("--serial", revoke, folder, serial=serial)
+
+
+def test_the_authority_cannot_be_revoked(folder: Path) -> None:
+    """With its own serial number on the list nobody would be admitted."""
+    refuse("authority itself", revoke, folder, folder / "ca.crt")
+    refuse("authority itself", revoke, folder, serial=f"{load(folder / 'ca.crt').serial_number:x}")
+    assert revoked(folder) == set()
+
+
+def test_a_list_can_be_written_anew(folder: Path) -> None:
+    """Without a target `revoke` keeps what is on the list, counts on, and moves its end."""
+    issue(folder, "alice", hosts=None)
+    revoke(folder, "alice")
+    before = revoked(folder)
+    revoke(folder)
+    crl = x509.load_pem_x509_crl((folder / "crl.pem").read_bytes())
+    assert revoked(folder) == before
+    assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 3
+
+
+def test_a_renewal_keeps_all_and_asks_for_nothing(tmp_path: Path) -> None:
+    """Role, names with their wildcards, algorithm and days are those of the newest of that name; the key is new."""
+    init_authority(tmp_path / "pki")
+    hosts = ["tunnel.example.org", "*.example.net", "192.0.2.1", "2001:db8::1"]
+    issue(tmp_path / "pki", "gate", hosts=None)
+    first = load(issue(tmp_path / "pki", "gate", hosts=hosts, algorithm="mldsa87", days=90, force=True))
+    key = (tmp_path / "pki" / "gate.key").read_bytes()
+    second = load(renew(tmp_path / "pki", "gate"))
+    assert second.serial_number != first.serial_number
+    assert (tmp_path / "pki" / "gate.key").read_bytes() != key
+    assert [str(name) for name in rtunnel_tls._names(second)] == hosts
+    assert rtunnel_tls._roles(second) == ["server"]
+    assert rtunnel_tls._algorithm(second.public_key_algorithm_oid) == "mldsa87"
+    assert rtunnel_tls._days_left(second.not_valid_after_utc) == 89
+    assert second.subject == first.subject
+    refuse("has issued nothing to nobody|pki issue", renew, tmp_path / "pki", "nobody")
+
+
+def test_a_renewal_ends_no_later_than_the_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the authority has less time than the certificate had, the renewal gets what is left."""
+    init_authority(tmp_path, years=1)
+    issue(tmp_path, "alice", hosts=None, days=300)
+    now = rtunnel_tls._now()
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + datetime.timedelta(days=200))
+    assert rtunnel_tls._days_left(load(renew(tmp_path, "alice")).not_valid_after_utc) in (163, 164)
+
+
+def test_a_folder_of_the_version_before_is_taken_up(folder: Path, tmp_path: Path) -> None:
+    """Without a record, the certificates that lie there are known, and stay known when they are replaced."""
+    first = load(issue(folder, "alice", hosts=None)).serial_number
+    issue(folder, "gate", hosts=["localhost"])
+    init_authority(tmp_path / "other")
+    shutil.copy(issue(tmp_path / "other", "bob", hosts=None), folder / "bob.crt")  # of another authority
+    (folder / "broken.crt").write_text("no certificate")
+    for new in ("issued.pem", ".lock"):
+        (folder / new).unlink()
+    second = load(renew(folder, "alice")).serial_number
+    assert rtunnel_tls._roles(load(renew(folder, "gate"))) == ["server"]
+    revoke(folder, "alice")
+    assert revoked(folder) == {first, second}
+    refuse("nothing that was issued to bob", revoke, folder, "bob")
+
+
+def test_show_tells_of_all_that_was_issued(folder: Path) -> None:
+    """Also of what has been replaced or taken away, with whether it is revoked; each certificate once."""
+    old = load(issue(folder, "alice", hosts=None)).serial_number
+    revoke(folder, "alice")
+    new = load(renew(folder, "alice")).serial_number
+    moved = load(issue(folder, "bob", hosts=None)).serial_number
+    (folder / "bob.crt").unlink()
+    lines = show(folder)
+    serials = [line.split()[1] for line in lines if line.startswith("  serial")]
+    assert sorted(serials) == sorted(f"{each:x}" for each in (old, new, moved, load(folder / "ca.crt").serial_number))
+    told = dict(zip(serials, (line.split()[1] for line in lines if line.startswith("  revoked")), strict=True))
+    assert (told[f"{old:x}"], told[f"{new:x}"], told[f"{moved:x}"]) == ("YES,", "no", "no")
+
+
+def test_a_broken_record_is_named_and_kept(folder: Path) -> None:
+    """A record that cannot be read is not made afresh: what was on it could not be revoked any more."""
+    issue(folder, "alice", hosts=None)
+    record = folder / "issued.pem"
+    for content in (b"", b"x", record.read_bytes()[:-100]):
+        record.write_bytes(content)
+        refuse(f"{record}|copy", issue, folder, "bob", hosts=None)
+        refuse(f"{record}|copy", revoke, folder, "alice")
+        assert record.read_bytes() == content
+
+
+def test_another_authority_begins_with_an_empty_record(folder: Path) -> None:
+    """`init --force` makes the old certificates void: none of them is on the new record or list."""
+    issue(folder, "alice", hosts=None)
+    init_authority(folder, force=True)
+    refuse("nothing that was issued to alice", revoke, folder, "alice")
+    assert rtunnel_tls._load_certificates(folder / "issued.pem") == [load(folder / "ca.crt")]
+
+
+# --- many commands, full disks, crashes ---------------------------------------------------------------------
+
+
+def test_commands_at_once_lose_nothing(folder: Path) -> None:
+    """Certificates that are issued, and revoked, by many at once are all on record, and all on the list."""
+    names = [f"c{number}" for number in range(8)]
+    for task in [Task(functools.partial(issue, folder, name, hosts=None)) for name in names]:
+        task.result()
+    tasks = [Task(revoke, folder, name) for name in names[4:]]
+    command = [sys.executable, str(ROOT / "rtunnel.py"), "pki", "revoke", "--dir", str(folder)]
+    running = [subprocess.Popen([*command, name], stdout=subprocess.DEVNULL) for name in names[:4]]
+    assert [process.wait(30) for process in running] == [0] * 4
+    for task in tasks:
+        task.result()
+    assert revoked(folder) == {load(folder / f"{name}.crt").serial_number for name in names}
+    assert len(rtunnel_tls._load_certificates(folder / "issued.pem")) == 9
+
+
+def test_who_holds_the_folder_makes_the_next_wait(folder: Path) -> None:
+    """A command begins when the one before has ended, and a process that dies lets the folder go."""
+    script = (
+        f"import rtunnel_tls, pathlib, sys\nwith rtunnel_tls._held(pathlib.Path({str(folder)!r})):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        task = Task(functools.partial(issue, folder, "alice", hosts=None))
+        task.thread.join(0.3)
+        assert task.thread.is_alive()
+        holder.kill()
+        assert task.result() == folder / "alice.crt"
+
+
+def fits(folder: Path, name: str) -> bool:
+    key = rtunnel_tls._load_key(folder / f"{name}.key")
+    return bool(key.public_key() == load(folder / f"{name}.crt").public_key())
+
+
+STEPS = ("mkdir", "open", "fsync", "rename", "replace", "rmdir")
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+@pytest.mark.parametrize("step", STEPS)
+def test_a_crash_at_any_step_leaves_a_pair_or_is_mended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """Wherever a renewal dies, the next command finds the old pair or makes the new one whole, and nothing is left."""
+    issue(folder, "gate", hosts=["localhost"])
+    before = load(folder / "gate.crt").serial_number
+    count = 0
+
+    class Died(BaseException):
+        """As by SIGKILL: nothing that would tidy up runs either."""
+
+    def dying(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count >= number:
+                raise Died
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        place: Any = {"open": builtins, "fsync": rtunnel_tls.os}.get(step, Path)
+        patched.setattr(place, step, dying(getattr(place, step)))
+        patched.setattr(rtunnel_tls.shutil, "rmtree", lambda *_, **__: None)
+        with contextlib.suppress(Died):
+            renew(folder, "gate")
+    revoke(folder)
+    assert fits(folder, "gate")
+    left = {file.name for file in folder.iterdir()}
+    assert left == {".lock", "ca.crt", "ca.key", "crl.pem", "gate.crt", "gate.key", "issued.pem"}
+    on_record = {each.serial_number for each in rtunnel_tls._load_certificates(folder / "issued.pem")}
+    assert {before, load(folder / "gate.crt").serial_number} <= on_record
+
+
+def test_a_reload_between_two_files_keeps_what_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who loads the pair while it is replaced gets the old one, the new one, or a sentence: never a broken pair."""
+    issue(folder, "gate", hosts=["localhost"])
+    files = {"cert": folder / "gate.crt", "key": folder / "gate.key", "ca": folder / "ca.crt"}
+    seen: list[str] = []
+    real = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        for _ in range(2):
+            try:
+                rtunnel_tls.make_context("server", "default", **files)  # type: ignore[arg-type]
+                seen.append("a pair")
+            except TlsConfigError as error:
+                seen.append("told" if "copy both files" in str(error) else str(error))
+            if len(seen) % 2:
+                real(self, target)
+        return target
+
+    monkeypatch.setattr(Path, "replace", watched)
+    renew(folder, "gate")
+    assert set(seen) == {"a pair", "told"}
+    assert seen[0] == seen[-1] == "a pair"
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bob\n  role       client", "\x1b[2K", "a\u202eb", "a\u2028b", "tab\tcr\r", "\x85"])
+def test_show_forges_nothing(tmp_path: Path, name: str) -> None:
+    """What a certificate says is escaped: no line feed, no control character, no mark of direction."""
+    signer = Signer(name=name)
+    file = tmp_path / "x.crt"
+    file.write_bytes(signer.certificate.public_bytes(serialization.Encoding.PEM))
+    lines = show(file)
+    assert len(lines) == 11
+    assert all(line.isprintable() for line in lines)
+    leaf = signer.issue(tmp_path, "leaf", [], subject=name).cert
+    refuse("CN=|is no authority", rtunnel_tls.make_context, "server", "default", cert=leaf, key=leaf, ca=leaf)
+
+
+def test_show_of_a_file_with_several_tells_of_each(folder: Path, tmp_path: Path) -> None:
+    """As in a ca.crt with two roots."""
+    init_authority(tmp_path / "new", name="new")
+    both = tmp_path / "both.crt"
+    both.write_bytes((folder / "ca.crt").read_bytes() + (tmp_path / "new" / "ca.crt").read_bytes())
+    assert [line.split("=")[1] for line in show(both) if line.startswith("  subject")] == ["rtunnel CA", "new"]
+
+
+def test_the_list_of_a_namesake_is_not_taken(folder: Path, tmp_path: Path) -> None:
+    """`show` takes the list of the authority that has signed, not of another one of its name."""
+    init_authority(tmp_path / "new")
+    issue(folder, "alice", hosts=None)
+    revoke(folder, "alice")
+    old, new = ((where / "crl.pem").read_bytes() for where in (folder, tmp_path / "new"))
+    for content, told in ((old, "YES"), (new, "unknown"), (old + new, "YES"), (new + old, "YES")):
+        (folder / "crl.pem").write_bytes(content)
+        assert f"  revoked    {told}" in "\n".join(show(folder / "alice.crt"))
+
+
+@pytest.mark.parametrize("name", ["anonymous", "Anonymous"])
+def test_nobody_is_anonymous(folder: Path, name: str) -> None:
+    """Who has no certificate is called so: no certificate is issued to that name."""
+    refuse("certificate's name|anonymous", issue, folder, name, hosts=None)
+
+
+def test_lists_and_certificates_name_the_key(folder: Path) -> None:
+    """A leaf carries its own key's identifier and the authority's, as the list does: names alone can be equal."""
+    authority = load(folder / "ca.crt").extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    leaf = load(issue(folder, "alice", hosts=None))
+    own = leaf.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    assert own == x509.SubjectKeyIdentifier.from_public_key(leaf.public_key())
+    for _ in range(2):
+        crl = x509.load_pem_x509_crl((folder / "crl.pem").read_bytes())
+        for each in (leaf, crl):
+            identifier = each.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+            assert identifier.key_identifier == authority
+        revoke(folder, "alice")
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def test_each_command_says_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path first, then which file goes where; `revoke` and `renew` name the signal."""
+    monkeypatch.chdir(tmp_path)
+    for command, file, words in (
+        (["init"], "ca.crt", ["ca.crt and crl.pem", "--tls-ca", "ca.key must never"]),
+        (["issue", "alice", "--client"], "alice.crt", ["alice.crt and alice.key", "--tls-cert"]),
+        (["renew", "alice"], "alice.crt", ["alice.crt and alice.key", "SIGHUP", "serial"]),
+        (["revoke", "alice"], "crl.pem", ["crl.pem", "--tls-crl", "SIGHUP"]),
+        (["revoke", "--serial", "abc"], "crl.pem", ["SIGHUP"]),
+        (["revoke"], "crl.pem", ["SIGHUP"]),
+    ):
+        assert rtunnel.main(["pki", *command]) == 0
+        path, *told = capsys.readouterr().out.splitlines()
+        assert path == str(Path("conf/pki", file))
+        assert all(word in " ".join(told) for word in words), told
+    with pytest.raises(SystemExit, match="2"):
+        rtunnel.main(["pki", "revoke", "alice", "--serial", "abc"])
+
+
+def test_show_is_no_trouble_for_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    """A name beyond the terminal's letters is shown in an escaped form, and is no traceback."""
+    file = tmp_path / "x.crt"
+    file.write_bytes(Signer(name="Müller").certificate.public_bytes(serialization.Encoding.PEM))
+    command = [sys.executable, str(ROOT / "rtunnel.py"), "pki", "show", str(file)]
+    for encoding, shown in (("ascii", rb"CN=M\xfcller"), ("utf-8", "CN=Müller".encode())):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, capture_output=True, env=environment, check=True, timeout=20)
+        assert shown in done.stdout
+
+
+@pytest.mark.parametrize("program", ["rtunnel", "rtunnel.py"])
+def test_advice_names_the_program_that_was_started(tmp_path: Path, program: str) -> None:
+    """The command that pip installs is `rtunnel`; a file that is run is `rtunnel.py`."""
+    script = ROOT / "rtunnel.py"
+    if program == "rtunnel":  # as pip makes it
+        script = tmp_path / program
+        script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rtunnel\nsys.exit(rtunnel.main())\n")
+    command = [sys.executable, str(script), "pki", "show", str(tmp_path / "none")]
+    (tmp_path / "none").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 2
+    assert f"by: {program} pki init" in done.stderr

@@ -214,8 +214,8 @@ def test_tls_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> 
 
 def test_a_handshake_beside_the_reload(own: House) -> None:
     """A session whose handshake began by the old list, and ended after the reload, is cut all the same."""
-    receipt = SimpleNamespace(issuer="CN=rtunnel CA", serial=0, identity="alice")
-    receipt.serial = rtunnel_tls._load_certificates(own.folder / "alice.crt")[0].serial_number
+    chain = [rtunnel_tls._load_certificates(own.folder / f"{name}.crt")[0] for name in ("alice", "ca")]
+    receipt = SimpleNamespace(chain=chain, identity="alice")
     rtunnel_tls.revoke(own.folder, "alice")
     program = rtunnel.Program(rtunnel.Settings(), own.server())
     fresh = rtunnel.Program(rtunnel.Settings(), own.server(crl=own.crl))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,16 @@ from OpenSSL._util import lib
 from tls_peers import CLIENT_AUTH, HOUR, SERVER_AUTH, House, Pair, Signer, meet, raw_context, raw_peer, session, shake
 
 import rtunnel_tls
-from rtunnel_tls import PROFILES, HandshakeError, Receipt, TlsConfigError, TlsContext, check_peer, make_context
+from rtunnel_tls import (
+    PROFILES,
+    HandshakeError,
+    NotYetValid,
+    Receipt,
+    TlsConfigError,
+    TlsContext,
+    check_peer,
+    make_context,
+)
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
 
@@ -104,6 +116,7 @@ def test_an_encrypted_key_is_refused_and_nobody_is_asked(house: House, tmp_path:
         ("--tls-cert|key: rsaEncryption", {"algorithm": "rsa"}),
         ("--tls-cert|key: mldsa44", {"algorithm": "mldsa44"}),
         ("--tls-cert|identity", {"subject": None}),
+        ("--tls-cert|identity|anonymous", {"subject": "anonymous"}),
     ],
 )
 def test_a_certificate_that_peers_would_refuse_is_told_at_start(
@@ -156,6 +169,266 @@ def test_nothing_but_the_file_is_sent(house: House) -> None:
     assert chains == [1]
 
 
+# --- whatever the bytes ------------------------------------------------------------------------------------
+
+
+def _block(pem: bytes) -> tuple[bytes, bytes, bytes]:
+    head, body, tail = pem.partition(b"\n")[0], pem.split(b"-----")[2], pem.rstrip().rpartition(b"\n")[2]
+    return head, base64.b64decode(body), tail
+
+
+def _broken(pem: bytes, stride: int) -> Iterator[bytes]:
+    """The file cut short, with one character changed, and with one byte of what it encodes changed."""
+    for at in range(0, len(pem), max(1, len(pem) // 25)):
+        yield pem[:at]
+        yield pem[:at] + bytes([pem[at] ^ 1]) + pem[at + 1 :]
+    head, der, tail = _block(pem)
+    for at in [*range(0, min(len(der), 280), stride), *range(280, len(der), 800)]:
+        changed = der[:at] + bytes([der[at] ^ (1 << at % 8)]) + der[at + 1 :]
+        yield b"\n".join((head, base64.encodebytes(changed).strip(), tail, b""))
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@pytest.mark.parametrize("option", ["ca", "cert", "key", "crl"])
+def test_one_wrong_byte_is_one_sentence(house: House, tmp_path: Path, option: str) -> None:
+    """Whatever is in a file: a context is made of it, or one sentence names it, and `pki show` does as well."""
+    files = house.files("client") | {"crl": house.crl}
+    file = tmp_path / f"x.{option}"
+    file.touch(0o600)
+    told = []
+    for number, content in enumerate(_broken(files[option].read_bytes(), 3)):
+        file.write_bytes(content)
+        try:
+            house.client(**(files | {option: file}))
+        except TlsConfigError as error:
+            told.append(str(error))
+        if option in ("ca", "cert") and number % 4 == 0:
+            with contextlib.suppress(TlsConfigError):
+                assert all(line.isprintable() for line in rtunnel_tls.show(file))
+    assert len(told) > 50
+    assert all(str(file) in text and text.isprintable() for text in told if option != "ca"), told
+    assert all(text.startswith("--tls-") for text in told)
+    assert lib.ERR_peek_error() == 0, "nothing is left for a later call to trip over"
+
+
+@pytest.mark.parametrize(("option", "role"), [("ca", "server"), ("cert", "server"), ("ca", "client")])
+def test_openssls_own_error_is_one_sentence(house: House, tmp_path: Path, option: str, role: str) -> None:
+    """A name that is no UTF-8: `cryptography` passes over it, OpenSSL does not."""
+    head, der, tail = _block(house.files(role)[option].read_bytes())
+    at = der.index(b"rtunnel CA")
+    file = tmp_path / "x.crt"
+    file.write_bytes(b"\n".join((head, base64.encodebytes(der[:at] + b"\xff" + der[at + 1 :]).strip(), tail, b"")))
+    name = {"verify_name": "localhost"} if role == "client" else {}
+    refuse(f"--tls-{option} {file}: ", role, **(house.files(role) | name | {option: file}))
+
+
+# --- advice -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("profile", "option"), [("default", ""), ("cnsa2", " --algorithm mldsa87")])
+@pytest.mark.parametrize(("role", "command"), [("server", "--server HOST"), ("client", "--client")])
+def test_advice_is_for_who_reads_it(
+    house: House, big_house: House, tmp_path: Path, profile: str, option: str, role: str, command: str
+) -> None:
+    """A ca.crt that is missing has to be copied; what the authority has to make is told with the options it needs."""
+    home = big_house if option else house
+    name = {"verify_name": "localhost"} if role == "client" else {}
+    files: dict[str, Any] = home.files(role) | name
+    missing = tmp_path / "none"
+    words = f"copy ca.crt from the authority's folder|rtunnel pki init{option}"
+    refuse(words, role, profile, **(files | {"ca": missing}))
+    words = f"rtunnel pki issue NAME {command}{option}, or by: rtunnel pki renew NAME"
+    refuse(words, role, profile, **(files | {"cert": missing}))
+    refuse("copy crl.pem|pki revoke", role, profile, **(files | {"crl": missing}))
+    if option:
+        refuse(f"--tls-ca|mldsa65|init{option}", role, profile, **(files | {"ca": house.ca}))
+        refuse(f"--tls-cert|mldsa65|{option}", role, profile, **(files | {"cert": house.files(role)["cert"]}))
+
+
+# --- the clock ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["ca", "cert", "crl"])
+def test_a_file_whose_time_has_not_come_can_be_waited_for(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """It raises NotYetValid, with both times and no advice to make another; an expired one is no such case."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    files: dict[str, Any] = house.files("server") | {"crl": house.crl}
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + 30 * 24 * HOUR)
+    rtunnel_tls.init_authority(tmp_path)
+    pair = rtunnel_tls.issue(tmp_path, "server", hosts=["localhost"])
+    later = {"ca": tmp_path / "ca.crt", "cert": pair, "crl": tmp_path / "crl.pem"}
+    if option == "crl":  # of the authority that is trusted
+        key = rtunnel_tls._load_key(house.folder / "ca.key")
+        authority = rtunnel_tls._load_certificates(house.ca)[0]
+        later["crl"].write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: now)
+    with pytest.raises(NotYetValid) as early:
+        make_context("server", "default", **(files | {option: later[option]}))
+    assert str(early.value).startswith(f"--tls-{option} {later[option]}: validity: ")
+    assert "is not valid before 20" in str(early.value)
+    assert rtunnel_tls._iso(now) in str(early.value)
+    assert "pki" not in str(early.value).replace(str(tmp_path), "")
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + 20 * 365 * 24 * HOUR)
+    with pytest.raises(TlsConfigError, match="expired on") as late:
+        make_context("server", "default", **(files | {option: later[option]}))
+    assert not isinstance(late.value, NotYetValid)
+
+
+def test_a_clock_that_is_wrong_at_boot(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 1970 nothing is valid yet; once the clock is right the same files do."""
+    with monkeypatch.context() as boot:
+        boot.setattr(rtunnel_tls, "_now", lambda: datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc))
+        with pytest.raises(NotYetValid):
+            house.client(crl=house.crl)
+    house.client(crl=house.crl)
+
+
+# --- two authorities ----------------------------------------------------------------------------------------
+
+
+class Rotation:
+    """A server and clients with one ca.crt and one crl.pem for all, as an operator goes from authority to authority."""
+
+    def __init__(self, folder: Path) -> None:
+        self.old, self.new = House(folder / "old"), House(folder / "new")
+        self.ca, self.crl = folder / "ca.crt", folder / "crl.pem"
+
+    def trust(self, *houses: House) -> None:
+        self.ca.write_bytes(b"".join(house.ca.read_bytes() for house in houses))
+        self.crl.write_bytes(b"".join(house.crl.read_bytes() for house in houses))
+
+    def meets(self, server: House, client: House, name: str = "client") -> bool:
+        trusted: dict[str, Any] = {"ca": self.ca, "crl": self.crl}
+        own = client.files(name) | trusted
+        told = meet(server.server(**trusted), lambda sock: _quiet(sock, client.client(**own)))[0]
+        return isinstance(told, Receipt)
+
+
+def test_a_rotation_of_the_authority(tmp_path: Path) -> None:
+    """Both authorities have one name. At each step everybody who should is admitted, and nobody who is revoked."""
+    world = Rotation(tmp_path)
+    old, new = world.old, world.new
+    rtunnel_tls.issue(old.folder, "thief", hosts=None)
+    rtunnel_tls.issue(new.folder, "thief", hosts=None)
+    rtunnel_tls.revoke(old.folder, "thief")
+    world.trust(old)
+    assert (world.meets(old, old), world.meets(old, old, "thief")) == (True, False)
+    # 1. Everybody trusts both, with both lists; all still show the old certificates.
+    for order in ((old, new), (new, old)):
+        world.trust(*order)
+        assert (world.meets(old, old), world.meets(old, old, "thief")) == (True, False)
+        # 2. One after the other shows a new one: a server first, or a client.
+        for server in (old, new):
+            for client in (old, new):
+                assert world.meets(server, client)
+        assert world.meets(old, new, "thief"), "the new list has it not"
+        rtunnel_tls.revoke(new.folder, "thief")
+        world.trust(*order)
+        assert not world.meets(old, new, "thief")
+        new.crl.write_bytes(rtunnel_tls._revocations(*_authority(new), 9, ()))
+    # 3. The old one is taken out: who still shows its certificates is refused.
+    world.trust(new)
+    assert world.meets(new, new)
+    assert not world.meets(new, old)
+    assert not world.meets(old, new)
+
+
+def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path) -> None:
+    """OpenSSL would take it for either's and refuse everybody. An earlier version wrote such; `pki revoke` mends it."""
+    world = Rotation(tmp_path)
+    authority, key = _authority(world.old)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateRevocationListBuilder(authority.subject, now - HOUR, now + 24 * HOUR)
+    builder = builder.add_extension(x509.CRLNumber(1), critical=False)
+    world.old.crl.write_bytes(builder.sign(key, None).public_bytes(serialization.Encoding.PEM))
+    world.trust(world.old)
+    assert world.meets(world.old, world.old), "alone it is no trouble"
+    whole = tmp_path / "whole.crt"  # with its root, which is no second authority
+    whole.write_bytes(world.old.files("server")["cert"].read_bytes() + world.ca.read_bytes())
+    world.old.server(cert=whole, ca=world.ca, crl=world.crl)
+    world.trust(world.old, world.new)
+    words = "--tls-crl|does not say which CN=rtunnel CA has signed it|pki revoke"
+    refuse(words, **(world.old.files("server") | {"ca": world.ca, "crl": world.crl}))
+    rtunnel_tls.revoke(world.old.folder)
+    world.trust(world.old, world.new)
+    assert world.meets(world.old, world.new)
+    assert world.meets(world.new, world.old)
+
+
+def _authority(house: House) -> tuple[x509.Certificate, Any]:
+    key = rtunnel_tls._load_key(house.folder / "ca.key")
+    return rtunnel_tls._load_certificates(house.ca)[0], key
+
+
+def test_an_open_session_is_found_revoked_by_its_own_authority(tmp_path: Path) -> None:
+    """Of two authorities with one name, only the list of the one that has signed counts, for serials can be equal."""
+    world = Rotation(tmp_path)
+    world.trust(world.old, world.new)
+    with session(world.old.server(ca=world.ca), world.old.client(ca=world.ca)) as (server, _):
+        serial = server.receipt.serial
+        rtunnel_tls.revoke(world.new.folder, serial=f"{serial:x}")
+        world.trust(world.old, world.new)
+        assert not world.old.server(ca=world.ca, crl=world.crl).revokes(server.receipt)
+        rtunnel_tls.revoke(world.old.folder, "client")
+        world.trust(world.new, world.old)
+        assert world.old.server(ca=world.ca, crl=world.crl).revokes(server.receipt)
+
+
+def test_a_forged_list_is_told_at_start(house: House, tmp_path: Path) -> None:
+    """A list in the name of our authority that it has not signed: OpenSSL would refuse everybody."""
+    head, der, tail = _block(house.crl.read_bytes())
+    forged = der[:-9] + bytes([der[-9] ^ 1]) + der[-8:]
+    file = tmp_path / "crl.pem"
+    file.write_bytes(b"\n".join((head, base64.encodebytes(forged).strip(), tail, b"")))
+    refuse(f"--tls-crl {file}|CN=rtunnel CA that we trust has not signed it", crl=file, **house.files("server"))
+
+
+@pytest.mark.parametrize("between", [0, 1, 4, 5])
+def test_four_authorities_may_stand_between(tmp_path: Path, between: int) -> None:
+    """A chain of up to four intermediates is admitted at both ends, one of five is not."""
+    root = signer = Signer()
+    for number in range(between):
+        signer = Signer("mldsa65" if number % 2 else "mldsa87", name=f"between {number}", by=signer)
+    ca = root.save(tmp_path)
+    server, client = (signer.issue(tmp_path, name, [use], ["localhost"]) for name, use in
+                      (("server", SERVER_AUTH), ("client", CLIENT_AUTH)))  # fmt: skip
+    files: dict[str, Any] = {"cert": client.cert, "key": client.key, "ca": ca}
+    if between > 4:
+        refuse("--tls-cert|more than 4 authorities", cert=server.cert, key=server.key, ca=ca)
+        peer = raw_peer(raw_context(server, None, groups="X25519MLKEM768", signatures=None), "server")
+        own = Signer().issue(tmp_path, "own", [CLIENT_AUTH])
+        files |= {"cert": own.cert, "key": own.key}
+        refused, _ = meet(make_context("client", "default", verify_name="localhost", **files), peer)
+        assert isinstance(refused, HandshakeError)
+        assert "chain too long" in str(refused)
+        return
+    ours = make_context("server", "default", cert=server.cert, key=server.key, ca=ca)
+    with session(ours, make_context("client", "default", verify_name="localhost", **files)) as (end, other):
+        assert len(end.receipt.chain) == len(other.receipt.chain) == between + 2
+
+
+def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> None:
+    """Not only the peer's own certificate counts: whom its authority has signed is out with it."""
+    root = Signer()
+    between = Signer(name="between", by=root)
+    ca = root.save(tmp_path)
+    server, client = (between.issue(tmp_path, name, [use], ["localhost"]) for name, use in
+                      (("server", SERVER_AUTH), ("client", CLIENT_AUTH)))  # fmt: skip
+    ours = make_context("server", "default", cert=server.cert, key=server.key, ca=ca)
+    theirs = make_context("client", "default", cert=client.cert, key=client.key, ca=ca, verify_name="localhost")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    entry = x509.RevokedCertificateBuilder(between.certificate.serial_number, now).build()
+    lists = [rtunnel_tls._revocations(root.certificate, root.key, 1, entries) for entries in ((), (entry,))]
+    lists = [each + rtunnel_tls._revocations(between.certificate, between.key, 1, ()) for each in lists]
+    with session(ours, theirs) as (end, _):
+        for content, revoked in zip(lists, (False, True), strict=True):
+            (tmp_path / "crl.pem").write_bytes(content)
+            fresh = make_context("server", "default", cert=server.cert, key=server.key, ca=ca, crl=tmp_path / "crl.pem")
+            assert fresh.revokes(end.receipt) == revoked
+
+
 # --- options ------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +462,7 @@ def test_a_profile_that_this_openssl_lacks_is_refused(
 
 @pytest.mark.parametrize("binding", ["SSL_CTX_set1_curves_list", "SSL_CTX_set1_sigalgs_list"])
 def test_a_binding_that_is_gone_is_refused(house: House, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
-    """Where the private binding is gone and pyOpenSSL has no setter, nothing starts."""
+    """Where the private binding is gone, nothing starts."""
 
     class Without:
         def __getattr__(self, name: str) -> Any:
@@ -201,25 +474,14 @@ def test_a_binding_that_is_gone_is_refused(house: House, monkeypatch: pytest.Mon
     refuse(f"--tls-profile default|{binding}", **house.files("server"))
 
 
-@pytest.mark.parametrize(("setter", "names"), [("set_groups", "MLKEM1024"), ("set_sigalgs", "mldsa87")])
-def test_a_setter_of_pyopenssl_is_preferred(
-    big_house: House, monkeypatch: pytest.MonkeyPatch, setter: str, names: str
-) -> None:
-    """A later pyOpenSSL's own setter is called with the profile's list, and the binding is not."""
-    called: list[bytes] = []
-    monkeypatch.setattr(SSL.Context, setter, lambda _, value: called.append(value), raising=False)
-    big_house.server("cnsa2")
-    assert called == [names.encode()]
-
-
 def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
     """Each of the functions around a private binding has its effect, one at a time."""
     files = house.files("server")
     pair = Pair.__new__(Pair)
     pair.cert, pair.key = files["cert"], files["key"]
     for restriction, reason in (
-        (("set_groups", "SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
-        (("set_sigalgs", "SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
+        (("SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
+        (("SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
     ):
         context = raw_context(pair, house.ca, groups="MLKEM768", signatures="mldsa65:mldsa87")
         rtunnel_tls._set_list(context, *restriction)
@@ -305,7 +567,7 @@ def test_a_file_ends_with_the_first_that_it_holds(
 ) -> None:
     """Of several roots, or lists, in one file the one that ends first counts, wherever it stands."""
     monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 6)
-    rtunnel_tls._write_revocations(tmp_path / "short.pem", root.certificate.subject, root.key, 1, ())
+    (tmp_path / "short.pem").write_bytes(rtunnel_tls._revocations(root.certificate, root.key, 1, ()))
     roots, lists = [root.save(tmp_path), house.ca], [tmp_path / "short.pem", house.crl]
     for order in (1, -1):
         for name, held in (("roots", roots), ("lists", lists)):
@@ -328,9 +590,9 @@ def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path:
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
     key = rtunnel_tls._load_key(house.folder / "ca.key")
-    subject = x509.load_pem_x509_certificate(house.ca.read_bytes()).subject
+    authority = x509.load_pem_x509_certificate(house.ca.read_bytes())
     monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 0)
-    rtunnel_tls._write_revocations(tmp_path / "crl.pem", subject, key, 1, ())
+    (tmp_path / "crl.pem").write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
     refuse("--tls-crl|expired|pki revoke", crl=tmp_path / "crl.pem", **house.files("server"))
 
 
@@ -343,18 +605,18 @@ def test_a_list_of_a_classical_signature_is_refused(house: House, tmp_path: Path
     refuse("--tls-crl|signature", crl=tmp_path / "crl.pem", **house.files("server"))
 
 
-def test_a_list_of_another_authority_lets_nobody_in(house: House, big_house: House) -> None:
+def test_a_list_of_another_authority_lets_nobody_in(house: House, tmp_path: Path) -> None:
     """With a list that does not cover the peer's authority, nobody is let in: a wrong file is no open door."""
-    server = house.server(crl=big_house.crl)
+    rtunnel_tls.init_authority(tmp_path / "pki", name="another")
+    server = house.server(crl=tmp_path / "pki" / "crl.pem")
     refused, _ = meet(server, lambda sock: _quiet(sock, house.client()))
     assert isinstance(refused, HandshakeError)
 
 
 def _quiet(sock: Any, context: TlsContext) -> str:
-    transport = shake(sock, context)
     try:
-        return f"end {transport.receive_into(memoryview(bytearray(1)))}"
-    except (OSError, rtunnel_tls.TransportError) as error:
+        return f"end {shake(sock, context).receive_into(memoryview(bytearray(1)))}"
+    except (OSError, rtunnel_tls.TlsError) as error:
         return str(error)
 
 
@@ -386,6 +648,23 @@ def test_secrets_go_where_sslkeylogfile_says(house: House, tmp_path: Path, monke
         assert file.stat().st_mode & 0o777 == 0o600
     monkeypatch.delenv("SSLKEYLOGFILE")
     assert house.server().keylog is None
+
+
+@POSIX
+def test_a_keylog_that_others_can_read_is_refused(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads it reads all that passes; a device's mode says nothing."""
+    file = tmp_path / "keys.log"
+    file.touch()
+    monkeypatch.setenv("SSLKEYLOGFILE", str(file))
+    for mode in (0o644, 0o640, 0o602):
+        file.chmod(mode)
+        refuse(f"SSLKEYLOGFILE {file}|others can read it|chmod 600 {file}", **house.files("server"))
+    file.chmod(0o600)
+    assert house.server().keylog == str(file)
+    monkeypatch.setenv("SSLKEYLOGFILE", os.devnull)
+    assert house.server().keylog == os.devnull
 
 
 def test_a_keylog_that_cannot_be_written_is_told_at_start(
@@ -438,6 +717,7 @@ def test_the_peer_check_stands_on_its_own(house: House, root: Signer, tmp_path: 
         ("validity", {"chain": other(before=-HOUR)}),
         ("identity", {"chain": other(subject=None)}),
         ("identity", {"chain": other(subject="a\nb")}),
+        ("identity", {"chain": other(subject="anonymous")}),
     ):
         with pytest.raises(HandshakeError) as refused:
             check_peer(context, **(good | change))

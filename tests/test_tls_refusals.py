@@ -121,6 +121,7 @@ ROWS: dict[str, tuple[Callable[[World, str], Peer], tuple[str, str]]] = {
     "any extended key usage": (lambda w, r: w.raw(r, w.pair(r, purposes=[ANY_PURPOSE])), ("purpose", "purpose")),
     "no common name": (lambda w, r: w.raw(r, w.pair(r, subject=None)), ("identity", "identity")),
     "common name with a newline": (lambda w, r: w.raw(r, w.pair(r, subject="a\nb")), ("identity", "identity")),
+    "common name anonymous": (lambda w, r: w.raw(r, w.pair(r, subject="anonymous")), ("identity", "identity")),
     "common name beyond ASCII": (lambda w, r: w.raw(r, w.pair(r, subject="zoë")), ("identity", "identity")),
     "the root itself": (
         lambda w, r: w.raw(r, Pair(w.folder, "root-as-leaf", w.root.certificate, w.root.key)),
@@ -174,6 +175,17 @@ def test_the_server_is_who_was_dialled(world: World, hosts: list[str], name: str
     """The certificate names the dialled host or address in subjectAltName; its common name does not count."""
     outcome, _ = meet(world.ours("client", name=name), world.raw("server", world.pair("server", hosts=hosts)))
     assert (outcome.rule if isinstance(outcome, HandshakeError) else None) == rule
+    if rule is not None:  # what was wanted, and what the certificate has
+        held = ", ".join(hosts) or "no host"
+        assert str(outcome) == f"name: the certificate is for {held}, not for {name}"
+
+
+def test_of_very_many_names_a_few_are_told(world: World) -> None:
+    """A certificate can name thousands of hosts: a log line tells of eight, and counts the rest."""
+    hosts = [f"h{number}.example.org" for number in range(50)]
+    outcome, _ = meet(world.ours("client"), world.raw("server", world.pair("server", hosts=hosts)))
+    held = ", ".join(hosts[:8])
+    assert str(outcome) == f"name: the certificate is for {held}, 42 more, not for localhost"
 
 
 @pytest.mark.parametrize("ours", ["server", "client"])
@@ -271,6 +283,58 @@ def test_what_is_no_tls_is_refused(world: World, ours: str, said: bytes, rule: s
     refused, _ = meet(world.ours(ours), peer)
     assert isinstance(refused, HandshakeError), refused
     assert refused.rule == rule, refused
+
+
+FRAMES = {
+    "INIT of level 0": b"\x04" + bytes(7) + b"\x05" + b"0:x:1",
+    "INIT of level 1": b"\x04" + bytes(7) + b"\x23" + b"8080:x:1\nversion=1\nwindow=65536\n\n\n",
+    "NEW_CONN": b"\x01\0\0\0\x01\0\0\0\0",
+    "PING": b"\x08" + bytes(8),
+    "BLOCKED": b"\x0b\0\0\0\x07\0\0\0\x04abcd",
+}
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_peer_in_plain_mode_is_told_apart(world: World, ours: str, frame: str) -> None:
+    """Where the first bytes are a frame, the refusal says so and which option is meant; the peer gets an alert."""
+
+    def peer(sock: socket.socket) -> bytes:
+        sock.sendall(FRAMES[frame])
+        got = b""
+        while more := sock.recv(65536):
+            got += more
+        return got
+
+    refused, got = meet(world.ours(ours), peer)
+    assert str(refused) == "tls: the peer speaks the tunnel in plain mode; start both ends with --tls"
+    assert got.endswith(bytes.fromhex("15 0303 0002 02 46"))
+    assert len(got) == 7 or (ours == "client" and got[0] == 22), "after the ClientHello"
+
+
+@pytest.mark.parametrize("said", [b"\x04" + bytes(3), b"\x0c" + bytes(8), b"\0" * 9, b"\x04" + b"\xff" * 8])
+def test_what_is_no_frame_is_not_taken_for_one(world: World, said: bytes) -> None:
+    """A part of a frame, an unknown type, a length that no first frame has."""
+
+    def peer(sock: socket.socket) -> None:
+        sock.sendall(said)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+    refused, _ = meet(world.ours("server"), peer)
+    assert "plain mode" not in str(refused)
+
+
+def test_a_peer_that_says_nothing_to_a_client_may_lack_tls(world: World) -> None:
+    """A server in plain mode may close at our first record: the client says which option is meant."""
+
+    def peer(sock: socket.socket) -> None:
+        sock.recv(65536)
+
+    refused, _ = meet(world.ours("client"), peer)
+    assert refused.rule == "closed"
+    assert "--tls" in str(refused)
 
 
 def test_a_silent_peer_is_refused_at_the_deadline(world: World) -> None:

@@ -28,7 +28,7 @@ from tls_peers import (
 )
 
 import rtunnel_tls
-from rtunnel_tls import PeerAlert, RecordError, TlsTransport, TruncatedError
+from rtunnel_tls import TlsTransport, TransportError
 
 MIB = 1 << 20
 
@@ -163,7 +163,7 @@ def test_an_end_without_close_notify_is_truncation(house: House) -> None:
         server.send(b"half a ")
         server._carrier.finish()
         assert client.receive_into(view()) == 7
-        with pytest.raises(TruncatedError, match="truncated"):
+        with pytest.raises(TransportError, match="truncated"):
             client.receive_into(view())
 
 
@@ -174,7 +174,7 @@ def test_an_end_in_the_middle_of_a_record_is_truncation(house: House) -> None:
         forger.sock.sendall(forger.record(Forger.APPLICATION_DATA, b"cut")[:-1])
         forger.sock.shutdown(socket.SHUT_WR)
         assert receive(transport, 5) == b"whole"
-        with pytest.raises(TruncatedError):
+        with pytest.raises(TransportError, match="truncated"):
             transport.receive_into(view())
 
 
@@ -182,7 +182,7 @@ def test_an_end_before_any_data_says_when(house: House) -> None:
     """A peer that closes right after the handshake may have refused us, and the error says that much."""
     with session(house.server(), house.client()) as (server, client):
         server._carrier.finish()
-        with pytest.raises(TruncatedError, match="closed by peer after the handshake"):
+        with pytest.raises(TransportError, match="closed by peer after the handshake"):
             client.receive_into(view())
 
 
@@ -207,7 +207,7 @@ def test_an_alert_is_told_by_its_name(house: House, code: int, name: str) -> Non
         )
         assert receive(transport, 1) == b"x"
         for _ in range(2):
-            with pytest.raises(PeerAlert, match=f"^alert from the peer: {name}$"):
+            with pytest.raises(TransportError, match=f"^alert from the peer: {name}$"):
                 transport.receive_into(view())
         with pytest.raises(rtunnel_tls.TransportError):
             transport.send(b"too late")
@@ -221,7 +221,7 @@ def test_a_forged_record_ends_the_connection(house: House) -> None:
         sealed = bytearray(forger.record(Forger.APPLICATION_DATA, b"money"))
         sealed[-1] ^= 1
         forger.sock.sendall(sealed)
-        with pytest.raises(RecordError, match="bad record mac"):
+        with pytest.raises(TransportError, match="bad record mac"):
             transport.receive_into(view())
         assert flushes, "the reader asks for the alert to be sent"
         transport.finish()
@@ -235,7 +235,7 @@ def test_bytes_that_are_no_record_end_the_connection(house: House, junk: bytes) 
     """A record longer than TLS admits, and bytes that are no record at all."""
     with forged(house) as (transport, forger):
         forger.sock.sendall(junk)
-        with pytest.raises(RecordError):
+        with pytest.raises(TransportError):
             transport.receive_into(view())
 
 
@@ -244,7 +244,7 @@ def test_a_handshake_message_out_of_place_ends_the_connection(house: House, mess
     """No renegotiation, no second certificate request, no message of the past: TLS 1.3 has none."""
     with forged(house) as (transport, forger):
         forger.send(Forger.HANDSHAKE, message)
-        with pytest.raises(RecordError):
+        with pytest.raises(TransportError):
             transport.receive_into(view())
 
 
@@ -299,7 +299,7 @@ def test_a_flood_of_key_updates_ends_the_connection(house: House) -> None:
         data = Forger.APPLICATION_DATA  # in between, so that each read has something to hand out
         answer = lambda: forger.key_update(request=True) + forger.record(data, b"x")  # noqa: E731
         flood = Task(lambda: [forger.sock.sendall(answer()) for _ in range(4000)])
-        with pytest.raises(RecordError, match="answer"):
+        with pytest.raises(TransportError, match="answer"):
             read_until_it_fails(transport)
         assert transport._ssl.unsent() < 2 * rtunnel_tls.MAX_UNSENT_BYTES + 8000
         transport.shutdown()
@@ -314,7 +314,7 @@ def test_half_a_handshake_message_does_not_hold_up_the_writer(house: House) -> N
         forger.send(Forger.HANDSHAKE, bytes([24, 0, 0, 1]))
         assert receive(transport, 1) == b"x"
         reader = Task(transport.receive_into, view())
-        with pytest.raises(RecordError, match="first part"):
+        with pytest.raises(TransportError, match="first part"):
             send_until_it_fails(transport)
         transport.finish()
         kinds = set()
@@ -323,7 +323,7 @@ def test_half_a_handshake_message_does_not_hold_up_the_writer(house: House) -> N
                 kinds.add(forger.receive()[0])
         assert kinds <= {Forger.APPLICATION_DATA}, "no close_notify vouches for what was cut"
         transport.shutdown()
-        with pytest.raises(TruncatedError):
+        with pytest.raises(TransportError, match="truncated"):
             reader.result()
 
 
@@ -493,3 +493,65 @@ def test_no_secret_is_in_an_error_or_a_receipt(house: House) -> None:
         shown = f"{server.receipt!r} {server.receipt.pairs()} {context!r} {server!r}"
     assert key not in shown
     assert "PRIVATE" not in shown
+
+
+# --- finish, beside a reader --------------------------------------------------------------------------------
+
+
+def test_finish_beside_a_reader(house: House) -> None:
+    """`finish` while the reader waits: the peer gets close_notify, and the reader still gets what comes after."""
+    for ours_first in (True, False):
+        with session(house.server(), house.client()) as pair:
+            ours, theirs = pair if ours_first else pair[::-1]
+            reader = Task(receive, ours, 5)
+            ours.finish()
+            assert theirs.receive_into(view(1)) == 0
+            theirs.send(b"later")
+            theirs.finish()
+            assert reader.result() == b"later"
+            assert ours.receive_into(view(1)) == 0
+
+
+def test_nothing_is_sent_after_finish(house: House) -> None:
+    """What the reader causes then, answers to KeyUpdates, stays: a send after SHUT_WR would fail the session."""
+    with forged(house) as (transport, forger):
+        asked: list[int] = []
+        transport.wants_flush = lambda: asked.append(1)
+        transport.finish()
+        assert forger.receive()[0] == Forger.ALERT
+        updates = [forger.key_update(request=True) for _ in range(2)]  # OpenSSL answers one when the next has come
+        forger.sock.sendall(b"".join(updates) + forger.record(Forger.APPLICATION_DATA, b"x"))
+        assert receive(transport, 1) == b"x"
+        assert transport._ssl.unsent()
+        assert asked
+        transport.flush()
+        with pytest.raises(EOFError):
+            forger.receive()
+        with pytest.raises(TransportError):
+            transport.send(b"frame")
+
+
+def test_finish_after_a_failure_sends_the_alert_and_no_close_notify(house: House) -> None:
+    """A close_notify would vouch for a stream that was cut."""
+    with forged(house) as (transport, forger):
+        forger.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with pytest.raises(TransportError, match="bad record mac"):
+            receive(transport, 1)
+        transport.finish()
+        kind, content = forger.receive()
+        assert (kind, content) == (Forger.ALERT, b"\x02\x14")
+        with pytest.raises(EOFError):
+            forger.receive()
+
+
+def test_a_flood_of_key_updates_after_finish_ends_the_connection(house: House) -> None:
+    """The answers that wait for nobody are bounded too."""
+    with forged(house) as (transport, forger):
+        transport.finish()
+        task = Task(lambda: [forger.sock.sendall(forger.key_update(request=True)) for _ in range(20_000)])
+        with pytest.raises((TransportError, OSError)):
+            receive(transport, 1)
+        assert transport._ssl.unsent() < rtunnel_tls.MAX_UNSENT_BYTES + rtunnel_tls.INCOMING_BYTES
+        transport.shutdown()
+        with contextlib.suppress(OSError):
+            task.result()
