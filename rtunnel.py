@@ -3093,7 +3093,7 @@ class ClientSession(Session):
         with self._lock:
             new = self.ways.is_new(number, self._last_stream)
             if not number or number in self._streams or not new:
-                raise ProtocolError(f"NEW_CONN for stream {number} after {self._last_stream}")
+                raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
             stream = self.ways.stream(self, number, None, visitor)
             self.add_locked(stream)
         try:
