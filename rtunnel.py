@@ -1237,7 +1237,7 @@ class Writer:
             self._check_open_locked()
             if stream.silenced:
                 return
-            if self._writing:
+            if self._writing or not (frame or self._has_work_locked()):
                 if frame:
                     self._queue.append((stream, bytes(frame)))
                     self._queue_bytes += len(frame)
