@@ -509,7 +509,7 @@ def beside_a_tunnel(
     server: Factory, kind: str, limits: dict[str, float] | None = None
 ) -> Iterator[tuple[Program, NaivePeer, Address]]:
     """A server without a global port or with one, a client of it that has sent INIT, and where its visitors go."""
-    each_line = {"LOG_BURST": 100_000, **(limits or {})}
+    each_line = {"LOG_BURST": 100_000, "FAREWELL_S": 0.1, **(limits or {})}
     program = server(*(["--public-listen", "127.0.0.1:0"] if kind == "global" else []), limits=each_line)
     with NaivePeer.connect(program.control_address) as peer:
         peer.send_init(b"0:127.0.0.1:80")

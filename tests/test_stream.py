@@ -735,7 +735,6 @@ def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunn
 def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
     listener = rtunnel.Listener(address, pool, handle)
     listener.start()
-    listener.resume()
     return listener
 
 

@@ -240,12 +240,13 @@ def test_posting_never_waits_and_wakes_the_sender(writer: rtunnel.Writer, transp
     assert transport.threads == [sender.ident]
 
 
-def test_pushing_sends_what_was_posted(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A frame that was posted without waking anybody is sent by whoever pushes; pushing nothing sends nothing."""
-    writer.push()
+def test_a_send_without_a_frame(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Frames that were posted without waking anybody are sent by whoever calls send without one; it sends nothing
+    where nothing is posted, and never waits for room."""
+    send(writer, b"")
     writer.post(frame(NEW_CONN, 1), wake=False)
     writer.post(frame(NEW_CONN, 2), wake=False)
-    writer.push()
+    send(writer, b"")
     assert transport.sends == [frame(NEW_CONN, 1) + frame(NEW_CONN, 2)]
 
 
@@ -349,7 +350,7 @@ def test_nothing_is_granted_after_the_last_frame(writer: rtunnel.Writer, transpo
     writer.grant(stream, 100)
     writer.post_last(stream, frame(CLOSE_CONN, 1))
     writer.grant(stream, 100)
-    writer.push()
+    send(writer, b"")
     assert transport.frames() == [(CLOSE_CONN, 1, b"")]
 
 
@@ -365,7 +366,7 @@ def test_the_last_frame_comes_behind_the_one_in_hand(writer: rtunnel.Writer, tra
 
     transport.send = post_first  # type: ignore[method-assign, assignment]
     send(writer, SMALL, stream)
-    writer.push()
+    send(writer, b"")
     send(writer, SMALL, stream)
     assert transport.frames() == [(DATA, 1, b"small"), (CLOSE_CONN, 1, b"")]
 
@@ -432,7 +433,7 @@ def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTrans
         assert len(transport.sends) == 1
         assert waiter.is_alive()
         transport.let_go()
-    for late in (lambda: send(writer, SMALL), lambda: writer.post(SMALL), writer.push):
+    for late in (lambda: send(writer, SMALL), lambda: writer.post(SMALL), lambda: send(writer, b"")):
         with pytest.raises(rtunnel.SessionEnded, match="the first cause"):
             late()
     assert writer.serve() == "the first cause"
