@@ -548,6 +548,9 @@ class ReceiveWindow:
         return count
 
 
+# ---- budget: what the windows of a session share -----------------------------------------------
+
+
 class Budget:
     """What all windows of a session may grow by.
 
@@ -923,11 +926,12 @@ def dial(address: Address, seconds: float) -> socket.socket:
     try:
         while untried or pending:
             if untried:
-                family, kind, protocol, _, target = untried.pop(0)
-                sock = socket.socket(family, kind, protocol)
-                pending[sock] = target[0]
-                sock.setblocking(False)
-                sock.connect_ex(target)  # an error shows below, as that of a later moment does
+                row = untried.pop(0)
+                try:
+                    pending[begin_to_connect(row)] = row[4][0]
+                except OSError as error:
+                    said[row[4][0]] = error
+                    continue
             left = deadline.remaining()
             wait = min(NEXT_ADDRESS_S, left) if untried else left
             for sock in ready(list(pending), writing=True, seconds=wait):
@@ -946,6 +950,23 @@ def dial(address: Address, seconds: float) -> socket.socket:
         for sock in pending:
             sock.close()
     raise nobody_answered(address, said)
+
+
+def begin_to_connect(row: Any) -> socket.socket:
+    """A socket that connects to this row of getaddrinfo. Raises OSError.
+
+    At once where there is no route or no such family: poll and SO_ERROR would tell success later.
+    """
+    family, kind, protocol, _, target = row
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def alternate_families(rows: Sequence[Any]) -> list[Any]:
@@ -1216,7 +1237,7 @@ class Writer:
             self._check_open_locked()
             if stream.silenced:
                 return
-            if self._writing:
+            if self._writing or not (frame or self._has_work_locked()):
                 if frame:
                     self._queue.append((stream, bytes(frame)))
                     self._queue_bytes += len(frame)
@@ -3078,7 +3099,7 @@ class ClientSession(Session):
         with self._lock:
             new = self.ways.is_new(number, self._last_stream)
             if not number or number in self._streams or not new:
-                raise ProtocolError(f"NEW_CONN for stream {number} after {self._last_stream}")
+                raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
             stream = self.ways.stream(self, number, None, visitor)
             self.add_locked(stream)
         try:

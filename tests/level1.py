@@ -9,7 +9,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from naive_peer import NaivePeer
@@ -93,8 +93,7 @@ class Ends:
         self.server = rtunnel.Server(LOOPBACK, public, LOOPBACK.host, rtunnel.Settings(**settings), self._contexts[0])
         self.server.start()
         self._stack.callback(stop, self.server)
-        assert self.server._control is not None
-        return self.server._control.address
+        return control_address(self.server)
 
     def open_client(
         self,
@@ -128,8 +127,7 @@ class Ends:
 
     def sessions(self) -> list[rtunnel.ServerSession]:
         """The server's sessions that have a lease."""
-        with self.server._lock:
-            return [session for lease in self.server._leases.values() for session in lease.sessions]
+        return [session for lease in leases(self.server) for session in lease.sessions]
 
     def client_sessions(self) -> list[rtunnel.ClientSession]:
         """The clients' sessions that there are now."""
@@ -150,6 +148,114 @@ def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunn
 
 def new_instance() -> str:
     return secrets.token_hex(16)
+
+
+# --- what the program does not tell: the only places that know its private names -------------------------------
+
+
+def control_address(server: rtunnel.Server) -> Address:
+    """Where clients reach a server that has been started."""
+    assert server._control is not None
+    return server._control.address
+
+
+def leases(server: rtunnel.Server) -> list[rtunnel.Lease]:
+    """The leases that there are now, those too that linger."""
+    with server._lock:
+        return list(server._leases.values())
+
+
+def knows_no_instance(server: rtunnel.Server) -> bool:
+    """Whether it remembers no port that it has chosen for a client."""
+    with server._lock:
+        return not server._assigned
+
+
+def has_free_lock(server: rtunnel.Server) -> bool:
+    """Whether nobody holds the lock of its leases."""
+    return not server._lock.locked()
+
+
+def acceptor(lease: rtunnel.Lease) -> threading.Thread:
+    """The thread that accepts its visitors."""
+    return lease.listener._acceptor
+
+
+def ended_by(session: rtunnel.Session) -> str | None:
+    """The cause of a session's end; None while it lives."""
+    with session._lock:
+        return session._cause
+
+
+def received_at(session: rtunnel.Session) -> float:
+    """When its peer last gave a sign of life."""
+    return session._received_at
+
+
+def beat(session: rtunnel.Session) -> None:
+    """What the clock does every heartbeat."""
+    session._beat()
+
+
+def pretend_ping(session: rtunnel.Session, payload: bytes, seconds_ago: float) -> None:
+    """As if this PING had been sent so long ago."""
+    with session._lock:
+        session._ping = payload, time.monotonic() - seconds_ago
+
+
+def receive_window(stream: rtunnel.Stream) -> rtunnel.ReceiveWindow:
+    """What the peer may still send on a stream."""
+    return stream._receive_window
+
+
+def queued_bytes(stream: rtunnel.Stream) -> int:
+    """What waits for the stream's socket."""
+    with stream._lock:
+        return len(stream._queue)
+
+
+def window_and_queue(stream: rtunnel.Stream) -> tuple[int, int]:
+    """Two sums that are always the same: what is queued, held as credit and owed; size and debt."""
+    with stream._lock:
+        window = stream._receive_window
+        return len(stream._queue) + window.credit + window.owed, window.size + window.debt
+
+
+def open_stream(session: rtunnel.Session, sock: socket.socket | None, visitor: rtunnel.Address) -> rtunnel.Stream:
+    """A new stream of a session, at its level; `run` is its pump's."""
+    with session._lock:
+        stream = session.ways.stream(session, session._last_stream + 1, sock, visitor)
+        session.add_locked(stream)
+    return stream
+
+
+def idle_threads(pool: rtunnel.Pool) -> int:
+    """How many of its threads wait for work."""
+    with pool._lock:
+        return len(pool._idle)
+
+
+@contextlib.contextmanager
+def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
+    """As if a thread were in the transport's send for as long as the block lasts."""
+    with writer._lock:
+        while writer._writing:
+            writer._unused.wait(0.01)
+        writer._writing = True
+    try:
+        yield
+    finally:
+        with writer._lock:
+            writer._writing = False
+            writer._work.notify()
+            writer._room.notify_all()
+            writer._unused.notify_all()
+
+
+def waiting_pumps(writer: rtunnel.Writer) -> int:
+    """How many threads wait for room in its queue."""
+    with writer._lock:
+        return writer._waiting
 
 
 # --- a peer of level 1 -----------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Program:
         # The constants are the module's own; PROTOCOL.md's values are checked by another test. Imported, not run as a
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
-        start = ["-c", f"import sys, rtunnel as m\n{assignments}{OLD * old}sys.exit(m.main(sys.argv[1:]))"]
+        start = ["-c", f"import rtunnel as m\n{assignments}{OLD * old}m.entry()"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],

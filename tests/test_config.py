@@ -74,9 +74,13 @@ def settings(monkeypatch: pytest.MonkeyPatch, command: Command) -> Callable[...,
         found["made"] = arguments
         raise Ran
 
+    def note_log(level: str) -> Callable[[], None]:
+        found["level"] = level
+        return lambda: None
+
     monkeypatch.setattr(rtunnel, "Server", note)
     monkeypatch.setattr(rtunnel, "Client", note)
-    monkeypatch.setattr(rtunnel, "start_log", lambda level: found.update(level=level))
+    monkeypatch.setattr(rtunnel, "start_log", note_log)
     monkeypatch.setattr(rtunnel, "raise_descriptor_limit", lambda: None)
 
     def run(*arguments: str) -> dict[str, Any]:

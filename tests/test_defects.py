@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from conftest import Factory
+from level1 import control_address, leases, stop
 from naive_peer import CLOSE_CONN, DATA, INIT, NEW_CONN, NaivePeer, frame
 from support import Service, connect, echo_service, ends_with, eventually, free_port, read_exactly
 from tunnels import fill, open_tunnel, text
@@ -143,9 +144,8 @@ def test_defect_10_an_answer_at_once_finds_its_stream(monkeypatch: pytest.Monkey
     serving = rtunnel.Server(loopback, loopback, "", rtunnel.Settings(), None)
     try:
         serving.start()
-        assert serving._control is not None
-        (lease,) = serving._leases.values()
-        public, control = lease.listener.address, serving._control.address
+        (lease,) = leases(serving)
+        public, control = lease.listener.address, control_address(serving)
         with NaivePeer.connect(control) as peer:
             peer.send_init(b"0:127.0.0.1:25")
             eventually(lambda: lease.sessions)
@@ -155,7 +155,7 @@ def test_defect_10_an_answer_at_once_finds_its_stream(monkeypatch: pytest.Monkey
                 assert read_exactly(visitor, 9) == b"220 ready"
     finally:
         dispatched.set()
-        serving.stop()
+        stop(serving)
 
 
 def test_defect_10_banners_arrive_whole(server: Factory, client: Factory) -> None:

@@ -7,6 +7,7 @@ import itertools
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 import pytest
 from level1 import Ends, PeerServer, mapping
@@ -84,7 +85,7 @@ def test_nobody_new_while_it_drains(server: Factory, client: Factory) -> None:
 
         def is_accepted() -> bool:
             stopping.send_signal(signal.SIGUSR1)
-            return stopping.wait_for("state")["strangers"] == "1/64"
+            return stopping.wait_for("state")["strangers"] == f"1/{rtunnel.MAX_STRANGERS}"
 
         eventually(is_accepted)
         stopping.send_signal(signal.SIGTERM)
@@ -139,18 +140,29 @@ def test_a_second_goaway() -> None:
 
 
 def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that can start no thread when GOAWAY comes ends that session, and connects anew all the same."""
-
-    def fail(mapping: rtunnel.Mapping, wait_s: float) -> None:
-        raise RuntimeError("can't start new thread")
+    """A client that can start no thread when it connects anew after GOAWAY tries again until it can; the session that
+    was sent away goes on."""
+    failures = [rtunnel.NoThread("can't start new thread")]
 
     with PeerServer() as server, Ends() as ends:
         client = ends.open_client(server.address, mapping(("127.0.0.1", 1), 8080))
         first = server.accept()
         ends.log.wait_for("session-opened")
-        monkeypatch.setattr(client, "connect", fail)
+        run = client.pool.run
+
+        def fail_once(name: str, task: Callable[[], object]) -> None:
+            if failures:
+                raise failures.pop()
+            run(name, task)
+
+        monkeypatch.setattr(client.pool, "run", fail_once)
         first.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        with pytest.raises(EOFError):  # it is closed before its INIT
+            server.accept()
         server.accept()
+        assert "can't start" in ends.log.wait_for("connect-failed")["reason"]
+        first.send_frame(FrameType.PING, 0, b"12345678")
+        first.hear(FrameType.PONG)
 
 
 def test_a_server_that_sends_its_clients_away(monkeypatch: pytest.MonkeyPatch) -> None:

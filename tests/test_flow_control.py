@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from level1 import Ends, Peer, PeerServer, in_threads, mapping
+from level1 import (
+    Ends,
+    Peer,
+    PeerServer,
+    in_threads,
+    mapping,
+    pretend_ping,
+    queued_bytes,
+    receive_window,
+    window_and_queue,
+)
 from support import Address, Program, Service, connect, eventually, read_exactly, running
 from tunnels import fill, text
 
@@ -163,28 +173,45 @@ def test_a_sender_is_never_left_without_credit_for_ever(steps: list[tuple[str, i
 
 
 def test_a_budget_gives_no_more_than_it_has() -> None:
-    """[W-8]: of a budget each gets what is left, at most what is asked; what comes back can be had again."""
+    """[W-8]: of a budget each window gets a quarter of what is left, with what it has already, and at most what is
+    asked; what comes back can be had again."""
     budget = Budget(100)
-    assert [budget.take(60), budget.take(60), budget.take(1)] == [60, 40, 0]
-    budget.give(30)
-    assert budget.take(100) == 30
+    assert [budget.take(60, 0), budget.take(60, 0), budget.take(1, 0)] == [25, 18, 1]
+    assert budget.left == 56
+    assert budget.take(60, 18) == 0  # (56 + 18) / 4: it has its share
+    budget.give(40)
+    assert budget.take(60, 18) == 10
+
+
+def test_idle_streams_do_not_keep_the_budget() -> None:
+    """[W-8]: of 64 MiB five windows that grow as far as they can, and keep it, get 16, 12, 9, 7 and 5 MiB; a sixth
+    still gets 4, and a tenth more than 1."""
+    budget, grown = Budget(rtunnel.SESSION_BUDGET_BYTES), []
+    for _ in range(10):
+        window = ReceiveWindow(WINDOW_BYTES)
+        while count := budget.take(window.growth(), window.grown):
+            window.grow(count)
+        grown.append(window.grown)
+    assert [round(count / (1 << 20)) for count in grown[:6]] == [16, 12, 9, 7, 5, 4]
+    assert min(grown) > 1 << 20
+    assert sum(grown) + budget.left == rtunnel.SESSION_BUDGET_BYTES
 
 
 @given(amounts=st.lists(st.integers(0, 50), min_size=8, max_size=8))
 @settings(max_examples=20, deadline=None)
 def test_a_budget_that_many_threads_draw_on(amounts: list[int]) -> None:
     """However many draw at once, they never hold more than the budget, and all of it is there in the end."""
-    budget, total = Budget(100), sum(amounts)
+    budget = Budget(100)
     taken = [0] * len(amounts)
 
     def draw(at: int) -> None:
-        taken[at] = budget.take(amounts[at])
+        taken[at] = budget.take(amounts[at], 0)
 
     in_threads([lambda at=at: draw(at) for at in range(len(amounts))])  # type: ignore[misc]
-    assert sum(taken) == min(total, 100)
-    for count in taken:
-        budget.give(count)
-    assert budget.take(1000) == 100
+    assert sum(taken) + budget.left == 100
+    assert all(count <= min(amount, 25) for count, amount in zip(taken, amounts, strict=True))
+    in_threads([lambda count=count: budget.give(count) for count in taken])  # type: ignore[misc]
+    assert budget.left == 100
 
 
 # --- one stream, frame by frame, both roles ------------------------------------------------------------------------
@@ -204,14 +231,14 @@ class Rig:
 
     @property
     def stream(self) -> rtunnel.Stream:
-        return self.session._streams[1]
+        return next(stream for stream in self.session.streams() if stream.number == 1)
 
     @property
     def window(self) -> ReceiveWindow:
-        return self.stream._receive_window
+        return receive_window(self.stream)
 
     def budget_left(self) -> int:
-        return self.session.budget._left
+        return self.session.budget.left
 
     def grow(self, size: int) -> None:
         """Say BLOCKED on an empty queue until the window has this size; all credit is held by the peer then."""
@@ -349,9 +376,10 @@ def test_a_near_peers_window(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rig.peer.hear(FrameType.PONG, FrameType.WINDOW)[0] == FrameType.PONG
     measured = [rtt_s for rtt_s in asked if rtt_s is not None]
     for rtt_s in (0.3, 0.1, 0.2):
-        rig.session._ping = b"distance", time.monotonic() - rtt_s
-        rig.session._on_pong(b"distance")
-        assert rig.session.rtt_s is not None
+        before = rig.session.rtt_s
+        pretend_ping(rig.session, b"distance", rtt_s)
+        rig.peer.send_frame(FrameType.PONG, 0, b"distance")
+        eventually(lambda before=before: rig.session.rtt_s != before)  # type: ignore[misc]
         measured.append(rig.session.rtt_s)
     assert rig.session.shortest_rtt_s == min(measured)
 
@@ -359,7 +387,7 @@ def test_a_near_peers_window(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
     """[W-6]: BLOCKED while bytes are queued says that the socket is the brake: nothing grows."""
     rig.peer.send_data(1, bytes(WINDOW_BYTES))
-    eventually(lambda: rig.stream._queued)
+    eventually(lambda: queued_bytes(rig.stream))
     for _ in range(10):
         rig.peer.send_frame(FrameType.BLOCKED, 1)
     rig.peer.send_frame(FrameType.PING, 0, b"are done")
@@ -382,7 +410,7 @@ def test_blocked_brings_back_what_is_owed(ends: Ends) -> None:
         peer.send_frame(FrameType.PING, 0, b"no more?")
         assert peer.hear()[0] == FrameType.PONG, "with nothing owed there is no WINDOW"
         [session] = ends.sessions()
-        assert session._streams[1]._receive_window.size == WINDOW_BYTES
+        assert receive_window(session.streams()[0]).size == WINDOW_BYTES
 
 
 def test_a_stalled_stream_gives_its_growth_back(rig: Rig) -> None:
@@ -419,9 +447,9 @@ def test_a_stream_that_ends_gives_its_growth_back(rig: Rig) -> None:
     eventually(lambda: rig.budget_left() == whole)
 
 
-def test_a_budget_that_is_used_up(ends: Ends, small_sockets: None) -> None:
+def test_a_budget_that_many_streams_share(ends: Ends, small_sockets: None) -> None:
     """[W-4], [W-8]: a session queues at most streams x 64 KiB + budget, whatever its peer sends and its visitors do
-    not read."""
+    not read; none has more than a quarter of the budget."""
     streams, budget = 20, 1024 * KIB
     bound = streams * WINDOW_BYTES + budget
     with contextlib.ExitStack() as stack:
@@ -433,23 +461,25 @@ def test_a_budget_that_is_used_up(ends: Ends, small_sockets: None) -> None:
         for _ in range(4):  # 15 x 64 KiB for each would be 19 MB
             for number in range(1, streams + 1):
                 peer.send_frame(FrameType.BLOCKED, number)
-        windows = [stream._receive_window for stream in session._streams.values()]
-        eventually(lambda: sum(window.size for window in windows) == bound, what="the budget is used up")
+        peer.send_frame(FrameType.PING, 0, b"that was")
+        while peer.hear(FrameType.WINDOW, FrameType.PONG)[0] != FrameType.PONG:
+            pass
+        peer.take()
+        windows = [receive_window(stream) for stream in session.streams()]
+        assert sum(window.size for window in windows) == bound - session.budget.left
+        assert session.budget.left < budget / 4
+        assert max(window.grown for window in windows) <= budget / 4
 
         while any(window.credit for window in windows):
-            assert sum(stream._queued for stream in session._streams.values()) <= bound
+            assert sum(map(queued_bytes, session.streams())) <= bound
             for number, credit in peer.credit.items():
                 if credit:
                     peer.send_data(number, bytes(credit))
             peer.take()
-        queued = 0
-        for stream in session._streams.values():
-            with stream._lock:
-                window = stream._receive_window
-                assert stream._queued + window.credit + window.owed == window.size + window.debt
-                queued += stream._queued
-        assert session.budget._left == 0
-        assert 0 < queued <= bound
+        for stream in session.streams():
+            there, allowed = window_and_queue(stream)
+            assert there == allowed
+        assert 0 < sum(map(queued_bytes, session.streams())) <= bound
 
 
 # --- others beside it, through whole tunnels --------------------------------------------------------------------

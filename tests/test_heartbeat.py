@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, init, mapping, new_instance
+from level1 import Ends, Peer, PeerServer, beat, init, mapping, new_instance, received_at, waiting_pumps
 from naive_peer import NaivePeer, frame
 from relay import Relay
 from support import Service, connect, eventually, running
@@ -80,9 +80,9 @@ def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
         assert peer.read_frame()[0] == FrameType.WELCOME
         [session] = ends.sessions()
         for byte in frame(0xEE, 0, b"what nobody knows"):
-            before = session._received_at
+            before = received_at(session)
             peer.send(bytes([byte]))
-            eventually(lambda before=before: session._received_at > before)  # type: ignore[misc]
+            eventually(lambda before=before: received_at(session) > before)  # type: ignore[misc]
 
 
 def test_a_slow_answer(ends: Ends) -> None:
@@ -94,12 +94,12 @@ def test_a_slow_answer(ends: Ends) -> None:
         kind, _, first = peer.read_frame()
         assert kind == FrameType.PING
         [session] = ends.sessions()
-        session._beat()
+        beat(session)
         peer.send_frame(FrameType.PING, 0, b"still on")
         peer.expect(FrameType.PONG, 0, b"still on")
         peer.send_frame(FrameType.PONG, 0, first)
         eventually(lambda: session.rtt_s is not None)
-        session._beat()
+        beat(session)
         kind, _, second = peer.read_frame()
         assert (kind, second != first) == (FrameType.PING, True)
         peer.send_frame(FrameType.PONG, 0, first)
@@ -192,7 +192,7 @@ def test_control_frames_do_not_wait_behind_data(ends: Ends) -> None:
         for stream in range(1, 9):
             peer.send_frame(FrameType.NEW_CONN, stream, b"203.0.113.7:51234")
         [session] = ends.client_sessions()
-        eventually(lambda: len(session.writer._waiting) >= 7, what="all pumps wait for the transport")
+        eventually(lambda: waiting_pumps(session.writer), what="pumps wait for the transport")
         peer.send_frame(FrameType.PING, 0, b"urgent!!")
         before, kind = 0, FrameType.DATA
         while kind != FrameType.PONG:

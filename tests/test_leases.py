@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance
+from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance, waiting_pumps
 from naive_peer import NaivePeer
 from relay import Relay
 from support import (
@@ -106,7 +106,7 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
         for _ in range(100):  # windows in all more than the kernel holds for one connection
             visitor = stack.enter_context(connect(public))
             visitor.sendall(bytes(rtunnel.WINDOW_BYTES))
-        eventually(lambda: session.writer._waiting, what="pumps wait for the writer's turn")
+        eventually(lambda: waiting_pumps(session.writer), what="pumps wait for room")
         assert ends.public(2) == public
         check_echo(public)
         ends.log.wait_for("session-closed", reason="replaced")
@@ -514,21 +514,57 @@ def test_a_port_that_cannot_be_bound(server: Factory, client: Factory) -> None:
     assert serving.wait_for("lease-failed")["port"] == "0"
 
 
-def test_one_mapping_refused_for_good_ends_them_all(client: Factory) -> None:
-    """A final refusal of any one mapping ends the client, with status 3."""
+DENIED = b"error=port-denied\nmessage=No."
+
+
+def test_all_mappings_refused_for_good(client: Factory) -> None:
+    """[X-5]: where no mapping was ever open, and all are refused for good, the client ends with status 3, each
+    refusal told."""
     with PeerServer() as server:
-        asking = client(
-            "--server",
-            text(server.address),
-            "--forward",
-            "0:127.0.0.1:9",
-            "--forward",
-            "1:127.0.0.1:9",
-            limits={"FAREWELL_S": 0.1},
-        )
-        server.accept()
-        server.accept(b"error=port-denied\nmessage=No.")
+        flags = ("--forward", "0:127.0.0.1:9", "--forward", "1:127.0.0.1:9")
+        asking = client("--server", text(server.address), *flags)
+        server.accept(DENIED).sock.close()
+        asking.wait_for("refused", reason="port-denied: No.")
+        assert asking.process.poll() is None
+        server.accept(DENIED).sock.close()
         assert asking.wait() == 3
+        assert len(asking.events("refused")) == 2
+
+
+def test_one_mapping_refused_for_good(client: Factory) -> None:
+    """[X-5]: a mapping that is refused for good beside another is tried again, every --reconnect-max seconds, and the
+    same refusal is told once; the other one serves, and the client lives."""
+    with PeerServer() as server:
+        flags = ("--forward", "0:127.0.0.1:9", "--forward", "1:127.0.0.1:8", "--reconnect-max=0.5")
+        asking = client("--server", text(server.address), *flags)
+        served, denied = server.accept(), server.accept(DENIED)
+        denied.sock.close()
+        said = [time.monotonic()]
+        for _ in range(2):
+            server.accept(DENIED).sock.close()
+            said.append(time.monotonic())
+        assert all(0.4 < later - earlier < 3.0 for earlier, later in itertools.pairwise(said))
+        asking.wait_for_count(2, "session-closed", reason="port-denied: No.")
+        server.accept()
+        asking.wait_for_count(2, "session-opened")
+        assert len(asking.events("refused")) == 1
+        served.send_frame(rtunnel.FrameType.PING, 0, b"still on")
+        served.hear(rtunnel.FrameType.PONG)
+
+
+def test_a_mapping_that_is_denied_later(ends: Ends) -> None:
+    """[X-5]: a client that has served does not end where its mapping is refused for good: a restart of the server by
+    a wrong file would end all its clients."""
+    with PeerServer() as server:
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 9)))
+        first = server.accept()
+        ends.log.wait_for("session-opened", level=1)
+        first.sock.close()
+        server.accept(DENIED).sock.close()
+        server.accept()
+        ends.log.wait_for("session-opened", 2, level=1)
+        assert client.status == 0
+        assert "refused" not in [client.words.get() for _ in range(client.words.qsize())]
 
 
 def test_other_refusals_are_tried_again(ends: Ends, soon: None) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from level1 import stop
 from support import Program, Service, connect, echo_service, ends_with, eventually, free_port, read_exactly, running
 from tls_peers import House
 from tunnels import Factory, text
@@ -218,15 +219,15 @@ def test_a_handshake_beside_the_reload(own: House) -> None:
     rtunnel_tls.revoke(own.folder, "alice")
     program = rtunnel.Program(rtunnel.Settings(), own.server())
     fresh = rtunnel.Program(rtunnel.Settings(), own.server(crl=own.crl))
-    pool = rtunnel.Pool()
+    program.start()
     with socket.create_server(("127.0.0.1", 0)) as listener, connect(listener.getsockname()) as sock:
         transport: Any = rtunnel.PlainTransport(sock)
         transport.receipt = receipt
         program.reload(fresh)  # nothing is registered yet
-        session = rtunnel.Session(transport, pool, rtunnel.Settings())
+        session = rtunnel.Session(transport, program)
         with program.registered(session):
             assert session.run() == "its certificate is revoked"
-    pool.close(rtunnel.Deadline(1.0))
+    stop(program)
 
 
 def test_the_clients_reload(guarded: Guarded) -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from conftest import Factory
+from level1 import control_address, leases
 from naive_peer import DATA, NEW_CONN, NaivePeer
 from support import Program, connect, echo_service, ends_with, eventually, read_exactly
 from tunnels import open_tunnel, text, visit
@@ -165,9 +166,8 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
     with ExitStack() as stack:
         serving.start()
         stack.callback(serving.stop)
-        (lease,) = serving._leases.values()
-        assert serving._control is not None
-        public, control = lease.listener.address, serving._control.address
+        (lease,) = leases(serving)
+        public, control = lease.listener.address, control_address(serving)
         peers: list[NaivePeer] = []
         visitors: dict[tuple[int, int], socket.socket] = {}
         opened = [0, 0, 0]

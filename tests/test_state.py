@@ -50,7 +50,7 @@ def test_state(server: Factory, client: Factory, house: House, tls: bool) -> Non
                 assert line["peer"].startswith("127.0.0.1:")
         state, lease = serving.events("state")[0], serving.wait_for("state-lease")
         assert (state["clients"], state["leases"]) == ("1/256", "1")
-        assert (state["visitors"], state["strangers"]) == ("3/16384", "0/64")
+        assert (state["visitors"], state["strangers"]) == ("3/16384", "0/256")
         assert lease["identity"] == ("client" if tls else "anonymous")
         assert lease["sessions"] == serving.events("state-session")[0]["peer"]
         assert "instance" not in lease

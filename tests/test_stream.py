@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from level1 import control_address, idle_threads, leases, open_stream, stop
 from naive_peer import CLOSE_CONN, DATA, NEW_CONN, NaivePeer, frame
 from support import (
     Record,
@@ -75,17 +76,25 @@ def pool() -> Iterator[rtunnel.Pool]:
     """A pool that is closed after the test, with no thread left."""
     made = rtunnel.Pool()
     yield made
-    made.close(rtunnel.Deadline(10))
+    made.close()
+
+
+@pytest.fixture
+def program() -> Iterator[rtunnel.Program]:
+    """What server and client share, and neither of them; no thread of it is left after the test."""
+    made = rtunnel.Program(rtunnel.Settings(), None)
+    made.start()
+    yield made
+    stop(made)
 
 
 class Bench:
     """A session whose peer, and whose streams' visitors, the test plays."""
 
-    def __init__(self, pool: rtunnel.Pool) -> None:
+    def __init__(self, program: rtunnel.Program) -> None:
         near, far = tcp_pair()
-        self.pool = pool
         self.peer = NaivePeer(far)
-        self.session = rtunnel.Session(rtunnel.PlainTransport(near), pool, rtunnel.Settings())
+        self.session = rtunnel.Session(rtunnel.PlainTransport(near), program)
         self.started: list[str] = []
         start = self.session.start_thread
 
@@ -101,17 +110,15 @@ class Bench:
 
     def open(self, sock: socket.socket | None, dial: Callable[[], socket.socket] | None = None) -> rtunnel.Stream:
         """A stream with its pump at work: of an accepted socket, or of one that it dials."""
-        with self.session._lock:
-            stream = rtunnel.Stream(self.session, self.session._last_stream + 1, sock, LOOPBACK)
-            self.session._add_locked(stream)
-        self.pool.run(f"pump {stream.number}", lambda: stream.run(dial))
+        stream = open_stream(self.session, sock, LOOPBACK)
+        self.session.program.pool.run(f"pump {stream.number}", lambda: stream.run(dial))
         return stream
 
 
 @pytest.fixture
-def bench(pool: rtunnel.Pool) -> Iterator[Bench]:
-    """A session at work; ended after the test."""
-    made = Bench(pool)
+def bench(program: rtunnel.Program) -> Iterator[Bench]:
+    """A session of level 0 at work; ended after the test."""
+    made = Bench(program)
     with running(made.session.run, lambda: made.session.end("the test is over")):
         yield made
     made.peer.sock.close()
@@ -481,7 +488,7 @@ def test_a_dial_that_fails(bench: Bench, error: OSError, reason: bytes) -> None:
 
 def no_thread(*task: object) -> None:
     """What a pool does where the system gives no thread."""
-    raise RuntimeError("can't start new thread")
+    raise rtunnel.NoThread("can't start new thread")
 
 
 def test_no_thread_for_a_drainer(bench: Bench, visitor: Ends) -> None:
@@ -508,15 +515,15 @@ def running_stream(bench: Bench) -> Iterator[socket.socket]:
         yield far
 
 
-def test_no_thread_for_a_local_stream(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_for_a_local_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a client can start no thread for a stream, that stream alone ends, with a reason."""
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        shared = rtunnel.Settings()
-        client = rtunnel.Client(LOOPBACK, [mapping], 1.0, shared, None)
-        session = rtunnel.ClientSession(rtunnel.PlainTransport(near), pool, shared, client, mapping)
-        with running(session.run, lambda: session.end("the test is over")):
+        client = rtunnel.Client(LOOPBACK, [mapping], 1.0, rtunnel.Settings(), None)
+        rtunnel.CLOCK.start()
+        session = rtunnel.ClientSession(rtunnel.PlainTransport(near), client, mapping)
+        with running(session.run, lambda: stop(client)):
             peer.read_frame()
             with monkeypatch.context() as patch:
                 patch.setattr(session, "start_thread", no_thread)
@@ -527,11 +534,11 @@ def test_no_thread_for_a_local_stream(pool: rtunnel.Pool, monkeypatch: pytest.Mo
             peer.expect_data(2, b"fine")
 
 
-def test_no_thread_for_a_session(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_for_a_session(program: rtunnel.Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a session gets no control sender it ends, with the reason, and its connection is closed."""
     near, far = tcp_pair()
     with NaivePeer(far) as peer:
-        session = rtunnel.Session(rtunnel.PlainTransport(near), pool, rtunnel.Settings())
+        session = rtunnel.Session(rtunnel.PlainTransport(near), program)
         monkeypatch.setattr(session, "start_thread", no_thread)
         assert "thread" in session.run()
         peer.expect_end()
@@ -575,10 +582,11 @@ def test_waiting_for_a_socket(visitor: Ends, monkeypatch: pytest.MonkeyPatch, wi
         monkeypatch.delattr(select, "poll")
     near, far = visitor
     with near:
-        assert rtunnel.wait_ready(near, writing=True, seconds=1)
-        assert not rtunnel.wait_ready(near, writing=False, seconds=0.01)
+        assert rtunnel.ready([near], writing=True, seconds=1) == [near]
+        assert rtunnel.ready([near], writing=False, seconds=0.01) == []
         far.sendall(b"x")
-        assert rtunnel.wait_ready(near, writing=False, seconds=1)
+        assert rtunnel.ready([near], writing=False, seconds=1) == [near]
+        assert rtunnel.ready([near, far], writing=False, seconds=1) == [near]
 
 
 # --- the pool -----------------------------------------------------------------------------------------------
@@ -596,7 +604,7 @@ def test_idle_threads_are_used_again(pool: rtunnel.Pool) -> None:
 
         pool.run(f"task {number}", task)
         assert done.wait(10)
-        eventually(lambda: pool._idle)
+        eventually(lambda: idle_threads(pool))
     assert len({thread for thread, _ in seen}) == 1
     assert [name for _, name in seen] == [f"task {number}" for number in range(20)]
 
@@ -606,14 +614,14 @@ def test_tasks_run_at_the_same_time(pool: rtunnel.Pool) -> None:
     together = threading.Barrier(30)
     for _ in range(30):
         pool.run("task", lambda: together.wait(10))
-    eventually(lambda: len(pool._idle) == 30)
+    eventually(lambda: idle_threads(pool) == 30)
     assert not together.broken
 
 
 def test_a_task_that_fails_costs_no_thread(pool: rtunnel.Pool, log: Log) -> None:
     """An error that escapes a task is logged with its traceback, and the thread works on."""
     pool.run("failing", lambda: 1 // 0)
-    eventually(lambda: pool._idle)
+    eventually(lambda: idle_threads(pool))
     (record,) = log.records("internal-error")
     assert "ZeroDivisionError" in record.fields["traceback"]
     assert record.fields["thread"] == "failing"
@@ -638,39 +646,42 @@ def test_a_task_is_never_lost_to_a_thread_that_ends(pool: rtunnel.Pool, monkeypa
 
 
 def test_closing_while_threads_go_idle(log: Log) -> None:
-    """Closing never waits for a thread that is about to go idle, and takes no more work."""
+    """Closing takes no more work, and no thread is left that is about to go idle."""
     for _ in range(200):
         pool = rtunnel.Pool()
         for _ in range(3):
             pool.run("task", lambda: None)
-        deadline = rtunnel.Deadline(10)
-        pool.close(deadline)
-        assert deadline.remaining() > 5
-        with pytest.raises(rtunnel.PoolClosed):
+        pool.close()
+        with pytest.raises(rtunnel.NoThread, match="stopping"):
             pool.run("task", lambda: None)
+    eventually(lambda: not tasks())
     assert not log.records("internal-error")
 
 
 def test_closing_lets_all_idle_threads_go(log: Log) -> None:
-    """However many are idle, each has ended when closing is over: one that leaves wakes the next."""
+    """However many are idle, each ends: one that leaves wakes the next."""
     pool, together = rtunnel.Pool(), threading.Barrier(50)
     for _ in range(50):
         pool.run("task", lambda: together.wait(10))
-    eventually(lambda: len(pool._idle) == 50)
-    deadline = rtunnel.Deadline(10)
-    pool.close(deadline)
-    assert not pool._workers
-    assert deadline.remaining() > 5
+    eventually(lambda: idle_threads(pool) == 50)
+    pool.close()
+    eventually(lambda: not tasks(), 5.0)
 
 
-def test_closing_waits_no_longer_than_its_deadline(log: Log) -> None:
-    """A thread that does not end is waited for until the deadline."""
-    pool, leave = rtunnel.Pool(), threading.Event()
-    pool.run("stubborn", leave.wait)
-    deadline = rtunnel.Deadline(0.05)
-    pool.close(deadline)
-    assert not deadline.remaining()
+def test_closing_never_waits(log: Log) -> None:
+    """A thread that does not end is not waited for; it leaves when its task is done."""
+    pool, leave, left = rtunnel.Pool(), threading.Event(), threading.Event()
+    pool.run("task", lambda: (leave.wait(10), left.set()))
+    pool.close()
+    assert not left.is_set()
     leave.set()
+    eventually(lambda: not tasks())
+    assert left.is_set()
+
+
+def tasks() -> list[threading.Thread]:
+    """The pool threads of these tests that there are."""
+    return [thread for thread in threading.enumerate() if thread.name == "task"]
 
 
 def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -681,7 +692,7 @@ def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
-        with pytest.raises(RuntimeError, match="can't start"):
+        with pytest.raises(rtunnel.NoThread, match="can't start"):
             pool.run("task", lambda: None)
     done = threading.Event()
     pool.run("task", done.set)
@@ -689,7 +700,7 @@ def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest
 
 
 def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool that is closed while a thread is being started waits for that one, too."""
+    """A pool that is closed while a thread is being started still runs its task, and lets the thread go."""
     pool, starting, go_on, ran = rtunnel.Pool(), threading.Event(), threading.Event(), threading.Event()
     start = threading.Thread.start
 
@@ -702,9 +713,10 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", slowly)
     with running(lambda: pool.run("task", ran.set)):
         assert starting.wait(10)
-        with running(lambda: pool.close(rtunnel.Deadline(10))):
-            go_on.set()
-    assert ran.is_set()
+        pool.close()
+        go_on.set()
+    assert ran.wait(10)
+    eventually(lambda: not tasks())
 
 
 # --- the listener -------------------------------------------------------------------------------------------
@@ -717,19 +729,13 @@ def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunn
     try:
         yield listener
     finally:
-        end(listener)
+        listener.stop()
 
 
 def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
     listener = rtunnel.Listener(address, pool, handle)
     listener.start()
-    listener.resume()
     return listener
-
-
-def end(listener: rtunnel.Listener) -> None:
-    listener.ask_to_stop()
-    listener.join()
 
 
 def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
@@ -773,16 +779,24 @@ def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:
 
 
 def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
-    """When `join` returns the port is free, at once, also with connections open and others waiting."""
+    """Stopping never waits; the port is free at once, also with connections open and others waiting."""
     leave = threading.Event()
     try:
         first = listen(LOOPBACK, pool, lambda sock, peer: leave.wait(10))
         with connect(first.address), connect(first.address):
             asked = time.monotonic()
-            end(first)
-            end(first)  # a second time: nothing
-            assert time.monotonic() - asked < 0.4, "it waited for its poll interval"
-            end(listen(first.address, pool, lambda sock, peer: None))
+            first.stop()
+            first.stop()  # a second time: nothing
+
+            def again() -> rtunnel.Listener | None:
+                with contextlib.suppress(OSError):
+                    return listen(first.address, pool, lambda sock, peer: None)
+                return None
+
+            second = again() if sys.platform == "linux" else eventually(again, 2.0)
+            assert second is not None
+            assert time.monotonic() - asked < 0.4 or sys.platform != "linux", "it waited for its poll interval"
+            second.stop()
     finally:
         leave.set()
 
@@ -791,7 +805,7 @@ def test_a_listener_drops_what_no_thread_can_serve(log: Log, monkeypatch: pytest
     """A connection for which there is no thread is closed, with a line in the log, and the next one is served."""
     pool = rtunnel.Pool()
     run = pool.run
-    failures = [RuntimeError("can't start new thread")]
+    failures = [rtunnel.NoThread("can't start new thread")]
 
     def fail_once(*task: Any) -> None:
         if failures:
@@ -804,7 +818,7 @@ def test_a_listener_drops_what_no_thread_can_serve(log: Log, monkeypatch: pytest
             assert read_all(visitor) == b""
         with connect(listener.address) as visitor:
             assert read_all(visitor) == b"hello"
-    pool.close(rtunnel.Deadline(10))
+    pool.close()
     (record,) = log.records("connection-dropped")
     assert "thread" in record.fields["reason"]
 
@@ -820,8 +834,7 @@ class Pair:
     """A server in this process with two clients, played by the test, and their public ports."""
 
     def __init__(self, serving: rtunnel.Server, log: Log, stack: contextlib.ExitStack) -> None:
-        assert serving._control is not None
-        control = serving._control.address
+        control = control_address(serving)
         self.peers: list[NaivePeer] = []
         self.sessions: list[rtunnel.ServerSession] = []
         self.publics: list[tuple[str, int]] = []
@@ -830,7 +843,8 @@ class Pair:
             self.peers[-1].send_init(b"0:127.0.0.1:80")
             eventually(lambda count=count: len(log.records("session-opened")) == count)  # type: ignore[misc]
             port = int(log.records("session-opened")[-1].fields["port"])
-            self.sessions.extend(serving._leases[port].sessions)
+            (lease,) = [each for each in leases(serving) if each.listener.address.port == port]
+            self.sessions.extend(lease.sessions)
             self.publics.append(("127.0.0.1", port))
 
     def check_only_the_first_ended(self, log: Log) -> None:
@@ -860,7 +874,7 @@ def pair(log: Log) -> Iterator[Pair]:
     serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1", rtunnel.Settings(), None)
     with contextlib.ExitStack() as stack:
         serving.start()
-        stack.callback(serving.stop)
+        stack.callback(stop, serving)
         yield Pair(serving, log, stack)
 
 
@@ -875,14 +889,47 @@ def test_an_internal_error_of_the_reader(pair: Pair, log: Log, monkeypatch: pyte
     pair.check_only_the_first_ended(log)
 
 
-def test_an_internal_error_of_the_sender(pair: Pair, log: Log) -> None:
+def test_an_internal_error_of_the_sender(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in its control sender."""
+
+    def fail(frames: bytes) -> None:
+        raise Boom
+
+    monkeypatch.setattr(pair.sessions[0].transport, "send", fail)
+    pair.sessions[0].writer.post(frame(CLOSE_CONN, 1))
+    pair.check_only_the_first_ended(log)
+
+
+def test_an_internal_error_of_the_clock(log: Log) -> None:
+    """An action of the clock that fails is logged with its traceback, and what comes behind it is still called."""
+    rtunnel.CLOCK.start()
+    called = threading.Event()
 
     def fail() -> None:
         raise Boom
 
-    pair.sessions[0].after(0, fail)
-    pair.check_only_the_first_ended(log)
+    rtunnel.CLOCK.after(0, fail)
+    rtunnel.CLOCK.after(0.01, called.set)
+    assert called.wait(10)
+    (record,) = log.records("internal-error")
+    assert "Boom" in record.fields["traceback"]
+    assert record.fields["thread"] == "clock"
+
+
+def test_the_clock(log: Log) -> None:
+    """Actions are called in the order of their times, whoever enters them and when, from no thread that waits; one
+    that is cancelled is not, and cancelling one that has been called does nothing."""
+    rtunnel.CLOCK.start()
+    called: list[int] = []
+    done = threading.Event()
+    late = rtunnel.CLOCK.after(60, lambda: called.append(60))  # the clock waits for this one at first
+    events = [rtunnel.CLOCK.after(number / 100, lambda n=number: called.append(n)) for number in (5, 3, 4, 1)]  # type: ignore[misc]
+    rtunnel.CLOCK.cancel(events[2])
+    rtunnel.CLOCK.after(0.08, done.set)
+    assert done.wait(10)
+    for event in [late, *events]:
+        rtunnel.CLOCK.cancel(event)
+    assert called == [1, 3, 5]
 
 
 def test_an_internal_error_of_a_pump(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -912,7 +959,7 @@ def test_an_internal_error_of_a_drainer(pair: Pair, log: Log, monkeypatch: pytes
         visitor.connect(pair.publics[0])
         visitor.settimeout(10)
         pair.peers[0].expect(NEW_CONN, 1)
-        monkeypatch.setattr(rtunnel, "wait_ready", fail)
+        monkeypatch.setattr(rtunnel, "ready", fail)
         pair.peers[0].sock.settimeout(0.5)  # who only sends may not notice the end: the window is closed, too
         with contextlib.suppress(ConnectionError, TimeoutError):
             for _ in range(16):  # more than any socket buffer takes
@@ -949,6 +996,6 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
                     with contextlib.suppress(EOFError, ConnectionError):
                         peer.expect_data(1, b"hello")
         finally:
-            asking.stop()
+            stop(asking)
     (record,) = log.records("internal-error")
     assert "Boom" in record.fields["traceback"]

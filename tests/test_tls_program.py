@@ -24,6 +24,7 @@ import pytest
 from conftest import Factory
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from level1 import control_address, leases, stop
 from naive_peer import CLOSE_CONN, DATA, INIT, NEW_CONN, NaivePeer
 from OpenSSL import SSL
 from support import (
@@ -561,8 +562,7 @@ def test_pki_by_the_command_line(
         serialization.Encoding.DER
     )
 
-    with pytest.raises(SystemExit, match="2"):
-        rtunnel.main(["pki", "issue", "laptop", "--client"])
+    assert rtunnel.main(["pki", "issue", "laptop", "--client"]) == 2
     assert "conf/pki/laptop.crt exists; --force replaces it" in capsys.readouterr().err
     before = (folder / "laptop.key").read_bytes()
     pki("issue", "laptop", "--client", "--force")
@@ -612,17 +612,16 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
                 visitor.recv(64)
 
     with Service(both) as service, ExitStack() as stack:
-        stack.callback(serving.stop)
+        stack.callback(stop, serving)
         serving.start()
-        assert serving._control is not None
         asking = rtunnel.Client(
-            serving._control.address,
+            rtunnel.Address(*control_address(serving)),
             [rtunnel.Mapping(0, rtunnel.Address(*service.address))],
             1.0,
             rtunnel.Settings(),
             house.client(name="127.0.0.1"),
         )
-        stack.callback(asking.stop)
+        stack.callback(stop, asking)
         asking.start()
         public = public_address(serving)
         for _ in range(threads):
@@ -656,8 +655,7 @@ def public_address(serving: rtunnel.Server) -> Address:
     """Where visitors of the global port go, as soon as there is a client."""
 
     def found() -> list[rtunnel.Lease]:
-        with serving._lock:
-            return [lease for lease in serving._leases.values() if lease.sessions]
+        return [lease for lease in leases(serving) if lease.sessions]
 
     address = eventually(found)[0].listener.address
     return "127.0.0.1", address.port

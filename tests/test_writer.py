@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from naive_peer import CLOSE_CONN, DATA, NEW_CONN, frame
+from level1 import waiting_pumps
+from naive_peer import CLOSE_CONN, DATA, GOAWAY, NEW_CONN, frame
 from support import eventually
 
 import rtunnel
@@ -18,7 +19,7 @@ class FakeStream:
     """As much of a stream as the writer looks at."""
 
     number = 1
-    cut = False
+    silenced = False
 
 
 class FakeTransport:
@@ -30,8 +31,8 @@ class FakeTransport:
     def __init__(self) -> None:
         self.sends: list[bytes] = []
         self.threads: list[int] = []
-        self.flushed = 0
         self.error: OSError | None = None
+        self.finished = False
         self._busy = threading.Lock()
         self._changed = threading.Condition()
         self._allowed: float = float("inf")
@@ -68,10 +69,15 @@ class FakeTransport:
         finally:
             self._busy.release()
 
-    def flush(self) -> None:
+    def finish(self) -> None:
+        """No more will be sent."""
         assert self._busy.acquire(blocking=False), "two threads are in the transport"
-        self.flushed += 1
+        self.finished = True
         self._busy.release()
+
+    def is_idle(self) -> bool:
+        """Whether nobody is in a send."""
+        return not self._busy.locked()
 
     def frames(self) -> list[tuple[int, int, bytes]]:
         """What has been sent, decoded."""
@@ -140,13 +146,35 @@ def threads(*, expect: type[BaseException] | None = None) -> Iterator[Threads]:
             raise error
 
 
-def waiting(writer: rtunnel.Writer) -> int:
-    """How many threads wait for the turn."""
-    return len(writer._waiting)
-
-
 SMALL = frame(DATA, 1, b"small")
 LARGE = frame(DATA, 2, b"L" * 64 * 1024)
+
+
+@contextmanager
+def held(writer: rtunnel.Writer, transport: FakeTransport, **expected: Any) -> Iterator[Threads]:
+    """A thread is in the transport's send with LARGE, until it is let go; the control sender waits behind it.
+
+    Both have ended after the block, which must let the send go.
+    """
+    transport.hold()
+    with threads(**expected) as started:
+        started.start(send, writer, LARGE)
+        transport.wait_entered(1)
+        started.start(writer.serve)
+        try:
+            yield started
+            eventually(lambda: not writer.unsent_bytes() and transport.is_idle(), what="all is sent")
+        finally:
+            transport.let_go()
+            writer.close("the test is over")
+
+
+def fill(writer: rtunnel.Writer) -> int:
+    """Behind a send that is held: queue large frames until the next one would wait. Returns how many."""
+    count = rtunnel.QUEUE_BYTES // len(LARGE)
+    for _ in range(count):
+        send(writer, LARGE)
+    return count
 
 
 # --- groups -------------------------------------------------------------------------------------------------
@@ -158,44 +186,34 @@ def test_an_idle_writer_sends_at_once(writer: rtunnel.Writer, transport: FakeTra
     assert (transport.sends, transport.threads) == ([SMALL], [threading.get_ident()])
 
 
-def test_small_frames_are_sent_in_one_group(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Small frames that find the turn taken cost their threads no wait, and leave in one send."""
-    transport.hold()
-    with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
-        small = [frame(DATA, number, b"%d" % number) for number in range(1, 51)]
-        for each in small:
+def test_frames_behind_a_send_leave_in_one_group(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Frames that find somebody writing cost their threads no wait, be they small or large, and leave in one send."""
+    with held(writer, transport):
+        queued = [frame(DATA, number, b"%d" % number) for number in range(1, 51)] + [LARGE]
+        for each in queued:
             send(writer, each)  # returns at once: this thread would wait for ever else
         transport.let_go()
-    assert transport.sends == [LARGE, b"".join(small)]
+    assert transport.sends == [LARGE, b"".join(queued)]
 
 
-def test_a_large_frame_takes_the_queued_ones_along(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Whoever gets the turn writes, in one send, the control queue, the small frames, then its own frame."""
+def test_a_pump_takes_the_queued_ones_along(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Who finds nobody writing writes, in one send, the control frames, the queued DATA, then its own frame."""
     control, late = frame(NEW_CONN, 9), frame(DATA, 3, b"late")
     transport.hold()
-    with threads() as started:
+    with threads() as started:  # without a control sender, which might be faster
         started.start(send, writer, LARGE)
         transport.wait_entered(1)
-        started.start(send, writer, LARGE)
-        eventually(lambda: waiting(writer) == 1)
         send(writer, SMALL)
         send(writer, late)
         writer.post(control)
-        transport.let_go(1)
-        transport.wait_entered(2)
         transport.let_go()
-    assert b"".join(transport.sends[1:]) == control + SMALL + late + LARGE
-    assert len(transport.sends) <= 3
+    send(writer, LARGE)
+    assert transport.sends[1:] == [control + SMALL + late + LARGE]
 
 
 def test_control_frames_go_ahead_of_data(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """A control frame that is posted after DATA was queued is sent before it."""
-    transport.hold()
-    with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
+    with held(writer, transport):
         send(writer, SMALL)
         writer.post(frame(NEW_CONN, 7))
         transport.let_go()
@@ -205,10 +223,7 @@ def test_control_frames_go_ahead_of_data(writer: rtunnel.Writer, transport: Fake
 def test_a_queued_frame_is_a_copy(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """A pump may use its buffer again as soon as `send` has returned."""
     buffer = bytearray(SMALL)
-    transport.hold()
-    with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
+    with held(writer, transport):
         send(writer, memoryview(buffer))
         buffer[:] = bytes(len(buffer))
         transport.let_go()
@@ -217,52 +232,41 @@ def test_a_queued_frame_is_a_copy(writer: rtunnel.Writer, transport: FakeTranspo
 
 def test_posting_never_waits_and_wakes_the_sender(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """A posted frame is sent by the control sender, which `serve` is, where nobody else writes."""
-    with threads(expect=rtunnel.SessionEnded) as started:
-        sender = started.start(lambda: [writer.serve(None) for _ in range(100)])
+    with threads() as started:
+        sender = started.start(writer.serve)
         writer.post(frame(NEW_CONN, 1))
         eventually(lambda: transport.sends)
         writer.close("done")
     assert transport.threads == [sender.ident]
 
 
-def test_pushing_sends_what_was_posted(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A frame that was posted without waking anybody is sent by whoever pushes; pushing nothing sends nothing."""
-    writer.push()
+def test_a_send_without_a_frame(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Frames that were posted without waking anybody are sent by whoever calls send without one; it sends nothing
+    where nothing is posted, and never waits for room."""
+    send(writer, b"")
     writer.post(frame(NEW_CONN, 1), wake=False)
     writer.post(frame(NEW_CONN, 2), wake=False)
-    writer.push()
+    send(writer, b"")
     assert transport.sends == [frame(NEW_CONN, 1) + frame(NEW_CONN, 2)]
 
 
-def test_waking_flushes_the_transport(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Who needs the transport flushed wakes the control sender, which does it with the turn in its hand."""
-    writer.wake()
-    writer.serve(None)
-    assert (transport.flushed, transport.sends) == (1, [])
-
-
-@pytest.mark.parametrize("earlier", [True, False])
-def test_waking_the_clock_is_never_lost(writer: rtunnel.Writer, transport: FakeTransport, earlier: bool) -> None:
-    """Who sets a timer makes `serve` return at once, also while another thread has the turn and passes it on."""
-    transport.hold()
+def test_a_flush_calls_the_transport(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Where the transport itself has something to say, the control sender calls its send, with no frame."""
     with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
-        if earlier:
-            writer.wake_clock()
-        sender = started.start(writer.serve, None)
-        if not earlier:
-            eventually(lambda: writer._changed._waiters)  # type: ignore[attr-defined]
-            writer.wake_clock()
-        sender.join(10)
-        assert not sender.is_alive()
+        sender = started.start(writer.serve)
+        writer.flush()
+        eventually(lambda: transport.sends)
+        writer.close("done")
+    assert (transport.sends, transport.threads) == ([b""], [sender.ident])
+
+
+def test_a_flush_behind_a_send_is_not_lost(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Where somebody is in a send already, which may have taken too little along, another follows it."""
+    with held(writer, transport):
+        writer.flush()
         transport.let_go()
-
-
-def test_serving_waits_no_longer_than_asked(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Without work the control sender is back at its clock after the given time."""
-    writer.serve(0.01)
-    assert (transport.sends, transport.flushed) == ([], 0)
+        transport.wait_entered(2)
+    assert transport.sends == [LARGE, b""]
 
 
 # --- order and limits ---------------------------------------------------------------------------------------
@@ -279,8 +283,8 @@ def test_frames_of_a_stream_keep_their_order(writer: rtunnel.Writer, transport: 
         for number in range(rounds):
             send(writer, frame(DATA, stream, b"%04d" % number + b"x" * (size * (number % 3))), owner)
 
-    with threads(expect=rtunnel.SessionEnded) as started:
-        started.start(lambda: [writer.serve(None) for _ in iter(int, 1)])
+    with threads() as started:
+        started.start(writer.serve)
         pumps = [started.start(pump, stream) for stream in range(1, 9)]
         for each in pumps:
             each.join(10)
@@ -291,153 +295,161 @@ def test_frames_of_a_stream_keep_their_order(writer: rtunnel.Writer, transport: 
         assert numbers == list(range(rounds))
 
 
-@pytest.mark.parametrize("limit", ["SMALL_QUEUE_BYTES", "SMALL_QUEUE_FRAMES"])
-def test_the_queue_of_small_frames_is_bounded(writer: rtunnel.Writer, transport: FakeTransport, limit: str) -> None:
-    """Over 256 KiB or 1,024 small frames, their threads wait too: that is the back-pressure."""
-    payload = b"x" * (16 * 1024 - 9) if limit == "SMALL_QUEUE_BYTES" else b""
+@pytest.mark.parametrize("limit", ["QUEUE_BYTES", "QUEUE_FRAMES"])
+def test_the_queue_of_data_is_bounded(writer: rtunnel.Writer, transport: FakeTransport, limit: str) -> None:
+    """Over 256 KiB or 1,024 frames behind a send, their threads wait: that is the back-pressure."""
+    payload = b"x" * (16 * 1024 - 9) if limit == "QUEUE_BYTES" else b""
     count = getattr(rtunnel, limit) // (16 * 1024 if payload else 1)
-    assert (rtunnel.SMALL_QUEUE_BYTES, rtunnel.SMALL_QUEUE_FRAMES) == (256 * 1024, 1024)
-    transport.hold()
-    with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
+    assert (rtunnel.QUEUE_BYTES, rtunnel.QUEUE_FRAMES) == (256 * 1024, 1024)
+    with held(writer, transport) as started:
         for _ in range(count):
             send(writer, frame(DATA, 1, payload))
         over = started.start(send, writer, frame(DATA, 1, payload))
-        eventually(lambda: waiting(writer) == 1)
+        eventually(lambda: waiting_pumps(writer) == 1)
         assert over.is_alive()
+        assert writer.unsent_bytes() <= rtunnel.QUEUE_BYTES
         transport.let_go()
     assert len(transport.frames()) == count + 2
 
 
-def test_nothing_follows_a_cut(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A stream's cut drops what it still has here, whether queued or waiting, wakes its pump, and is the last of
-    it; other streams' frames stay."""
+def test_a_frame_larger_than_the_queue_passes(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single frame over the limit is taken where nothing else is queued: else its stream would stand for ever."""
+    monkeypatch.setattr(rtunnel, "QUEUE_BYTES", 10)
+    with held(writer, transport) as started:
+        sender = started.start(send, writer, LARGE)
+        sender.join(10)
+        assert not sender.is_alive()
+        transport.let_go()
+    assert transport.sends == [LARGE, LARGE]
+
+
+def test_nothing_follows_the_last_frame(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """A stream's last frame drops what it still has here, whether queued or waiting, and wakes its pump; other
+    streams' frames stay."""
     stream, other, last = FakeStream(), FakeStream(), frame(CLOSE_CONN, 1)
-    transport.hold()
-    with threads() as started:
-        started.start(send, writer, LARGE)
-        transport.wait_entered(1)
+    with held(writer, transport) as started:
         send(writer, frame(DATA, 1, b"queued"), stream)
         send(writer, frame(DATA, 5, b"stays"), other)
+        count = fill(writer)
         pump = started.start(send, writer, frame(DATA, 1, bytes(64 * 1024)), stream)
-        eventually(lambda: waiting(writer) == 1)
-        writer.cut(stream, last)  # type: ignore[arg-type]
+        eventually(lambda: waiting_pumps(writer) == 1)
+        writer.post_last(stream, last)  # type: ignore[arg-type]
         pump.join(10)
         assert not pump.is_alive()
         send(writer, frame(DATA, 1, b"after"), stream)
         transport.let_go()
-    send(writer, frame(DATA, 1, b"long after"), stream)
-    assert transport.frames()[1:] == [(CLOSE_CONN, 1, b""), (DATA, 5, b"stays")]
+    assert transport.frames()[1:3] == [(CLOSE_CONN, 1, b""), (DATA, 5, b"stays")]
+    assert [number for _, number, _ in transport.frames()[3:]] == [2] * count
 
 
-def test_nothing_follows_a_cut_in_the_senders_own_hand(
-    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cut that comes when the stream's own thread has the turn, and has not yet sent, is still the last of it."""
-    stream = FakeStream()
-    write = writer._write
+def test_nothing_is_granted_after_the_last_frame(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Credit that waits to be granted is dropped with the stream's last frame, and none is granted later."""
+    stream: Any = FakeStream()
+    writer.grant(stream, 100)
+    writer.post_last(stream, frame(CLOSE_CONN, 1))
+    writer.grant(stream, 100)
+    send(writer, b"")
+    assert transport.frames() == [(CLOSE_CONN, 1, b"")]
 
-    def cut_first(*args: Any) -> None:
-        if not stream.cut:
-            writer.cut(stream, frame(CLOSE_CONN, 1))  # type: ignore[arg-type]
-        write(*args)
 
-    monkeypatch.setattr(writer, "_write", cut_first)
+def test_the_last_frame_comes_behind_the_one_in_hand(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """A last frame that is posted when the stream's own thread is about to send is still the last of it."""
+    stream: Any = FakeStream()
+    plain_send = transport.send
+
+    def post_first(frames: bytes) -> None:
+        if not stream.silenced:
+            writer.post_last(stream, frame(CLOSE_CONN, 1))
+        plain_send(frames)
+
+    transport.send = post_first  # type: ignore[method-assign, assignment]
     send(writer, SMALL, stream)
-    writer.push()
-    assert (CLOSE_CONN, 1, b"") in transport.frames()
-    assert transport.frames()[-1] == (CLOSE_CONN, 1, b"")
+    send(writer, b"")
+    send(writer, SMALL, stream)
+    assert transport.frames() == [(DATA, 1, b"small"), (CLOSE_CONN, 1, b"")]
 
 
 # --- fairness -----------------------------------------------------------------------------------------------
 
 
-def test_who_waits_gets_the_turn_in_order(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """The turn goes to those who wait in their order, and to who has just had it last: nobody starves."""
-    large = [frame(DATA, number, b"L" * 20_000) for number in range(1, 6)]
-    transport.hold()
-
-    def twice() -> None:
-        owner = FakeStream()
-        send(writer, large[0], owner)
-        send(writer, large[4], owner)
-
-    with threads() as started:
-        started.start(twice)
-        transport.wait_entered(1)
-        for number in (1, 2, 3):
-            started.start(send, writer, large[number])
-            eventually(lambda number=number: waiting(writer) == number)  # type: ignore[misc]
-        for count in range(2, 6):
-            transport.let_go(1)
-            transport.wait_entered(count)
+def test_who_waits_gets_room_in_order(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Those who wait for room get it in their order, and who comes later waits behind them: nobody starves."""
+    with held(writer, transport) as started:
+        count = fill(writer)
+        for number in range(1, 5):
+            # The last of them would find room, as small as it is.
+            started.start(send, writer, frame(DATA, 10 + number, b"L" * (65_536 if number < 4 else 1)))
+            eventually(lambda number=number: waiting_pumps(writer) == number)  # type: ignore[misc]
         transport.let_go()
-    assert [stream for _, stream, _ in transport.frames()] == [1, 2, 3, 4, 5]
+    assert [stream for _, stream, _ in transport.frames()] == [2] * (1 + count) + [11, 12, 13, 14]
 
 
 def test_nobody_is_enslaved(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Who has the turn writes at most one batch of others' frames; what comes during that is the control
-    sender's."""
+    """A pump writes once, with its own frame; what comes during that is the control sender's."""
     transport.hold()
-    with threads(expect=rtunnel.SessionEnded) as started:
+    with threads() as started:
         pump = started.start(send, writer, LARGE)
         transport.wait_entered(1)
         send(writer, SMALL)
         transport.let_go(1)
+        pump.join(10)  # although something is queued
+        assert not pump.is_alive()
+        assert transport.sends == [LARGE]
+        sender = started.start(writer.serve)
         transport.wait_entered(2)
         send(writer, SMALL)
-        transport.let_go(1)
-        pump.join(10)  # although more is queued
-        assert not pump.is_alive()
-        assert transport.sends == [LARGE, SMALL]
-        sender = started.start(lambda: [writer.serve(None) for _ in range(9)])
-        transport.wait_entered(3)
         transport.let_go()
+        transport.wait_entered(3)
         writer.close("done")
-    assert transport.sends[2] == SMALL
-    assert transport.threads == [pump.ident, pump.ident, sender.ident]
+    assert transport.sends == [LARGE, SMALL, SMALL]
+    assert transport.threads == [pump.ident, sender.ident, sender.ident]
 
 
 # --- the end ------------------------------------------------------------------------------------------------
 
 
 def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Closing never waits; all who wait for the turn, the control sender too, get the first cause, and so does who
-    comes later. Whoever is inside the transport's send is waited for."""
+    """Closing never waits; all who wait for room get the first cause, the control sender too, and so does who comes
+    later. Whoever is inside the transport's send is waited for."""
+    served: list[str] = []
     transport.hold()
     with threads(expect=rtunnel.SessionEnded) as started:
         started.start(send, writer, LARGE)
         transport.wait_entered(1)
+        fill(writer)
         sleepers = [started.start(send, writer, LARGE) for _ in range(5)]
-        sleepers.append(started.start(lambda: [writer.serve(None) for _ in range(2)]))
-        eventually(lambda: waiting(writer) == 5)
+        sleepers.append(started.start(lambda: served.append(writer.serve())))
+        eventually(lambda: waiting_pumps(writer) == 5)
         writer.close("the first cause")
         writer.close("another")
         for sleeper in sleepers:
             sleeper.join(10)
             assert not sleeper.is_alive()
-        assert [str(error) for error in started.errors] == ["the first cause"] * 6
+        assert [str(error) for error in started.errors] == ["the first cause"] * 5
+        assert served == ["the first cause"]
         waiter = started.start(writer.wait_unused)
         assert len(transport.sends) == 1
         assert waiter.is_alive()
         transport.let_go()
-    for late in (lambda: send(writer, SMALL), lambda: writer.post(SMALL), writer.push, lambda: writer.serve(0)):
+    for late in (lambda: send(writer, SMALL), lambda: writer.post(SMALL), lambda: send(writer, b"")):
         with pytest.raises(rtunnel.SessionEnded, match="the first cause"):
             late()
+    assert writer.serve() == "the first cause"
     assert len(transport.sends) == 1
 
 
-def test_the_end_between_two_turns(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A turn that was promised to somebody who then finds the end does not keep the writer in use."""
+def test_the_end_between_two_sends(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Room that was promised to somebody who then finds the end does not keep the writer in use."""
     for _ in range(50):
         transport = FakeTransport()
         writer = rtunnel.Writer(transport)  # type: ignore[arg-type]
         transport.hold()
         with threads(expect=rtunnel.SessionEnded) as started:
-            for _ in range(3):
+            for _ in range(6):
                 started.start(send, writer, LARGE)
-            started.start(lambda writer=writer: [writer.serve(None) for _ in range(9)])  # type: ignore[misc]
+            started.start(writer.serve)
             transport.wait_entered(1)
             transport.let_go()
             writer.close("stopping")
@@ -452,4 +464,32 @@ def test_a_failed_send_ends_the_writer(writer: rtunnel.Writer, transport: FakeTr
     assert caught.value.__cause__ is transport.error
     with pytest.raises(rtunnel.SessionEnded, match="Connection reset by peer"):
         writer.post(SMALL)
+    assert writer.serve() == "Connection reset by peer"
     writer.wait_unused()
+    writer.finish()  # which says no more, and does not raise
+
+
+def test_the_last_word(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """A writer that ends with a last frame sends the control frames that are queued, then that, and no DATA; it comes
+    behind the send that is under way. The peer then sees the end."""
+    transport.hold()
+    with threads() as started:
+        started.start(send, writer, LARGE)
+        transport.wait_entered(1)
+        send(writer, SMALL)
+        writer.post(frame(NEW_CONN, 1))
+        writer.close("done", frame(GOAWAY, 0, b"done"))
+        finisher = started.start(writer.finish)
+        assert finisher.is_alive()
+        assert not transport.finished
+        transport.let_go()
+    assert transport.sends == [LARGE, frame(NEW_CONN, 1) + frame(GOAWAY, 0, b"done")]
+    assert transport.finished
+
+
+def test_an_end_without_a_last_word(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """A writer that ends without a last frame sends nothing more, and the peer sees the end."""
+    writer.post(frame(NEW_CONN, 1), wake=False)
+    writer.close("done")
+    writer.finish()
+    assert (transport.sends, transport.finished) == ([], True)
