@@ -19,6 +19,7 @@ from recorder import MODULES, ROOT, functions
 SOURCES = {file: (ROOT / file).read_text() for file in MODULES}
 # Who calls these waits, they do so in nobody's name: the tables name the caller.
 ON_BEHALF = {"ready", "LateCondition.wait"}
+POOL = "Worker.run"
 
 
 class Thread(NamedTuple):
@@ -40,7 +41,8 @@ class Tables(NamedTuple):
 def rows(text: str, *header: str) -> Iterator[list[str]]:
     """The rows of the table with these columns, which begin where the header's words do.
 
-    A line whose first cell is empty goes on with the row above; an empty line ends the table.
+    A line goes on with the row above where its first cell is empty, or the one above ends with a comma. An empty
+    line ends the table.
     """
     lines = text.splitlines()
     at = next((i for i, line in enumerate(lines) if re.split(r"\s{2,}", line.strip()) == list(header)), None)
@@ -50,10 +52,9 @@ def rows(text: str, *header: str) -> Iterator[list[str]]:
     for line in lines[at + 1 :]:
         if not line.strip():
             break
+        assert not any(line[start - 2 : start].strip() for start in starts), f"a cell is too wide: {line}"
         cells = [line[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
-        for cell in cells[:-1]:
-            assert cell.endswith("  ") or not cell.strip() or len(cell.rstrip()) < len(cell), f"a cell is too wide: {line}"
-        if cells[0].strip():
+        if cells[0].strip() and not (row and row[0].endswith(",")):
             if row:
                 yield row
             row = [cell.strip() for cell in cells]
@@ -72,7 +73,7 @@ def parse(text: str) -> Tables:
     """Both tables of a module's docstring."""
     threads = []
     for name, _, does, waits in rows(text, "thread", "how many", "does (begins in)", "may wait in"):
-        begins = [begin for group in re.findall(r"\(([^)]*)\)", does) for begin in names(group)]
+        begins = names(re.findall(r"\(([^)]*)\)", does)[-1])
         threads.append(Thread(name, begins, {wait.rstrip("*"): wait.endswith("*") for wait in names(waits)}))
     locks = {}
     for several, _, under in rows(text, "lock", "guards", "under it may be taken"):
@@ -106,7 +107,10 @@ def _of_threads(tables: Tables, records: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"threads: the row of `{thread.name}` names {name}, and there is no such function"
     for record in records:
         for stack, held in record["waits"]:
-            where, thread = place(stack), next((kinds[name] for name in reversed(stack) if name in kinds), None)
+            begins = [name for name in stack if name in kinds]
+            if begins[1:] and begins[0] == POOL:  # whose threads are called by what they do
+                del begins[0]
+            where, thread = place(stack), kinds[begins[0]] if begins else None
             path = " > ".join(stack)
             if thread is None:
                 yield f"threads: no row has the thread that waits in {where} ({path})"
