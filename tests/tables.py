@@ -8,6 +8,7 @@ Each fault is one sentence.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -82,6 +83,11 @@ def parse(text: str) -> Tables:
     return Tables(threads, locks)
 
 
+@functools.cache
+def known_functions() -> frozenset[str]:
+    return frozenset(functions().values())
+
+
 # --- the tables and what was seen -------------------------------------------------------------------------------
 
 
@@ -97,7 +103,7 @@ def complaints(tables: Tables, records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _of_threads(tables: Tables, records: list[dict[str, Any]]) -> Iterator[str]:
-    known = set(functions().values())
+    known = known_functions()
     library = {stack[0] for record in records for stack, _ in record["waits"] if stack} - known
     kinds = {begin: thread for thread in tables.threads for begin in thread.begins_in}
     seen: set[tuple[str, str]] = set()
@@ -136,7 +142,7 @@ def _of_locks(tables: Tables, records: list[dict[str, Any]]) -> Iterator[str]:
             yield f"locks: {lock} has no row"
     for lock, under in tables.locks.items():
         for name in [lock, *under]:
-            if name not in made and name not in set(functions().values()):
+            if name not in made and name not in known_functions():
                 yield f"locks: the row of {lock} names {name}, and nobody makes such a lock"
         for inner in under:
             if (lock, inner) not in nested and (lock, inner) not in waited:
@@ -151,15 +157,17 @@ def _is_internal(outer: str, stack: Sequence[str]) -> bool:
     return not stack and outer not in locks_of_ours()
 
 
-def locks_of_ours() -> set[str]:
-    """`Class._attribute` of each lock that our modules make for a field."""
-    found = set()
+@functools.cache
+def locks_of_ours() -> frozenset[str]:
+    """Each lock that our modules make: `Class._attribute`, or `function.variable`."""
+    found: set[str] = set()
     for source in SOURCES.values():
-        for owner in _classes(source):
+        for owner in ast.parse(source).body:
             for node in ast.walk(owner):
                 if isinstance(node, ast.Assign) and re.fullmatch(r"threading\.R?Lock\(\)", ast.unparse(node.value)):
-                    found |= {f"{owner.name}.{ast.unparse(each).removeprefix('self.')}" for each in node.targets}
-    return found
+                    assert isinstance(owner, (ast.ClassDef, ast.FunctionDef)), "a lock of a module has no name here"
+                    found |= {f"{owner.name}.{name}" for name in _targets(node)}
+    return frozenset(found)
 
 
 # --- the source: fields that a lock guards ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ import tables
 from naive_peer import PONG, Level1Peer, NaivePeer, init_text
 from support import ROOT, Address, Program, connect, echo_service, ends_with, free_port, read_exactly, reset, running
 from tables import Tables, complaints, parse
-from tls_peers import House
+from tls_peers import Forger, House, raw_context
 from tunnels import closed_port, text, until_full, visit
 
 import rtunnel
@@ -46,6 +47,7 @@ LIMITS: dict[str, Any] = {
     "ABORTED_AT_ONCE": 0,
     "MAX_STRANGERS": 8,
 }
+POLLED = LIMITS | {"DONT_WAIT": None}  # the way of systems that lack MSG_DONTWAIT
 RECEIVE_BYTES = 16 * 1024
 
 
@@ -151,6 +153,17 @@ def strangers(server: Program) -> None:
         server.wait_for("refused")
 
 
+def key_update(server: Program, house: House) -> None:
+    """A peer that asks for new keys: OpenSSL logs their secrets while it reads, and its answer is sent."""
+    context = raw_context(SimpleNamespace(**house.files("client")), house.ca, groups="X25519MLKEM768")
+    with connect(server.control_address) as sock:
+        forger = Forger(context, sock, "client")
+        assert [forger.receive()[0] for _ in range(2)] == [Forger.HANDSHAKE] * 2  # tickets
+        for _ in range(2):  # OpenSSL answers the last one with its next data only
+            sock.sendall(forger.key_update(request=True))
+        assert forger.receive()[0] == Forger.HANDSHAKE
+
+
 def silent_client(server: Program) -> None:
     """The original's way to join a global port: no INIT."""
     with NaivePeer.connect(server.control_address):
@@ -180,14 +193,14 @@ def play(stage: Stage, folder: Path, house: House) -> None:
     plain = stage.server(f"--config={config}", listen="localhost:0", env={"NOTIFY_SOCKET": str(notify)})
     secure = stage.server(*house.flags("server"), "--drain=5", env={"SSLKEYLOGFILE": str(folder / "secrets")})
     plain_0 = stage.server("--public-listen=127.0.0.1:0")
-    secure_0 = stage.server(*house.flags("server"))
+    secure_0 = stage.server(*house.flags("server"), limits=POLLED)
     ports = [free_port() for _ in range(6)]
     services = [f"--forward={port}:{where}" for port, where in zip(ports, 3 * [echo.text, nobody], strict=True)]
     clients = [
         stage.client(plain, *services[:2]),
         stage.client(secure, *own, *services[2:4], "--proxy-protocol"),
         stage.client(plain_0, f"--local={echo.text}", old=True),
-        stage.client(secure_0, *own, *services[4:], old=True),
+        stage.client(secure_0, *own, *services[4:], old=True, limits=POLLED),
     ]
     for server, count in ((plain, 2), (secure, 2), (plain_0, 1), (secure_0, 2)):
         server.wait_for_count(count, "session-opened")
@@ -201,6 +214,7 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         replaced(plain)
         silent_client(plain_0)
         visit(secure.control_address, b"GET / HTTP/1.0\r\n\r\n")
+        key_update(secure, house)
         strangers(plain)
     for each in (plain, secure, *clients):
         each.send_signal(signal.SIGHUP)
