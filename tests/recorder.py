@@ -133,7 +133,7 @@ _ATTRIBUTE = re.compile(r"\s*(?:self\.)?(\w+)(?:\s*:[^=]+)?\s*=[^=]")
 
 
 def _name_of_new_lock() -> str:
-    """`Class._attribute`, by the class whose method makes the lock, or else by ours that inherits it."""
+    """`Class._attribute`, by the class that makes the lock, or by ours that inherits it."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code is threading.Condition.__init__.__code__:
         frame = frame.f_back

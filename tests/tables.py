@@ -33,17 +33,17 @@ class Thread(NamedTuple):
 
 class Tables(NamedTuple):
     threads: list[Thread]
-    locks: dict[str, list[str]]  # lock: what may be taken under it, and the function that may wait there
+    locks: dict[str, list[str]]  # lock: locks that may be taken under it, functions that may wait
 
 
-# --- the tables as text ---------------------------------------------------------------------------------------
+# --- the tables as text --------------------------------------------------------------------------
 
 
 def rows(text: str, *header: str) -> Iterator[list[str]]:
     """The rows of the table with these columns, which begin where the header's words do.
 
-    A line goes on with the row above where its first cell is empty, or the one above ends with a comma. An empty
-    line ends the table.
+    A line goes on with the row above where its first cell is empty, or the one above ends with a
+    comma. An empty line ends the table.
     """
     lines = text.splitlines()
     at = next((i for i, line in enumerate(lines) if re.split(r"\s{2,}", line.strip()) == list(header)), None)
@@ -88,7 +88,7 @@ def known_functions() -> frozenset[str]:
     return frozenset(functions().values())
 
 
-# --- the tables and what was seen -------------------------------------------------------------------------------
+# --- the tables and what was seen ----------------------------------------------------------------
 
 
 def place(stack: Sequence[str]) -> str:
@@ -170,9 +170,9 @@ def locks_of_ours() -> frozenset[str]:
     return frozenset(found)
 
 
-# --- the source: fields that a lock guards ----------------------------------------------------------------------
+# --- the source: fields that a lock guards -------------------------------------------------------
 
-MARK = "without the lock"  # in a comment beside or above the statement, or in the function's docstring
+MARK = "without the lock"  # in a comment at the statement or above, or in the function's docstring
 _GUARDED_BY = re.compile(r"# guarded by ((?:\w+\.)?_\w+)\b")
 _WHOLE_CLASS = re.compile(r"(?:Guarded by|Called with) ((?:\w+\.)?_\w+|its lock)")
 
@@ -207,8 +207,9 @@ class Source:
         return one in self.ancestry(other) or (one in self.classes and other in self.ancestry(one))
 
     def _guarded(self, owner: ast.ClassDef) -> dict[str, str]:
-        """Field: the class whose lock guards it. A marker counts up to the next, in its function or class body.
+        """Field: the class whose lock guards it.
 
+        A marker counts up to the next, in its function or class body.
         Where the class's docstring says it and no marker does, all fields are meant.
         """
         found: dict[str, str] = {}
@@ -263,7 +264,7 @@ def _members(owner: ast.ClassDef) -> Iterator[str]:
 
 
 class Access(NamedTuple):
-    """A field that a lock guards, read or written where the source does not show that the lock is held."""
+    """A field that a lock guards, used where the source does not show that the lock is held."""
 
     file: str
     line: int
@@ -278,7 +279,7 @@ class Access(NamedTuple):
 
 
 def unlocked(sources: dict[str, str] = SOURCES) -> list[Access]:
-    """Accesses to guarded fields outside `with ..._lock`, `_locked` methods and the class's own `__init__`.
+    """Accesses to guarded fields outside `with ..._lock`, `_locked` methods and `__init__`.
 
     A read that is meant is marked by the words of MARK; a write never is.
     """
@@ -286,7 +287,7 @@ def unlocked(sources: dict[str, str] = SOURCES) -> list[Access]:
 
 
 class _Accesses:
-    """Walks a module, and knows at each expression which locks are held by what stands around it."""
+    """Walks a module, and knows at each expression which locks the code around it holds."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -348,9 +349,8 @@ class _Accesses:
         name = f"{owner}.{function.name}" if owner else function.name
         self.found.append(Access(source.file, node.lineno, name, f"{receiver}.{node.attr}", guard, writes))
 
-
     def _guard_of_other(self, receiver: str, field: str) -> str | None:
-        """Whose lock guards the field of what a variable holds; it goes by the variable's name where it must."""
+        """Whose lock guards a field of another object; the variable's name tells its class."""
         having = self.fields.get(field, set())
         if field.startswith("_") or field not in self.elsewhere:
             guards = {self.source.guards[each][field] for each in having if receiver != "connection"}  # OpenSSL's
@@ -360,7 +360,7 @@ class _Accesses:
 
 
 def unasserted() -> list[str]:
-    """`_locked` methods that neither begin with an assertion that the lock is held nor say who holds it."""
+    """`_locked` methods that neither begin by asserting the lock nor say who holds it."""
     found = []
     for file, text in SOURCES.items():
         for owner in _classes(text):
