@@ -22,10 +22,23 @@ from typing import Any
 import pytest
 import tables
 from naive_peer import PONG, Level1Peer, NaivePeer, init_text
-from support import ROOT, Address, Program, connect, echo_service, ends_with, free_port, read_exactly, reset, running
+from support import (
+    DEADLINE_S,
+    ROOT,
+    Address,
+    Program,
+    connect,
+    echo_service,
+    ends_with,
+    eventually,
+    free_port,
+    read_exactly,
+    reset,
+    running,
+)  # fmt: skip
 from tables import Tables, complaints, parse
 from tls_peers import Forger, House, raw_context
-from tunnels import closed_port, text, until_full, visit
+from tunnels import BLOCK, closed_port, text, visit
 
 import rtunnel
 
@@ -49,7 +62,6 @@ LIMITS: dict[str, Any] = {
     "MAX_STRANGERS": 8,
 }
 POLLED = LIMITS | {"DONT_WAIT": None}  # the way of systems that lack MSG_DONTWAIT
-RECEIVE_BYTES = 16 * 1024
 
 
 class Stage:
@@ -70,6 +82,7 @@ class Stage:
         self.stack.close()
         for each in self._programs:
             each.kill()
+            print(f"--- {' '.join(each.arguments)}\n" + "\n".join(each.lines))
 
     def start(self, *arguments: str, limits: dict[str, Any] = LIMITS, **options: Any) -> Program:
         file = self._folder / f"{len(self._programs)}.json"
@@ -97,7 +110,34 @@ class Stage:
         return found
 
 
-def use(public: Address, refused: Address | None) -> None:
+def reader_of_little(address: Address, receive_buffer: int = 16 * 1024) -> socket.socket:
+    """A connection whose kernel keeps little for us."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(DEADLINE_S)
+    sock.connect(address)
+    return sock
+
+
+def say_much(sock: socket.socket) -> None:
+    """More than the kernel's buffers hold on the way, as much as is taken."""
+    sock.settimeout(0.1)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(16):
+            sock.sendall(BLOCK)
+
+
+def wait_until(server: Program, event: str, field: str, least: int) -> None:
+    """Wait until the server says of a stream or session that it has so many bytes queued."""
+
+    def told() -> bool:
+        server.state()
+        return any(int(fields[field]) >= least for fields in server.events(event))
+
+    eventually(told, what=f"{event} {field}={least}")
+
+
+def use(server: Program, public: Address, refused: Address | None) -> None:
     """What visitors of an echo service do; `refused` leads to a closed port."""
     with connect(public) as visitor:
         visitor.sendall(b"marco")
@@ -106,12 +146,16 @@ def use(public: Address, refused: Address | None) -> None:
             heard += read_exactly(visitor, 1)
         visitor.shutdown(socket.SHUT_WR)
         assert ends_with(visitor) == "eof"
-    with contextlib.ExitStack() as stack:  # who does not read: drainers at work, no credit
-        slow = [stack.enter_context(connect(public)) for _ in range(2)]
-        sent = [until_full(each) for each in slow]
-        reset(slow[1])
-        slow[0].settimeout(10.0)
-        read_exactly(slow[0], sent[0] // 2)
+    level = server.events("session-opened")[0]["level"]
+    with reader_of_little(public) as slow, reader_of_little(public) as gone:
+        # The server's queue for who does not read is full: a drainer is at work, and the client's
+        # pump waits for credit, or at level 0 the server's reader for room.
+        for each in (gone, slow):
+            say_much(each)
+            wait_until(server, "state-stream", "queued", 32_000 if level == "1" else 980_000)
+        reset(gone)
+        slow.settimeout(DEADLINE_S)
+        read_exactly(slow, len(BLOCK))
     if refused is not None:
         assert visit(refused, b"x") in ("reset", "eof")
 
@@ -119,15 +163,12 @@ def use(public: Address, refused: Address | None) -> None:
 def stalled_peer(server: Program) -> None:
     """A client of level 1 that gives much credit and reads nothing: pumps wait for the writer."""
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(socket.socket())
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-        sock.settimeout(10.0)
-        sock.connect(server.control_address)
-        peer = Level1Peer(sock, plays="client", window=2**30)
+        peer = Level1Peer(stack.enter_context(reader_of_little(server.control_address)), plays="client", window=2**30)
         peer.send_init(init_text(window=2**30))
         peer.hear_welcome()
         for _ in range(3):
-            until_full(stack.enter_context(connect(peer.public)))
+            say_much(stack.enter_context(connect(peer.public)))
+        wait_until(server, "state-session", "unsent", 250_000)
 
 
 def ended_session(server: Program) -> None:
@@ -209,16 +250,16 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         server.wait_for_count(count, "session-opened")
     local = [("127.0.0.1", port) for port in ports]
     with contextlib.ExitStack() as at_once:
-        for public, refused in ((local[0], local[1]), (local[2], local[3]), (local[4], local[5])):
-            at_once.enter_context(running(functools.partial(use, public, refused)))
-        use(plain_0.public_address, None)
-        stalled_peer(plain)
+        for at, each in enumerate((plain, secure, secure_0)):
+            at_once.enter_context(running(functools.partial(use, each, local[2 * at], local[2 * at + 1])))
+        use(plain_0, plain_0.public_address, None)
         ended_session(plain)
         replaced(plain)
         silent_client(plain_0)
         visit(secure.control_address, b"GET / HTTP/1.0\r\n\r\n")
         key_update(secure, house)
         strangers(plain)
+    stalled_peer(plain)
     for each in (plain, secure, *clients):
         each.send_signal(signal.SIGHUP)
         each.wait_for("reloaded")
