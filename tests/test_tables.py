@@ -54,7 +54,6 @@ LIMITS: dict[str, Any] = {
     "LINGER_S": 0.1,
     "STALL_S": 0.1,
     "WATCH_S": 0.1,
-    "DRAIN_STEP_S": 0.1,
     "POOL_IDLE_S": 0.5,
     "EXPIRY_CHECK_S": 0.2,
     "LOG_EVERY_S": 0.2,
@@ -119,22 +118,31 @@ def reader_of_little(address: Address, receive_buffer: int = 16 * 1024) -> socke
     return sock
 
 
-def say_much(sock: socket.socket) -> None:
-    """More than the kernel's buffers hold on the way, as much as is taken."""
-    sock.settimeout(0.1)
-    with contextlib.suppress(TimeoutError):
-        for _ in range(16):
-            sock.sendall(BLOCK)
-
-
-def wait_until(server: Program, event: str, field: str, least: int) -> None:
-    """Wait until the server says of a stream or session that it has so many bytes queued."""
+def say_until(
+    server: Program, event: str, field: str, least: int, peer: socket.socket, *visitors: socket.socket
+) -> None:
+    """Have visitors say what is taken, until the server tells of so many bytes queued for a peer."""
+    name = text(peer.getsockname())
 
     def told() -> bool:
+        for each in visitors:
+            with contextlib.suppress(BlockingIOError):
+                each.sendall(BLOCK)
         server.state()
-        return any(int(fields[field]) >= least for fields in server.events(event))
+        return any(int(fields[field]) >= least for fields in server.events(event, peer=name))
 
-    eventually(told, what=f"{event} {field}={least}")
+    for each in visitors:
+        each.setblocking(False)
+    eventually(told, 2 * DEADLINE_S, f"{event} {field}={least}")
+
+
+def fill_queue(server: Program, visitor: socket.socket) -> None:
+    """The server's queue for who does not read its echo is full.
+
+    A drainer is at work, and the client's pump waits for credit, or at level 0 the server's reader.
+    """
+    level = server.events("session-opened")[0]["level"]
+    say_until(server, "state-stream", "queued", 32_000 if level == "1" else 980_000, visitor, visitor)
 
 
 def use(server: Program, public: Address, refused: Address | None) -> None:
@@ -146,14 +154,10 @@ def use(server: Program, public: Address, refused: Address | None) -> None:
             heard += read_exactly(visitor, 1)
         visitor.shutdown(socket.SHUT_WR)
         assert ends_with(visitor) == "eof"
-    level = server.events("session-opened")[0]["level"]
     with reader_of_little(public) as slow, reader_of_little(public) as gone:
-        # The server's queue for who does not read is full: a drainer is at work, and the client's
-        # pump waits for credit, or at level 0 the server's reader for room.
-        for each in (gone, slow):
-            say_much(each)
-            wait_until(server, "state-stream", "queued", 32_000 if level == "1" else 980_000)
+        fill_queue(server, gone)
         reset(gone)
+        fill_queue(server, slow)
         slow.settimeout(DEADLINE_S)
         read_exactly(slow, len(BLOCK))
     if refused is not None:
@@ -163,12 +167,12 @@ def use(server: Program, public: Address, refused: Address | None) -> None:
 def stalled_peer(server: Program) -> None:
     """A client of level 1 that gives much credit and reads nothing: pumps wait for the writer."""
     with contextlib.ExitStack() as stack:
-        peer = Level1Peer(stack.enter_context(reader_of_little(server.control_address)), plays="client", window=2**30)
+        sock = stack.enter_context(reader_of_little(server.control_address))
+        peer = Level1Peer(sock, plays="client", window=2**30)
         peer.send_init(init_text(window=2**30))
         peer.hear_welcome()
-        for _ in range(3):
-            say_much(stack.enter_context(connect(peer.public)))
-        wait_until(server, "state-session", "unsent", 250_000)
+        visitors = [stack.enter_context(connect(peer.public)) for _ in range(3)]
+        say_until(server, "state-session", "unsent", 192_000, sock, *visitors)
 
 
 def ended_session(server: Program) -> None:
@@ -264,6 +268,8 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         each.send_signal(signal.SIGHUP)
         each.wait_for("reloaded")
         each.state()
+    for _ in range(3):  # pumps find drainers at work when they are aborted
+        fill_queue(plain, enter(reader_of_little(local[0])))
     config.write_text("allow = *=1\n")
     plain.send_signal(signal.SIGHUP)
     plain.wait_for("expelled")
