@@ -27,22 +27,20 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import queue
 import random
 import re
 import sched
 import secrets
 import select
+import selectors
 import socket
-import socketserver
 import struct
 import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Mapping as Map
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -316,7 +314,7 @@ class Decoder:
 
     Threads: the session reader alone.
     Memory: at most a header and MAX_CONTROL_PAYLOAD_BYTES that have arrived; an announced length
-    allocates nothing. After a ProtocolError it repeats that error.
+    allocates nothing. After a ProtocolError it is at the same header, and repeats the error.
     """
 
     def __init__(self) -> None:
@@ -326,20 +324,17 @@ class Decoder:
         self._type = 0
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
-        self._error = ""  # its words: an exception would keep its traceback, and so the session
 
     def is_inside_control(self) -> bool:
         """Whether a header, or a frame that is not DATA, has begun and not ended."""
         return bool(self._header) or (self._remaining > 0 and self._type != DATA)
 
-    def speaks_tls(self, start: bytes | bytearray = b"") -> bool:
+    def speaks_tls(self) -> bool:
         """Whether a TLS record stands where a frame begins: an alert or a handshake (RFC 8446, 5.1)."""
-        return bytes(start or self._header)[:2] in (b"\x15\x03", b"\x16\x03")
+        return self._header.startswith((b"\x15\x03", b"\x16\x03"))
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
-        if self._error:
-            raise ProtocolError(self._error)
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
@@ -349,8 +344,15 @@ class Decoder:
                 self._header += header
                 if len(self._header) < HEADER_BYTES:
                     return
-                self._begin(*HEADER.unpack(self._header))
+                kind, stream, length = HEADER.unpack(self._header)
+                if self.speaks_tls():
+                    raise ProtocolError(SPEAKS_TLS)
+                limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
+                if length > limit:
+                    raise ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
+                self._type, self._stream, self._remaining = kind, stream, length
                 self._header.clear()
+                self.unknown_frames += kind not in KNOWN
             part = view[position : position + self._remaining]
             position += len(part)
             self._remaining -= len(part)
@@ -363,18 +365,6 @@ class Decoder:
                     payload = bytes(self._payload)
                     self._payload.clear()
                     yield Frame(self._type, self._stream, payload)
-
-    def _begin(self, kind: int, stream: int, length: int) -> None:
-        limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
-        if self.speaks_tls(self._header):
-            self._error = SPEAKS_TLS
-            raise ProtocolError(self._error)
-        if length > limit:
-            self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
-            raise ProtocolError(self._error)
-        self._type, self._stream, self._remaining = kind, stream, length
-        if kind not in KNOWN:
-            self.unknown_frames += 1
 
 
 def key_values(lines: str) -> dict[str, str]:
@@ -459,12 +449,11 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
     if visitor is None:
         return b"PROXY UNKNOWN\r\n"
     hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
-    if {host.version for host in hosts} == {4}:
-        return f"PROXY TCP4 {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+    family = max(host.version for host in hosts)
     # One header has one family. An IPv4 address beside an IPv6 one is written mapped, in groups of
     # hexadecimal digits: the specification has no other form.
-    texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version == 4 else str(host) for host in hosts]
-    return f"PROXY TCP6 {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+    texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version < family else str(host) for host in hosts]
+    return f"PROXY TCP{family} {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
 
 
 # ---- windows: arithmetic alone (PROTOCOL.md, section 7) ---------------------------------------
@@ -688,68 +677,54 @@ def log_internal_error() -> None:
     log_event(ERROR, "internal-error", thread=name, traceback=traceback.format_exc())
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Where all threads leave their lines. One more thread writes them, and it alone may wait.
+class LogHandler(logging.Handler):
+    """Leaves the lines to one more thread, which writes them to stderr, and alone may wait.
 
-    Where stderr takes nothing (a pipe that nobody reads, a stopped terminal) the queue fills up;
-    then lines are lost and counted. Threads: any. Locking: that of logging.Handler.
+    Where stderr takes nothing (a pipe that nobody reads, a full disk) lines are lost, and counted.
+    Threads: any; `write` is the log's own. Locking: that of logging.Handler.
     """
 
-    lost = 0
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.lost += 1
-
-
-class LogWriter(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes the lines to stderr; what cannot be written (a full disk) is lost and counted.
-
-    Threads: the log's own. Locking: that of logging.Handler.
-    """
-
-    def __init__(self, source: LogQueue) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._source = source
-        self._lost = 0
-        self._told = 0
+        self.lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
+        self._dropped = 0  # where the queue was full
 
     def emit(self, record: logging.LogRecord) -> None:
-        before = self._lost
-        super().emit(record)
-        written, lost = self._lost == before, self._lost + self._source.lost
-        if written and lost > self._told:
-            text = f"log-lines-lost count={lost - self._told}"
-            self._told = lost
-            self.emit(LOG.makeRecord(LOG.name, WARNING, "", 0, text, (), None))
+        try:
+            self.lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
 
-    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
-        self._lost += 1
+    def write(self) -> None:
+        """Write the lines, until None comes."""
+        failed = told = 0
+        for line in iter(self.lines.get, None):
+            try:
+                sys.stderr.write(line)
+                if lost := self._dropped + failed - told:
+                    told += lost
+                    about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
+                    sys.stderr.write(self.format(about))
+            except Exception:  # the line is lost
+                failed += 1
 
 
 def start_log(level: str) -> Callable[[], None]:
     """Log to stderr: UTC time, level, event, pairs. Returns what writes the rest, at the end."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    handler = LogHandler()
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    source = LogQueue(queue.Queue(LOG_LINES))
-    writer = LogWriter(source)
-    writer.setFormatter(formatter)
-    listener = logging.handlers.QueueListener(source.queue, writer)
-    LOG.handlers[:] = [source]
+    handler.setFormatter(formatter)
+    LOG.handlers[:] = [handler]
     LOG.propagate = False
     LOG.setLevel(level.upper())
-    listener.start()
+    thread = threading.Thread(target=handler.write, name="log", daemon=True)
+    thread.start()
 
     def flush() -> None:
-        def stop() -> None:
-            with contextlib.suppress(queue.Full):
-                listener.stop()
-
-        thread = threading.Thread(target=stop, name="log flush", daemon=True)
-        thread.start()
-        thread.join(LOG_FLUSH_S)  # its own join has no limit
+        with contextlib.suppress(queue.Full):
+            handler.lines.put_nowait(None)
+            thread.join(LOG_FLUSH_S)
 
     return flush
 
@@ -764,28 +739,27 @@ def nothing() -> None:
 class Worker(threading.Thread):
     """A thread of the pool: what it does next, and the lock that it sleeps on."""
 
-    def __init__(self, pool: Pool, task: Task) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, pool: Pool, name: str, task: Task) -> None:
+        super().__init__(name=name, daemon=True)
         self.task = task
         self.wake = threading.Lock()
         self.wake.acquire()
         self._pool = pool
 
     def run(self) -> None:
-        while True:
+        while self.task is not nothing:
             try:
                 self.task()
             except Exception:  # the safety net of every thread: the others go on
                 log_internal_error()
             self.task = nothing  # an idle thread keeps nothing alive
-            if not self._pool.idle(self):
-                return
+            self._pool.wait_for_task(self)
 
 
 class Pool:
     """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
 
-    Threads: `run` and `close` from any, `idle` from its workers.
+    Threads: `run` and `close` from any, `wait_for_task` from its workers.
     Locking: `_lock` guards everything below the marker.
     Invariant: a worker is in `_idle` until somebody takes it out, who wakes it.
     """
@@ -806,41 +780,35 @@ class Pool:
             worker.name, worker.task = name, task
             worker.wake.release()
             return
-        worker = Worker(self, task)
-        worker.name = name
         try:
-            worker.start()
+            Worker(self, name, task).start()
         except RuntimeError as error:
             raise NoThread(str(error)) from error
 
-    def idle(self, worker: Worker) -> bool:
-        """For a worker that has nothing to do: wait for a task. False: leave."""
+    def wait_for_task(self, worker: Worker) -> None:
+        """The worker gets one, or is to leave."""
         with self._lock:
-            self._idle.append(worker)
             if self._closed:
-                self._wake_next_locked()
+                return
+            self._idle.append(worker)
         if not worker.wake.acquire(timeout=POOL_IDLE_S):
             with self._lock:
                 if worker in self._idle:
                     self._idle.remove(worker)
-                    return False
+                    return
             worker.wake.acquire()  # a task is on its way
-        with self._lock:
-            if self._closed:
-                self._wake_next_locked()
-            return worker.task is not nothing
+        if worker.task is nothing:
+            self.close()
 
     def close(self) -> None:
-        """No more tasks; the idle leave."""
+        """No more tasks; the idle leave.
+
+        Each wakes the next: thousands at once would all ask for the interpreter's lock.
+        """
         with self._lock:
             self._closed = True
-            self._wake_next_locked()
-
-    def _wake_next_locked(self) -> None:
-        """One after the other: thousands at once would each ask for the interpreter's lock."""
-        assert self._lock.locked()
-        if self._idle:
-            self._idle.pop().wake.release()
+            if self._idle:
+                self._idle.pop().wake.release()
 
 
 class LateCondition:
@@ -872,10 +840,11 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 def tune(sock: socket.socket, *, control: bool = False) -> None:
     """Small messages at once, dead peers found; for a control connection a short kernel queue."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wanted = {
-        "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,
+        "TCP_NODELAY": 1,
+        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+        "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
         "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
         "TCP_KEEPCNT": KEEPALIVE_PROBES,
     }
@@ -886,18 +855,14 @@ def tune(sock: socket.socket, *, control: bool = False) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def ready(socks: Sequence[socket.socket], *, writing: bool, seconds: float) -> list[socket.socket]:
+def ready(socks: Iterable[socket.socket], *, writing: bool, seconds: float) -> list[socket.socket]:
     """Those that can be read or written, or have an error to tell; waits at most so long."""
-    if hasattr(select, "poll"):  # select() ends at descriptor 1,023
-        poll = select.poll()
+    # select() ends at descriptor 1,023, and epoll is a descriptor more.
+    kind = selectors.PollSelector if hasattr(select, "poll") else selectors.SelectSelector
+    with kind() as selector:
         for sock in socks:
-            poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-        found = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-        return [sock for sock in socks if sock.fileno() in found]
-    readers, writers = ([], socks) if writing else (socks, [])
-    # Windows tells a failed connect in the third list alone.
-    several = select.select(readers, writers, socks, seconds)
-    return [sock for sock in socks if any(sock in some for some in several)]
+            selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ, sock)
+        return [key.data for key, _ in selector.select(seconds)]
 
 
 def has_error(sock: socket.socket) -> bool:
@@ -920,23 +885,26 @@ def dial(address: Address, seconds: float) -> socket.socket:
     addresses and what each said.
     """
     deadline = Deadline(seconds)
-    untried = alternate_families(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+    rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
             if untried:
                 row = untried.pop(0)
+                host = str(row[4][0])
                 try:
-                    pending[begin_to_connect(row)] = row[4][0]
+                    pending[begin_to_connect(row)] = host
                 except OSError as error:
-                    said[row[4][0]] = error
+                    said[host] = error
                     continue
             left = deadline.remaining()
             wait = min(NEXT_ADDRESS_S, left) if untried else left
-            for sock in ready(list(pending), writing=True, seconds=wait):
-                host, code = pending[sock], sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                del pending[sock]
+            for sock in ready(pending, writing=True, seconds=wait):
+                host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
                     tune(sock)
@@ -949,7 +917,11 @@ def dial(address: Address, seconds: float) -> socket.socket:
     finally:
         for sock in pending:
             sock.close()
-    raise nobody_answered(address, said)
+    if list(said) == [address.host]:
+        raise said[address.host]
+    reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
+    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
+    raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
 def begin_to_connect(row: Any) -> socket.socket:
@@ -957,32 +929,13 @@ def begin_to_connect(row: Any) -> socket.socket:
 
     At once where there is no route or no such family: poll and SO_ERROR would tell success later.
     """
-    family, kind, protocol, _, target = row
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            sock.connect(target)
-    except BaseException:
+    sock = socket.socket(*row[:3])
+    sock.setblocking(False)
+    code = sock.connect_ex(row[4])
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
         sock.close()
-        raise
+        raise OSError(code, os.strerror(code))
     return sock
-
-
-def alternate_families(rows: Sequence[Any]) -> list[Any]:
-    """In the resolver's order, but IPv6 and IPv4 by turns (RFC 8305, section 4)."""
-    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-    return [row for some in itertools.zip_longest(*families) for row in some if row is not None]
-
-
-def nobody_answered(address: Address, said: Map[str, OSError]) -> OSError:
-    """One error for all: refused where all have refused; names the addresses that were tried."""
-    if list(said) == [address.host]:
-        return said[address.host]
-    reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
-    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
-    code = errno.ECONNREFUSED if refused else errno.EHOSTUNREACH
-    return OSError(code, reasons or f"{address.host} has no address")
 
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
@@ -1000,20 +953,14 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener:
     """A listening port, the control port and the public ones alike.
 
-    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
-    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
-    calls `handle`, then `shutdown_request`, which calls `left` and closes. Each override below
-    names the trap of socketserver that it is there for.
-
-    Threads: `admit` in the acceptor, `handle` in the pool; `start` and `stop` from any.
+    A connection's life: the acceptor asks `admit` whether it is served. If so, `handle` serves it
+    in a thread of the pool. At last `left` is told, of any connection, and it is closed.
+    Threads: `start` and `stop` from any.
     Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
-
-    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
-    request_queue_size = LISTEN_BACKLOG
 
     def __init__(
         self,
@@ -1027,20 +974,24 @@ class Listener(socketserver.ThreadingTCPServer):
 
         A name as the address is resolved here, which waits.
         """
-        self._pool = pool
-        self._admit = admit
-        self._left = left
+        self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
         self._asked_to_stop = threading.Event()
         self._closing = threading.Lock()
-        if not address.host:
-            address = Address("::" if socket.has_dualstack_ipv6() else "0.0.0.0", address.port)
-        row = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        self.address_family = row[0]
-
-        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
-            handle(sock, Address(*peer[:2]))
-
-        super().__init__(row[4], serve)  # type: ignore[arg-type]  # called with the same arguments
+        host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+        self.socket = socket.socket(family)
+        try:
+            if family == socket.AF_INET6:  # IPv4 too where all interfaces are meant
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, target[0] != "::")
+            # On Windows SO_REUSEADDR would let another program share the port.
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
+            self.socket.bind(target)
+            self.socket.listen(LISTEN_BACKLOG)
+        except OSError:
+            self.socket.close()
+            raise
+        self.socket.settimeout(STEP_S)
         self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
@@ -1056,67 +1007,45 @@ class Listener(socketserver.ThreadingTCPServer):
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
         with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
+            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the acceptor
 
     def _accept(self) -> None:
-        with contextlib.suppress(_AskedToStop):
-            self.serve_forever(poll_interval=STEP_S)
+        while not self._asked_to_stop.is_set():
+            try:
+                sock, name = self.socket.accept()
+            except OSError as error:  # among them the timeout, and a visitor that has left already
+                if error.errno in OUT_OF_RESOURCES:
+                    log_limit("accept-failed", address=self.address, reason=reason_of(error))
+                    self._asked_to_stop.wait(ACCEPT_PAUSE_S)  # the next attempt would fail at once
+            else:
+                self._take(sock, Address(*name[:2]))
         with self._closing:
             self.socket.close()
 
-    def server_bind(self) -> None:
-        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
-        if self.address_family == socket.AF_INET6:
-            alone = int(self.server_address[0] != "::")
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
-
-    def service_actions(self) -> None:
-        """`shutdown()` would wait for each port's selector in turn."""
-        if self._asked_to_stop.is_set():
-            raise _AskedToStop
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Without descriptors the level-triggered selector would spin."""
+    def _take(self, sock: socket.socket, peer: Address) -> None:
+        """Serve it or close it."""
         try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:
-                log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-            raise  # socketserver goes on with the next
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._admit(request, Address(*client_address[:2]))
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread of the pool, in place of a new one each time and of as many as come."""
-        peer = Address(*client_address[:2])
-
-        def task() -> None:
-            self.process_request_thread(request, client_address)
-
-        try:
-            self._pool.run(f"connection {peer}", task)
+            if self._admit(sock, peer):
+                return self._pool.run(f"connection {peer}", lambda: self._serve(sock, peer))
+            self._close(sock)
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
-            self.shutdown_request(request)
+            self._close(sock)
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+        except Exception:  # the acceptor's safety net
+            log_internal_error()
+            self._close(sock)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left(request)
-        request.close()
+    def _serve(self, sock: socket.socket, peer: Address) -> None:
+        try:
+            self._handle(sock, peer)
+        finally:
+            self._close(sock)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The handler's safety net; socketserver prints to stderr."""
-        log_internal_error()
-
-
-class _AskedToStop(Exception):
-    """Leaves `serve_forever`."""
+    def _close(self, sock: socket.socket) -> None:
+        """Without a shutdown, which would send FIN: a reset would look like a clean end."""
+        self._left(sock)
+        sock.close()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -2625,7 +2554,7 @@ class Server(Program):
         """An address that this machine does not have may come later, at boot."""
         try:
             if self._public_bind:
-                self._bind(Address(self._public_bind, 0), Lease).listener.server_close()
+                self._bind(Address(self._public_bind, 0), Lease).listener.socket.close()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
 
