@@ -58,14 +58,13 @@ def release_signals() -> None:
 
 
 # ---- limits -----------------------------------------------------------------------------------
-#
+
 # Each with its reason and, in brackets, what enforces it. PROTOCOL.md has those that a peer sees.
 
 # the wire
 MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 300 [Decoder]
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
-FRAME_SENT_BYTES = 64 * 1024  # with its header, fills four TLS records. 16 KiB cost a third of the
-# throughput, 256 KiB gain little and cost latency [Stream._pump]
+FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [ServerSession]
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [RULES]
@@ -80,8 +79,7 @@ MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [SendWind
 UNLIMITED = 2**62  # level 0: a window that never runs out
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
-MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer does not read: beyond it an answer
-# ends the session, and no stream is opened [Writer.post, Writer.is_behind]
+MAX_UNSENT_BYTES = 256 * 1024  # of answers that the peer does not read [Writer.post, .is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
@@ -92,8 +90,7 @@ LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [Origina
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
 # how many
-MAX_STRANGERS = 256  # connections that are no client yet: with TLS some 300 kB each. Then the
-# oldest of the site with most goes; sshd (100) drops the newest, at random [Server._greet_stranger]
+MAX_STRANGERS = 256  # are no client yet; 300 kB each with TLS; sshd: 100 [Server._stranger]
 MAX_CLIENTS = 256  # each may cost its budget [Server._check_limits_locked]
 MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
@@ -101,7 +98,7 @@ MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server,
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [ServerSession.has_room]
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
-LISTEN_BACKLOG = 1024  # socketserver's default is 5 [Listener]
+LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogQueue]
 
 # how long
@@ -117,8 +114,7 @@ WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [li
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
 WATCH_S = 1.0  # between a waiting pump's looks for a reset of its socket [Stream._watch]
 DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
-LINGER_S = 5.0  # level 0: what a socket sends after our FIN is discarded so long; closing earlier
-# would send RST and eat our last bytes [OriginalStream]
+LINGER_S = 5.0  # level 0: from FIN to close, which could eat our last bytes [OriginalStream]
 STALL_S = 5.0  # a sweep each; a queue that has not moved since the last gives growth back [Stream]
 STUCK_S = 600.0  # without a byte, of a stream whose other direction has ended [Stream.sweep]
 LEASE_LINGER_S = 5.0  # a port waits for its client's return: two attempts [Server.leave_lease]
@@ -161,8 +157,7 @@ class Refused(RtunnelError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
+        self.code, self.message = code, message
 
 
 class SessionEnded(RtunnelError):
@@ -269,6 +264,7 @@ class FrameType(enum.IntEnum):
 
 KNOWN = {int(kind): kind for kind in FrameType}
 DATA = int(FrameType.DATA)  # a plain int: compared once for each part
+SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
 
 
 class Frame(NamedTuple):
@@ -280,10 +276,7 @@ class Frame(NamedTuple):
 
 
 class DataPart(NamedTuple):
-    """A part of a DATA frame's payload, as it arrived; `remaining` bytes of the frame follow.
-
-    `part` is valid only until the next event is asked for.
-    """
+    """A part of a DATA frame's payload, valid until the next event; `remaining` bytes follow."""
 
     stream: int
     part: memoryview
@@ -304,9 +297,6 @@ def check(frame: Frame, *, level: int, role: str) -> None:
         raise ProtocolError(f"{kind.name} at level {level}")
     if level and (kind.on_stream != bool(frame.stream) or length not in kind.lengths):
         raise ProtocolError(f"{kind.name} with id {frame.stream} and {length} bytes of payload")
-
-
-SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
 
 
 class Decoder:
@@ -392,8 +382,7 @@ class Init(NamedTuple):
     @classmethod
     def parse(cls, payload: bytes) -> Init:
         """Raises Refused where a client of level 1 can be told what is wrong, or ProtocolError."""
-        text = payload.decode("utf-8", "surrogateescape")
-        first, _, lines = text.partition("\n")
+        first, _, lines = payload.decode("utf-8", "surrogateescape").partition("\n")
         pairs = key_values(lines)
         port, colon, local = first.partition(":")
         try:
@@ -402,13 +391,11 @@ class Init(NamedTuple):
             init = cls(number(port, 0, 65535), local)
             if "version" not in pairs:
                 return init
-            init = init._replace(instance=pairs.get("instance", ""))
             payload.decode("utf-8")
-            if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
+            if not re.fullmatch(r"[0-9a-f]{32}", instance := pairs.get("instance", "")):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
-            window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
-            takeover = pairs.get("takeover") != "no"
-            return init._replace(version=number(pairs["version"], 1, 2**31), window=window, takeover=takeover)
+            window, version = number(pairs.get("window"), 1, MAX_CREDIT_BYTES), number(pairs["version"], 1, 2**31)
+            return cls(init.port, local, instance, version, window, pairs.get("takeover") != "no")
         except UnicodeDecodeError as error:
             raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
@@ -537,7 +524,7 @@ class ReceiveWindow:
         return count
 
 
-# ---- budget: what the windows of a session share -----------------------------------------------
+# ---- plumbing: budget, time, log, threads, sockets --------------------------------------------
 
 
 class Budget:
@@ -551,27 +538,18 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._left = limit
+        self.left = limit  # read without it for the log
 
     def take(self, wanted: int, grown: int) -> int:
         """For a window that has grown by `grown`: its share, at most what it wants."""
         with self._lock:
-            share = (self._left + grown) // BUDGET_SHARE - grown
-            taken = max(0, min(wanted, share))
-            self._left -= taken
+            taken = max(0, min(wanted, (self.left + grown) // BUDGET_SHARE - grown))
+            self.left -= taken
             return taken
 
     def give(self, count: int) -> None:
         with self._lock:
-            self._left += count
-
-    @property
-    def left(self) -> int:
-        with self._lock:
-            return self._left
-
-
-# ---- plumbing: time, log, threads, sockets ----------------------------------------------------
+            self.left += count
 
 
 class Deadline:
@@ -615,13 +593,11 @@ class Clock:
 
     def _run(self) -> None:
         while True:
+            self._changed.clear()  # before the look: what is entered from now on ends the wait
             try:
-                wait = self._scheduler.run(blocking=False)
+                self._changed.wait(self._scheduler.run(blocking=False))
             except Exception:  # the clock's safety net: the other actions go on
                 log_internal_error()
-                continue
-            self._changed.wait(wait)
-            self._changed.clear()  # before the next look: what is entered from now on is seen there
 
 
 CLOCK = Clock()
@@ -673,32 +649,38 @@ log_limit = LimitLog()
 
 def log_internal_error() -> None:
     """The exception that is being handled, as one line: its text may hold what a peer sent."""
-    name = threading.current_thread().name
-    log_event(ERROR, "internal-error", thread=name, traceback=traceback.format_exc())
+    log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
 
 
 class LogHandler(logging.Handler):
     """Leaves the lines to one more thread, which writes them to stderr, and alone may wait.
 
     Where stderr takes nothing (a pipe that nobody reads, a full disk) lines are lost, and counted.
-    Threads: any; `write` is the log's own. Locking: that of logging.Handler.
+    Threads: any; `_write` is the log's own. Locking: that of logging.Handler.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
+        self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
         self._dropped = 0  # where the queue was full
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.lines.put_nowait(self.format(record))
+            self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
 
-    def write(self) -> None:
-        """Write the lines, until None comes."""
+    def finish(self) -> None:
+        """Write the rest."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(LOG_FLUSH_S)
+
+    def _write(self) -> None:
         failed = told = 0
-        for line in iter(self.lines.get, None):
+        for line in iter(self._lines.get, None):
             try:
                 sys.stderr.write(line)
                 if lost := self._dropped + failed - told:
@@ -711,63 +693,35 @@ class LogHandler(logging.Handler):
 
 def start_log(level: str) -> Callable[[], None]:
     """Log to stderr: UTC time, level, event, pairs. Returns what writes the rest, at the end."""
-    handler = LogHandler()
     formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
+    handler = LogHandler()
     handler.setFormatter(formatter)
     LOG.handlers[:] = [handler]
     LOG.propagate = False
     LOG.setLevel(level.upper())
-    thread = threading.Thread(target=handler.write, name="log", daemon=True)
-    thread.start()
-
-    def flush() -> None:
-        with contextlib.suppress(queue.Full):
-            handler.lines.put_nowait(None)
-            thread.join(LOG_FLUSH_S)
-
-    return flush
+    return handler.finish
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
+Inbox = queue.SimpleQueue[tuple[str, Task | None]]  # of a pool's thread: a name and a task, or none
 
 
 def nothing() -> None:
     pass
 
 
-class Worker(threading.Thread):
-    """A thread of the pool: what it does next, and the lock that it sleeps on."""
-
-    def __init__(self, pool: Pool, name: str, task: Task) -> None:
-        super().__init__(name=name, daemon=True)
-        self.task = task
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self._pool = pool
-
-    def run(self) -> None:
-        while self.task is not nothing:
-            try:
-                self.task()
-            except Exception:  # the safety net of every thread: the others go on
-                log_internal_error()
-            self.task = nothing  # an idle thread keeps nothing alive
-            self._pool.wait_for_task(self)
-
-
 class Pool:
     """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
 
-    Threads: `run` and `close` from any, `wait_for_task` from its workers.
-    Locking: `_lock` guards everything below the marker.
-    Invariant: a worker is in `_idle` until somebody takes it out, who wakes it.
+    Threads: any. Locking: `_lock` guards everything below the marker.
+    Invariant: an inbox is in `_idle` until somebody takes it out, who puts a task into it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._idle: list[Worker] = []  # the last to idle is the first to work: its memory is warm
+        self._idle: list[Inbox] = []  # the last to idle is the first to work: its memory is warm
         self._closed = False
 
     def run(self, name: str, task: Task) -> None:
@@ -775,30 +729,38 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise NoThread("stopping")
-            worker = self._idle.pop() if self._idle else None
-        if worker is not None:
-            worker.name, worker.task = name, task
-            worker.wake.release()
-            return
-        try:
-            Worker(self, name, task).start()
-        except RuntimeError as error:
-            raise NoThread(str(error)) from error
+            new = not self._idle
+            inbox = Inbox() if new else self._idle.pop()
+        inbox.put((name, task))
+        if new:
+            try:
+                threading.Thread(target=self._work, args=(inbox,), name=name, daemon=True).start()
+            except RuntimeError as error:
+                raise NoThread(str(error)) from error
 
-    def wait_for_task(self, worker: Worker) -> None:
-        """The worker gets one, or is to leave."""
-        with self._lock:
-            if self._closed:
+    def _work(self, inbox: Inbox) -> None:
+        thread = threading.current_thread()
+        while True:
+            try:
+                thread.name, task = inbox.get(timeout=POOL_IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if inbox in self._idle:
+                        self._idle.remove(inbox)
+                        return
+                continue  # one is on its way
+            if task is None:
+                self.close()
                 return
-            self._idle.append(worker)
-        if not worker.wake.acquire(timeout=POOL_IDLE_S):
+            try:
+                task()
+            except Exception:  # the safety net of every thread: the others go on
+                log_internal_error()
+            task = None  # an idle thread keeps nothing alive
             with self._lock:
-                if worker in self._idle:
-                    self._idle.remove(worker)
+                if self._closed:
                     return
-            worker.wake.acquire()  # a task is on its way
-        if worker.task is nothing:
-            self.close()
+                self._idle.append(inbox)
 
     def close(self) -> None:
         """No more tasks; the idle leave.
@@ -808,21 +770,17 @@ class Pool:
         with self._lock:
             self._closed = True
             if self._idle:
-                self._idle.pop().wake.release()
+                self._idle.pop().put(("leaving", None))
 
 
 class LateCondition:
-    """A condition that is made when somebody first waits: an idle stream's would be 1 kB.
-
-    Called with its lock held.
-    """
+    """One that is made when somebody first waits: an idle stream's would be 1 kB. Needs the lock."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
         self._condition: threading.Condition | None = None
 
     def wait(self, seconds: float | None = None) -> bool:
-        """False where the time is over."""
         self._condition = self._condition or threading.Condition(self._lock)
         return self._condition.wait(seconds)
 
@@ -902,8 +860,7 @@ def dial(address: Address, seconds: float) -> socket.socket:
                     said[host] = error
                     continue
             left = deadline.remaining()
-            wait = min(NEXT_ADDRESS_S, left) if untried else left
-            for sock in ready(pending, writing=True, seconds=wait):
+            for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
                 host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
@@ -970,10 +927,7 @@ class Listener:
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
-        """Bind and listen; what comes waits until `start`. Raises OSError.
-
-        A name as the address is resolved here, which waits.
-        """
+        """Bind and listen; a name is resolved, which waits. Raises OSError."""
         self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
         self._asked_to_stop = threading.Event()
         self._closing = threading.Lock()
