@@ -99,7 +99,7 @@ MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Ser
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
-LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogQueue]
+LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's has no end [Server.serve_control]
@@ -125,7 +125,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's ow
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
-LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of one event that strangers or visitors can cause [LimitLog]
+LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
 STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
@@ -230,16 +230,13 @@ U32 = struct.Struct(">I")
 
 
 class FrameType(enum.IntEnum):
-    """The frame types that are known, with what makes each legal (PROTOCOL.md, section 2).
-
-    Any other is skipped. The handler is a method of Stream or, on the control connection, Session.
-    """
+    """What is known, and what makes it legal (PROTOCOL.md, section 2); any other is skipped."""
 
     level: int  # the lowest one that has it
     sender: str
     on_stream: bool  # its id is a stream's; else 0
     lengths: range  # of the payload in bytes; checked at level 1, the original ignores some
-    handler: str
+    handler: str  # a method of Stream or, on the control connection, Session
 
     def __new__(cls, value: int, level: int, sender: str, on_stream: bool, longest: int, handler: str) -> FrameType:
         self = int.__new__(cls, value)
@@ -320,7 +317,7 @@ class Decoder:
         return bool(self._header) or (self._remaining > 0 and self._type != DATA)
 
     def speaks_tls(self) -> bool:
-        """Whether a TLS record stands where a frame begins: an alert or a handshake (RFC 8446, 5.1)."""
+        """Whether a TLS record stands where a frame begins: alert or handshake (RFC 8446, 5.1)."""
         return self._header.startswith((b"\x15\x03", b"\x16\x03"))
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
@@ -494,14 +491,12 @@ class ReceiveWindow:
         self.credit -= count
 
     def drain(self, count: int) -> tuple[int, int]:
-        """Bytes have left for the socket. Returns what to grant now, and what of a debt is paid.
-
-        From half a window on: a WINDOW for each small DATA would double the frames.
-        """
+        """Bytes have left for the socket. Returns what to grant now, and what of a debt is paid."""
         paid = min(count, self.debt)
         self.debt -= paid
         self.owed += count - paid
-        return (self._grant() if 2 * self.owed >= self.size else 0), paid
+        # From half a window on: a WINDOW for each small DATA would double the frames.
+        return (self.grow(0) if 2 * self.owed >= self.size else 0), paid
 
     def growth(self, limit: int = MAX_WINDOW_BYTES) -> int:
         """How much the window would like to grow: to the double, at most to the limit."""
@@ -510,18 +505,14 @@ class ReceiveWindow:
     def grow(self, count: int) -> int:
         """Returns what to grant: the growth and all that is owed."""
         self.size += count
-        self.owed += count
-        return self._grant()
+        grant, self.owed = self.owed + count, 0
+        self.credit += grant
+        return grant
 
     def shrink(self) -> None:
         """Take the growth back. The peer holds it as credit, so it becomes a debt."""
         self.debt += self.size - self._first_size
         self.size = self._first_size
-
-    def _grant(self) -> int:
-        count, self.owed = self.owed, 0
-        self.credit += count
-        return count
 
 
 # ---- plumbing: budget, time, log, threads, sockets --------------------------------------------
@@ -763,18 +754,16 @@ class Pool:
                 self._idle.append(inbox)
 
     def close(self) -> None:
-        """No more tasks; the idle leave.
-
-        Each wakes the next: thousands at once would all ask for the interpreter's lock.
-        """
+        """No more tasks; the idle leave."""
         with self._lock:
             self._closed = True
+            # Each wakes the next: thousands at once would all ask for the interpreter's lock.
             if self._idle:
                 self._idle.pop().put(("leaving", None))
 
 
 class LateCondition:
-    """One that is made when somebody first waits: an idle stream's would be 1 kB. Needs the lock."""
+    """Made when somebody first waits: an idle stream's would be 1 kB. Called with its lock held."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -824,12 +813,10 @@ def ready(socks: Iterable[socket.socket], *, writing: bool, seconds: float) -> l
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether the peer has reset it, also behind unread bytes. False where poll is missing.
-
-    SO_ERROR is not read: that would clear the error, and the next receive look like a clean end.
-    """
+    """Whether the peer has reset it, also behind unread bytes. False where poll is missing."""
     if not hasattr(select, "poll"):
         return False
+    # Reading SO_ERROR would clear the error, and the next receive look like a clean end.
     poll = select.poll()
     poll.register(sock, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -838,9 +825,8 @@ def has_error(sock: socket.socket) -> bool:
 def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to the first of the host's addresses that answers, in `seconds` for all.
 
-    The next address is tried when one has failed, or has not answered for 250 ms, so that one that
-    swallows packets costs no more than that (RFC 8305, section 5). Raises OSError, which names the
-    addresses and what each said.
+    The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
+    packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
     rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
@@ -882,13 +868,10 @@ def dial(address: Address, seconds: float) -> socket.socket:
 
 
 def begin_to_connect(row: Any) -> socket.socket:
-    """A socket that connects to this row of getaddrinfo. Raises OSError.
-
-    At once where there is no route or no such family: poll and SO_ERROR would tell success later.
-    """
+    """A socket that connects to this row of getaddrinfo. Raises OSError."""
     sock = socket.socket(*row[:3])
     sock.setblocking(False)
-    code = sock.connect_ex(row[4])
+    code = sock.connect_ex(row[4])  # of no route, say: poll and SO_ERROR would tell success later
     if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
         sock.close()
         raise OSError(code, os.strerror(code))
@@ -915,7 +898,7 @@ class Listener:
 
     A connection's life: the acceptor asks `admit` whether it is served. If so, `handle` serves it
     in a thread of the pool. At last `left` is told, of any connection, and it is closed.
-    Threads: `start` and `stop` from any.
+    Threads: `start` and `stop` from any; `admit` is called by the acceptor.
     Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
 
