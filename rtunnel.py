@@ -67,7 +67,7 @@ MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no me
 FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [ServerSession]
-MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [RULES]
+MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [FrameType]
 MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
 
 # a session's memory
@@ -79,7 +79,7 @@ MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [SendWind
 UNLIMITED = 2**62  # level 0: a window that never runs out
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
-MAX_UNSENT_BYTES = 256 * 1024  # of answers that the peer does not read [Writer.post, .is_behind]
+MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
@@ -90,7 +90,7 @@ LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [Origina
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
 # how many
-MAX_STRANGERS = 256  # are no client yet; 300 kB each with TLS; sshd: 100 [Server._stranger]
+MAX_STRANGERS = 256  # connections, no client yet: 300 kB each (TLS); sshd: 100 [Server._stranger]
 MAX_CLIENTS = 256  # each may cost its budget [Server._check_limits_locked]
 MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
@@ -122,14 +122,14 @@ FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Bac
 REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
 REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
-ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
+ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
-STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
+STEP_S = 0.5  # the longest wait of main and of an acceptor: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
-LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [stop_log]
+LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
 
 ANONYMOUS = "anonymous"  # the identity in plain mode
