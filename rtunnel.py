@@ -27,22 +27,20 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import queue
 import random
 import re
 import sched
 import secrets
 import select
+import selectors
 import socket
-import socketserver
 import struct
 import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Mapping as Map
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
 
@@ -60,17 +58,16 @@ def release_signals() -> None:
 
 
 # ---- limits -----------------------------------------------------------------------------------
-#
+
 # Each with its reason and, in brackets, what enforces it. PROTOCOL.md has those that a peer sees.
 
 # the wire
 MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 300 [Decoder]
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
-FRAME_SENT_BYTES = 64 * 1024  # with its header, fills four TLS records. 16 KiB cost a third of the
-# throughput, 256 KiB gain little and cost latency [Stream._pump]
+FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [ServerSession]
-MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [RULES]
+MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [FrameType]
 MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
 
 # a session's memory
@@ -82,8 +79,7 @@ MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [SendWind
 UNLIMITED = 2**62  # level 0: a window that never runs out
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
-MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer does not read: beyond it an answer
-# ends the session, and no stream is opened [Writer.post, Writer.is_behind]
+MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
@@ -94,8 +90,7 @@ LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [Origina
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
 # how many
-MAX_STRANGERS = 256  # connections that are no client yet: with TLS some 300 kB each. Then the
-# oldest of the site with most goes; sshd (100) drops the newest, at random [Server._greet_stranger]
+MAX_STRANGERS = 256  # connections, no client yet: 300 kB each (TLS); sshd: 100 [Server._stranger]
 MAX_CLIENTS = 256  # each may cost its budget [Server._check_limits_locked]
 MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
@@ -103,8 +98,8 @@ MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server,
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [ServerSession.has_room]
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
-LISTEN_BACKLOG = 1024  # socketserver's default is 5 [Listener]
-LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogQueue]
+LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
+LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's has no end [Server.serve_control]
@@ -119,8 +114,7 @@ WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [li
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
 WATCH_S = 1.0  # between a waiting pump's looks for a reset of its socket [Stream._watch]
 DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
-LINGER_S = 5.0  # level 0: what a socket sends after our FIN is discarded so long; closing earlier
-# would send RST and eat our last bytes [OriginalStream]
+LINGER_S = 5.0  # level 0: from FIN to close, which could eat our last bytes [OriginalStream]
 STALL_S = 5.0  # a sweep each; a queue that has not moved since the last gives growth back [Stream]
 STUCK_S = 600.0  # without a byte, of a stream whose other direction has ended [Stream.sweep]
 LEASE_LINGER_S = 5.0  # a port waits for its client's return: two attempts [Server.leave_lease]
@@ -128,14 +122,14 @@ FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Bac
 REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
 REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
-ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
+ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
-LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of one event that strangers or visitors can cause [LimitLog]
+LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
-STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
+STEP_S = 0.5  # the longest wait of main and of an acceptor: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
-LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [stop_log]
+LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
 
 ANONYMOUS = "anonymous"  # the identity in plain mode
@@ -163,8 +157,7 @@ class Refused(RtunnelError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
+        self.code, self.message = code, message
 
 
 class SessionEnded(RtunnelError):
@@ -237,16 +230,13 @@ U32 = struct.Struct(">I")
 
 
 class FrameType(enum.IntEnum):
-    """The frame types that are known, with what makes each legal (PROTOCOL.md, section 2).
-
-    Any other is skipped. The handler is a method of Stream or, on the control connection, Session.
-    """
+    """What is known, and what makes it legal (PROTOCOL.md, section 2); any other is skipped."""
 
     level: int  # the lowest one that has it
     sender: str
     on_stream: bool  # its id is a stream's; else 0
     lengths: range  # of the payload in bytes; checked at level 1, the original ignores some
-    handler: str
+    handler: str  # a method of Stream or, on the control connection, Session
 
     def __new__(cls, value: int, level: int, sender: str, on_stream: bool, longest: int, handler: str) -> FrameType:
         self = int.__new__(cls, value)
@@ -271,6 +261,7 @@ class FrameType(enum.IntEnum):
 
 KNOWN = {int(kind): kind for kind in FrameType}
 DATA = int(FrameType.DATA)  # a plain int: compared once for each part
+SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
 
 
 class Frame(NamedTuple):
@@ -282,10 +273,7 @@ class Frame(NamedTuple):
 
 
 class DataPart(NamedTuple):
-    """A part of a DATA frame's payload, as it arrived; `remaining` bytes of the frame follow.
-
-    `part` is valid only until the next event is asked for.
-    """
+    """A part of a DATA frame's payload, valid until the next event; `remaining` bytes follow."""
 
     stream: int
     part: memoryview
@@ -308,15 +296,12 @@ def check(frame: Frame, *, level: int, role: str) -> None:
         raise ProtocolError(f"{kind.name} with id {frame.stream} and {length} bytes of payload")
 
 
-SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, or both without"
-
-
 class Decoder:
     """Turns whatever bytes have arrived into events. No DATA payload is ever assembled.
 
     Threads: the session reader alone.
     Memory: at most a header and MAX_CONTROL_PAYLOAD_BYTES that have arrived; an announced length
-    allocates nothing. After a ProtocolError it repeats that error.
+    allocates nothing. After a ProtocolError it is at the same header, and repeats the error.
     """
 
     def __init__(self) -> None:
@@ -326,20 +311,17 @@ class Decoder:
         self._type = 0
         self._stream = 0
         self._remaining = 0  # payload bytes that have yet to arrive
-        self._error = ""  # its words: an exception would keep its traceback, and so the session
 
     def is_inside_control(self) -> bool:
         """Whether a header, or a frame that is not DATA, has begun and not ended."""
         return bool(self._header) or (self._remaining > 0 and self._type != DATA)
 
-    def speaks_tls(self, start: bytes | bytearray = b"") -> bool:
-        """Whether a TLS record stands where a frame begins: an alert or a handshake (RFC 8446, 5.1)."""
-        return bytes(start or self._header)[:2] in (b"\x15\x03", b"\x16\x03")
+    def speaks_tls(self) -> bool:
+        """Whether a TLS record stands where a frame begins: alert or handshake (RFC 8446, 5.1)."""
+        return self._header.startswith((b"\x15\x03", b"\x16\x03"))
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
-        if self._error:
-            raise ProtocolError(self._error)
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
@@ -349,8 +331,15 @@ class Decoder:
                 self._header += header
                 if len(self._header) < HEADER_BYTES:
                     return
-                self._begin(*HEADER.unpack(self._header))
+                kind, stream, length = HEADER.unpack(self._header)
+                if self.speaks_tls():
+                    raise ProtocolError(SPEAKS_TLS)
+                limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
+                if length > limit:
+                    raise ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
+                self._type, self._stream, self._remaining = kind, stream, length
                 self._header.clear()
+                self.unknown_frames += kind not in KNOWN
             part = view[position : position + self._remaining]
             position += len(part)
             self._remaining -= len(part)
@@ -363,18 +352,6 @@ class Decoder:
                     payload = bytes(self._payload)
                     self._payload.clear()
                     yield Frame(self._type, self._stream, payload)
-
-    def _begin(self, kind: int, stream: int, length: int) -> None:
-        limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
-        if self.speaks_tls(self._header):
-            self._error = SPEAKS_TLS
-            raise ProtocolError(self._error)
-        if length > limit:
-            self._error = f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}"
-            raise ProtocolError(self._error)
-        self._type, self._stream, self._remaining = kind, stream, length
-        if kind not in KNOWN:
-            self.unknown_frames += 1
 
 
 def key_values(lines: str) -> dict[str, str]:
@@ -402,8 +379,7 @@ class Init(NamedTuple):
     @classmethod
     def parse(cls, payload: bytes) -> Init:
         """Raises Refused where a client of level 1 can be told what is wrong, or ProtocolError."""
-        text = payload.decode("utf-8", "surrogateescape")
-        first, _, lines = text.partition("\n")
+        first, _, lines = payload.decode("utf-8", "surrogateescape").partition("\n")
         pairs = key_values(lines)
         port, colon, local = first.partition(":")
         try:
@@ -412,13 +388,11 @@ class Init(NamedTuple):
             init = cls(number(port, 0, 65535), local)
             if "version" not in pairs:
                 return init
-            init = init._replace(instance=pairs.get("instance", ""))
             payload.decode("utf-8")
-            if not re.fullmatch(r"[0-9a-f]{32}", init.instance):
+            if not re.fullmatch(r"[0-9a-f]{32}", instance := pairs.get("instance", "")):
                 raise ProtocolError("instance is not 32 hexadecimal digits")
-            window = number(pairs.get("window"), 1, MAX_CREDIT_BYTES)
-            takeover = pairs.get("takeover") != "no"
-            return init._replace(version=number(pairs["version"], 1, 2**31), window=window, takeover=takeover)
+            window, version = number(pairs.get("window"), 1, MAX_CREDIT_BYTES), number(pairs["version"], 1, 2**31)
+            return cls(init.port, local, instance, version, window, pairs.get("takeover") != "no")
         except UnicodeDecodeError as error:
             raise Refused("bad-request", "INIT is not UTF-8") from error
         except ProtocolError as error:
@@ -459,12 +433,11 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
     if visitor is None:
         return b"PROXY UNKNOWN\r\n"
     hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
-    if {host.version for host in hosts} == {4}:
-        return f"PROXY TCP4 {hosts[0]} {hosts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+    family = max(host.version for host in hosts)
     # One header has one family. An IPv4 address beside an IPv6 one is written mapped, in groups of
     # hexadecimal digits: the specification has no other form.
-    texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version == 4 else str(host) for host in hosts]
-    return f"PROXY TCP6 {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
+    texts = [f"::ffff:{host.packed.hex(':', 2)}" if host.version < family else str(host) for host in hosts]
+    return f"PROXY TCP{family} {texts[0]} {texts[1]} {visitor.port} {public.port}\r\n".encode("ascii")
 
 
 # ---- windows: arithmetic alone (PROTOCOL.md, section 7) ---------------------------------------
@@ -518,14 +491,12 @@ class ReceiveWindow:
         self.credit -= count
 
     def drain(self, count: int) -> tuple[int, int]:
-        """Bytes have left for the socket. Returns what to grant now, and what of a debt is paid.
-
-        From half a window on: a WINDOW for each small DATA would double the frames.
-        """
+        """Bytes have left for the socket. Returns what to grant now, and what of a debt is paid."""
         paid = min(count, self.debt)
         self.debt -= paid
         self.owed += count - paid
-        return (self._grant() if 2 * self.owed >= self.size else 0), paid
+        # From half a window on: a WINDOW for each small DATA would double the frames.
+        return (self.grow(0) if 2 * self.owed >= self.size else 0), paid
 
     def growth(self, limit: int = MAX_WINDOW_BYTES) -> int:
         """How much the window would like to grow: to the double, at most to the limit."""
@@ -534,21 +505,17 @@ class ReceiveWindow:
     def grow(self, count: int) -> int:
         """Returns what to grant: the growth and all that is owed."""
         self.size += count
-        self.owed += count
-        return self._grant()
+        grant, self.owed = self.owed + count, 0
+        self.credit += grant
+        return grant
 
     def shrink(self) -> None:
         """Take the growth back. The peer holds it as credit, so it becomes a debt."""
         self.debt += self.size - self._first_size
         self.size = self._first_size
 
-    def _grant(self) -> int:
-        count, self.owed = self.owed, 0
-        self.credit += count
-        return count
 
-
-# ---- budget: what the windows of a session share -----------------------------------------------
+# ---- plumbing: budget, time, log, threads, sockets --------------------------------------------
 
 
 class Budget:
@@ -562,27 +529,18 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._left = limit
+        self.left = limit  # read without it for the log
 
     def take(self, wanted: int, grown: int) -> int:
         """For a window that has grown by `grown`: its share, at most what it wants."""
         with self._lock:
-            share = (self._left + grown) // BUDGET_SHARE - grown
-            taken = max(0, min(wanted, share))
-            self._left -= taken
+            taken = max(0, min(wanted, (self.left + grown) // BUDGET_SHARE - grown))
+            self.left -= taken
             return taken
 
     def give(self, count: int) -> None:
         with self._lock:
-            self._left += count
-
-    @property
-    def left(self) -> int:
-        with self._lock:
-            return self._left
-
-
-# ---- plumbing: time, log, threads, sockets ----------------------------------------------------
+            self.left += count
 
 
 class Deadline:
@@ -626,13 +584,11 @@ class Clock:
 
     def _run(self) -> None:
         while True:
+            self._changed.clear()  # before the look: what is entered from now on ends the wait
             try:
-                wait = self._scheduler.run(blocking=False)
+                self._changed.wait(self._scheduler.run(blocking=False))
             except Exception:  # the clock's safety net: the other actions go on
                 log_internal_error()
-                continue
-            self._changed.wait(wait)
-            self._changed.clear()  # before the next look: what is entered from now on is seen there
 
 
 CLOCK = Clock()
@@ -684,116 +640,79 @@ log_limit = LimitLog()
 
 def log_internal_error() -> None:
     """The exception that is being handled, as one line: its text may hold what a peer sent."""
-    name = threading.current_thread().name
-    log_event(ERROR, "internal-error", thread=name, traceback=traceback.format_exc())
+    log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Where all threads leave their lines. One more thread writes them, and it alone may wait.
+class LogHandler(logging.Handler):
+    """Leaves the lines to one more thread, which writes them to stderr, and alone may wait.
 
-    Where stderr takes nothing (a pipe that nobody reads, a stopped terminal) the queue fills up;
-    then lines are lost and counted. Threads: any. Locking: that of logging.Handler.
+    Where stderr takes nothing (a pipe that nobody reads, a full disk) lines are lost, and counted.
+    Threads: any; `_write` is the log's own. Locking: that of logging.Handler.
     """
 
-    lost = 0
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.lost += 1
-
-
-class LogWriter(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes the lines to stderr; what cannot be written (a full disk) is lost and counted.
-
-    Threads: the log's own. Locking: that of logging.Handler.
-    """
-
-    def __init__(self, source: LogQueue) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._source = source
-        self._lost = 0
-        self._told = 0
+        self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
+        self._dropped = 0  # where the queue was full
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        before = self._lost
-        super().emit(record)
-        written, lost = self._lost == before, self._lost + self._source.lost
-        if written and lost > self._told:
-            text = f"log-lines-lost count={lost - self._told}"
-            self._told = lost
-            self.emit(LOG.makeRecord(LOG.name, WARNING, "", 0, text, (), None))
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
 
-    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
-        self._lost += 1
+    def finish(self) -> None:
+        """Write the rest."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(LOG_FLUSH_S)
+
+    def _write(self) -> None:
+        failed = told = 0
+        for line in iter(self._lines.get, None):
+            try:
+                sys.stderr.write(line)
+                if lost := self._dropped + failed - told:
+                    told += lost
+                    about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
+                    sys.stderr.write(self.format(about))
+            except Exception:  # the line is lost
+                failed += 1
 
 
 def start_log(level: str) -> Callable[[], None]:
     """Log to stderr: UTC time, level, event, pairs. Returns what writes the rest, at the end."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
-    source = LogQueue(queue.Queue(LOG_LINES))
-    writer = LogWriter(source)
-    writer.setFormatter(formatter)
-    listener = logging.handlers.QueueListener(source.queue, writer)
-    LOG.handlers[:] = [source]
+    handler = LogHandler()
+    handler.setFormatter(formatter)
+    LOG.handlers[:] = [handler]
     LOG.propagate = False
     LOG.setLevel(level.upper())
-    listener.start()
-
-    def flush() -> None:
-        def stop() -> None:
-            with contextlib.suppress(queue.Full):
-                listener.stop()
-
-        thread = threading.Thread(target=stop, name="log flush", daemon=True)
-        thread.start()
-        thread.join(LOG_FLUSH_S)  # its own join has no limit
-
-    return flush
+    return handler.finish
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
+Inbox = queue.SimpleQueue[tuple[str, Task | None]]  # of a pool's thread: a name and a task, or none
 
 
 def nothing() -> None:
     pass
 
 
-class Worker(threading.Thread):
-    """A thread of the pool: what it does next, and the lock that it sleeps on."""
-
-    def __init__(self, pool: Pool, task: Task) -> None:
-        super().__init__(daemon=True)
-        self.task = task
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self._pool = pool
-
-    def run(self) -> None:
-        while True:
-            try:
-                self.task()
-            except Exception:  # the safety net of every thread: the others go on
-                log_internal_error()
-            self.task = nothing  # an idle thread keeps nothing alive
-            if not self._pool.idle(self):
-                return
-
-
 class Pool:
     """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
 
-    Threads: `run` and `close` from any, `idle` from its workers.
-    Locking: `_lock` guards everything below the marker.
-    Invariant: a worker is in `_idle` until somebody takes it out, who wakes it.
+    Threads: any. Locking: `_lock` guards everything below the marker.
+    Invariant: an inbox is in `_idle` until somebody takes it out, who puts a task into it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._idle: list[Worker] = []  # the last to idle is the first to work: its memory is warm
+        self._idle: list[Inbox] = []  # the last to idle is the first to work: its memory is warm
         self._closed = False
 
     def run(self, name: str, task: Task) -> None:
@@ -801,60 +720,56 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise NoThread("stopping")
-            worker = self._idle.pop() if self._idle else None
-        if worker is not None:
-            worker.name, worker.task = name, task
-            worker.wake.release()
-            return
-        worker = Worker(self, task)
-        worker.name = name
-        try:
-            worker.start()
-        except RuntimeError as error:
-            raise NoThread(str(error)) from error
+            new = not self._idle
+            inbox = Inbox() if new else self._idle.pop()
+        inbox.put((name, task))
+        if new:
+            try:
+                threading.Thread(target=self._work, args=(inbox,), name=name, daemon=True).start()
+            except RuntimeError as error:
+                raise NoThread(str(error)) from error
 
-    def idle(self, worker: Worker) -> bool:
-        """For a worker that has nothing to do: wait for a task. False: leave."""
-        with self._lock:
-            self._idle.append(worker)
-            if self._closed:
-                self._wake_next_locked()
-        if not worker.wake.acquire(timeout=POOL_IDLE_S):
+    def _work(self, inbox: Inbox) -> None:
+        thread = threading.current_thread()
+        while True:
+            try:
+                thread.name, task = inbox.get(timeout=POOL_IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if inbox in self._idle:
+                        self._idle.remove(inbox)
+                        return
+                continue  # one is on its way
+            if task is None:
+                self.close()
+                return
+            try:
+                task()
+            except Exception:  # the safety net of every thread: the others go on
+                log_internal_error()
+            task = None  # an idle thread keeps nothing alive
             with self._lock:
-                if worker in self._idle:
-                    self._idle.remove(worker)
-                    return False
-            worker.wake.acquire()  # a task is on its way
-        with self._lock:
-            if self._closed:
-                self._wake_next_locked()
-            return worker.task is not nothing
+                if self._closed:
+                    return
+                self._idle.append(inbox)
 
     def close(self) -> None:
         """No more tasks; the idle leave."""
         with self._lock:
             self._closed = True
-            self._wake_next_locked()
-
-    def _wake_next_locked(self) -> None:
-        """One after the other: thousands at once would each ask for the interpreter's lock."""
-        assert self._lock.locked()
-        if self._idle:
-            self._idle.pop().wake.release()
+            # Each wakes the next: thousands at once would all ask for the interpreter's lock.
+            if self._idle:
+                self._idle.pop().put(("leaving", None))
 
 
 class LateCondition:
-    """A condition that is made when somebody first waits: an idle stream's would be 1 kB.
-
-    Called with its lock held.
-    """
+    """Made when somebody first waits: an idle stream's would be 1 kB. Called with its lock held."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
         self._condition: threading.Condition | None = None
 
     def wait(self, seconds: float | None = None) -> bool:
-        """False where the time is over."""
         self._condition = self._condition or threading.Condition(self._lock)
         return self._condition.wait(seconds)
 
@@ -872,10 +787,11 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 def tune(sock: socket.socket, *, control: bool = False) -> None:
     """Small messages at once, dead peers found; for a control connection a short kernel queue."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     wanted = {
-        "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,
+        "TCP_NODELAY": 1,
+        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+        "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
         "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
         "TCP_KEEPCNT": KEEPALIVE_PROBES,
     }
@@ -886,27 +802,21 @@ def tune(sock: socket.socket, *, control: bool = False) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def ready(socks: Sequence[socket.socket], *, writing: bool, seconds: float) -> list[socket.socket]:
+def ready(socks: Iterable[socket.socket], *, writing: bool, seconds: float) -> list[socket.socket]:
     """Those that can be read or written, or have an error to tell; waits at most so long."""
-    if hasattr(select, "poll"):  # select() ends at descriptor 1,023
-        poll = select.poll()
+    # select() ends at descriptor 1,023, and epoll is a descriptor more.
+    kind = selectors.PollSelector if hasattr(select, "poll") else selectors.SelectSelector
+    with kind() as selector:
         for sock in socks:
-            poll.register(sock, select.POLLOUT if writing else select.POLLIN)
-        found = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-        return [sock for sock in socks if sock.fileno() in found]
-    readers, writers = ([], socks) if writing else (socks, [])
-    # Windows tells a failed connect in the third list alone.
-    several = select.select(readers, writers, socks, seconds)
-    return [sock for sock in socks if any(sock in some for some in several)]
+            selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ, sock)
+        return [key.data for key, _ in selector.select(seconds)]
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether the peer has reset it, also behind unread bytes. False where poll is missing.
-
-    SO_ERROR is not read: that would clear the error, and the next receive look like a clean end.
-    """
+    """Whether the peer has reset it, also behind unread bytes. False where poll is missing."""
     if not hasattr(select, "poll"):
         return False
+    # Reading SO_ERROR would clear the error, and the next receive look like a clean end.
     poll = select.poll()
     poll.register(sock, 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -915,28 +825,29 @@ def has_error(sock: socket.socket) -> bool:
 def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to the first of the host's addresses that answers, in `seconds` for all.
 
-    The next address is tried when one has failed, or has not answered for 250 ms, so that one that
-    swallows packets costs no more than that (RFC 8305, section 5). Raises OSError, which names the
-    addresses and what each said.
+    The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
+    packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
-    untried = alternate_families(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+    rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
             if untried:
                 row = untried.pop(0)
+                host = str(row[4][0])
                 try:
-                    pending[begin_to_connect(row)] = row[4][0]
+                    pending[begin_to_connect(row)] = host
                 except OSError as error:
-                    said[row[4][0]] = error
+                    said[host] = error
                     continue
             left = deadline.remaining()
-            wait = min(NEXT_ADDRESS_S, left) if untried else left
-            for sock in ready(list(pending), writing=True, seconds=wait):
-                host, code = pending[sock], sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                del pending[sock]
+            for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
+                host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
                     tune(sock)
@@ -949,40 +860,22 @@ def dial(address: Address, seconds: float) -> socket.socket:
     finally:
         for sock in pending:
             sock.close()
-    raise nobody_answered(address, said)
+    if list(said) == [address.host]:
+        raise said[address.host]
+    reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
+    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
+    raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
 def begin_to_connect(row: Any) -> socket.socket:
-    """A socket that connects to this row of getaddrinfo. Raises OSError.
-
-    At once where there is no route or no such family: poll and SO_ERROR would tell success later.
-    """
-    family, kind, protocol, _, target = row
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            sock.connect(target)
-    except BaseException:
+    """A socket that connects to this row of getaddrinfo. Raises OSError."""
+    sock = socket.socket(*row[:3])
+    sock.setblocking(False)
+    code = sock.connect_ex(row[4])  # of no route, say: poll and SO_ERROR would tell success later
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
         sock.close()
-        raise
+        raise OSError(code, os.strerror(code))
     return sock
-
-
-def alternate_families(rows: Sequence[Any]) -> list[Any]:
-    """In the resolver's order, but IPv6 and IPv4 by turns (RFC 8305, section 4)."""
-    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-    return [row for some in itertools.zip_longest(*families) for row in some if row is not None]
-
-
-def nobody_answered(address: Address, said: Map[str, OSError]) -> OSError:
-    """One error for all: refused where all have refused; names the addresses that were tried."""
-    if list(said) == [address.host]:
-        return said[address.host]
-    reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
-    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
-    code = errno.ECONNREFUSED if refused else errno.EHOSTUNREACH
-    return OSError(code, reasons or f"{address.host} has no address")
 
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
@@ -1000,20 +893,14 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener:
     """A listening port, the control port and the public ones alike.
 
-    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
-    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
-    calls `handle`, then `shutdown_request`, which calls `left` and closes. Each override below
-    names the trap of socketserver that it is there for.
-
-    Threads: `admit` in the acceptor, `handle` in the pool; `start` and `stop` from any.
+    A connection's life: the acceptor asks `admit` whether it is served. If so, `handle` serves it
+    in a thread of the pool. At last `left` is told, of any connection, and it is closed.
+    Threads: `start` and `stop` from any; `admit` is called by the acceptor.
     Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
-
-    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
-    request_queue_size = LISTEN_BACKLOG
 
     def __init__(
         self,
@@ -1023,24 +910,25 @@ class Listener(socketserver.ThreadingTCPServer):
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
-        """Bind and listen; what comes waits until `start`. Raises OSError.
-
-        A name as the address is resolved here, which waits.
-        """
-        self._pool = pool
-        self._admit = admit
-        self._left = left
+        """Bind and listen; a name is resolved, which waits. Raises OSError."""
+        self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
         self._asked_to_stop = threading.Event()
         self._closing = threading.Lock()
-        if not address.host:
-            address = Address("::" if socket.has_dualstack_ipv6() else "0.0.0.0", address.port)
-        row = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        self.address_family = row[0]
-
-        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
-            handle(sock, Address(*peer[:2]))
-
-        super().__init__(row[4], serve)  # type: ignore[arg-type]  # called with the same arguments
+        host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
+        family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+        self.socket = socket.socket(family)
+        try:
+            if family == socket.AF_INET6:  # IPv4 too where all interfaces are meant
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, target[0] != "::")
+            # On Windows SO_REUSEADDR would let another program share the port.
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
+            self.socket.bind(target)
+            self.socket.listen(LISTEN_BACKLOG)
+        except OSError:
+            self.socket.close()
+            raise
+        self.socket.settimeout(STEP_S)
         self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
@@ -1056,67 +944,45 @@ class Listener(socketserver.ThreadingTCPServer):
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
         with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
+            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the acceptor
 
     def _accept(self) -> None:
-        with contextlib.suppress(_AskedToStop):
-            self.serve_forever(poll_interval=STEP_S)
+        while not self._asked_to_stop.is_set():
+            try:
+                sock, name = self.socket.accept()
+            except OSError as error:  # among them the timeout, and a visitor that has left already
+                if error.errno in OUT_OF_RESOURCES:
+                    log_limit("accept-failed", address=self.address, reason=reason_of(error))
+                    self._asked_to_stop.wait(ACCEPT_PAUSE_S)  # the next attempt would fail at once
+            else:
+                self._take(sock, Address(*name[:2]))
         with self._closing:
             self.socket.close()
 
-    def server_bind(self) -> None:
-        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
-        if self.address_family == socket.AF_INET6:
-            alone = int(self.server_address[0] != "::")
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
-
-    def service_actions(self) -> None:
-        """`shutdown()` would wait for each port's selector in turn."""
-        if self._asked_to_stop.is_set():
-            raise _AskedToStop
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Without descriptors the level-triggered selector would spin."""
+    def _take(self, sock: socket.socket, peer: Address) -> None:
+        """Serve it or close it."""
         try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:
-                log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-            raise  # socketserver goes on with the next
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._admit(request, Address(*client_address[:2]))
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread of the pool, in place of a new one each time and of as many as come."""
-        peer = Address(*client_address[:2])
-
-        def task() -> None:
-            self.process_request_thread(request, client_address)
-
-        try:
-            self._pool.run(f"connection {peer}", task)
+            if self._admit(sock, peer):
+                return self._pool.run(f"connection {peer}", lambda: self._serve(sock, peer))
+            self._close(sock)
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
-            self.shutdown_request(request)
+            self._close(sock)
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+        except Exception:  # the acceptor's safety net
+            log_internal_error()
+            self._close(sock)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left(request)
-        request.close()
+    def _serve(self, sock: socket.socket, peer: Address) -> None:
+        try:
+            self._handle(sock, peer)
+        finally:
+            self._close(sock)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The handler's safety net; socketserver prints to stderr."""
-        log_internal_error()
-
-
-class _AskedToStop(Exception):
-    """Leaves `serve_forever`."""
+    def _close(self, sock: socket.socket) -> None:
+        """Without a shutdown, which would send FIN: a reset would look like a clean end."""
+        self._left(sock)
+        sock.close()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -2625,7 +2491,7 @@ class Server(Program):
         """An address that this machine does not have may come later, at boot."""
         try:
             if self._public_bind:
-                self._bind(Address(self._public_bind, 0), Lease).listener.server_close()
+                self._bind(Address(self._public_bind, 0), Lease).listener.socket.close()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
 

@@ -473,15 +473,15 @@ def test_a_session_that_ends_as_it_is_welcomed(ends: Ends, monkeypatch: pytest.M
 
 def test_a_port_for_which_there_is_no_descriptor(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is out of descriptors sends a client away for now, not for good."""
-    bind, failures = rtunnel.Listener.server_bind, [OSError(errno.EMFILE, "Too many open files")]
+    bind, failures = socket.socket.bind, [OSError(errno.EMFILE, "Too many open files")]
 
-    def fail_once(listener: rtunnel.Listener) -> None:
+    def fail_once(sock: socket.socket, address: tuple[str, int]) -> None:
         if failures:
             raise failures.pop()
-        bind(listener)
+        bind(sock, address)
 
     control = ends.open_server()
-    monkeypatch.setattr(rtunnel.Listener, "server_bind", fail_once)
+    monkeypatch.setattr(socket.socket, "bind", fail_once)
     monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     ends.open_client(control, mapping(("127.0.0.1", 1)))
     assert ends.log.wait_for("lease-failed")["reason"] == "Too many open files"
