@@ -3632,7 +3632,14 @@ def run(make: Callable[[], Server | Client]) -> int:
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
     if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
-        drain(program)
+        program.retire_all()
+        for word in heard(words, program.settings.drain_s, program.stream_count):
+            if word in STOP_SIGNALS:
+                break
+            if word == "SIGUSR1":
+                program.log_state()
+            elif word == "SIGHUP":
+                log_event(WARNING, "reload-refused", reason="the program is stopping")
     program.stop()
     if any(word in STOP_SIGNALS for word in heard(words, STOP_TIMEOUT_S, program.has_connections)):
         return 1
@@ -3641,7 +3648,10 @@ def run(make: Callable[[], Server | Client]) -> int:
 
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
-    """Main's post for so long, while that goes on; "" at least every STEP_S: on Windows no signal ends a wait."""
+    """Main's post for so long, while that goes on.
+
+    "" at least every STEP_S, to look anew, and as on Windows no signal ends a wait.
+    """
     deadline = Deadline(seconds)
     while goes_on() and deadline.remaining():
         try:
@@ -3659,18 +3669,6 @@ def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[s
             log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
         if any(word in STOP_SIGNALS for word in heard(words, CLOCK_RETRY_S)):
             return None
-
-
-def drain(program: Program) -> None:
-    """Nothing new, and the open streams may finish, as long as `--drain` says."""
-    program.retire_all()
-    for word in heard(program.words, program.settings.drain_s, program.stream_count):
-        if word in STOP_SIGNALS:
-            return
-        if word == "SIGUSR1":
-            program.log_state()
-        elif word == "SIGHUP":
-            log_event(WARNING, "reload-refused", reason="the program is stopping")
 
 
 def tell_systemd(state: str) -> None:
