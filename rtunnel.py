@@ -22,7 +22,6 @@ import dataclasses
 import enum
 import errno
 import functools
-import io
 import ipaddress
 import itertools
 import json
@@ -35,11 +34,11 @@ import secrets
 import select
 import selectors
 import socket
+import socketserver
 import struct
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -893,14 +892,19 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-class Listener:
+class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike.
 
-    A connection's life: the acceptor asks `admit` whether it is served. If so, `handle` serves it
-    in a thread of the pool. At last `left` is told, of any connection, and it is closed.
+    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
+    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
+    calls `handle`, then `shutdown_request`, which tells `left` and closes it. Each override names
+    the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit` is called by the acceptor.
     Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
     """
+
+    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
+    request_queue_size = LISTEN_BACKLOG
 
     def __init__(
         self,
@@ -911,24 +915,16 @@ class Listener:
         left: Callable[[socket.socket], None] = lambda sock: None,
     ) -> None:
         """Bind and listen; a name is resolved, which waits. Raises OSError."""
-        self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
+        self._pool, self._admit, self._left = pool, admit, left
         self._asked_to_stop = threading.Event()
         self._closing = threading.Lock()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
-        self.socket = socket.socket(family)
-        try:
-            if family == socket.AF_INET6:  # IPv4 too where all interfaces are meant
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, target[0] != "::")
-            # On Windows SO_REUSEADDR would let another program share the port.
-            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
-            self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
-            self.socket.bind(target)
-            self.socket.listen(LISTEN_BACKLOG)
-        except OSError:
-            self.socket.close()
-            raise
-        self.socket.settimeout(STEP_S)
+        self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+
+        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
+            handle(sock, Address(*peer[:2]))
+
+        super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
         self.address = Address(*self.socket.getsockname()[:2])
         self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
 
@@ -944,45 +940,58 @@ class Listener:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
         with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the acceptor
+            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
 
     def _accept(self) -> None:
-        while not self._asked_to_stop.is_set():
-            try:
-                sock, name = self.socket.accept()
-            except OSError as error:  # among them the timeout, and a visitor that has left already
-                if error.errno in OUT_OF_RESOURCES:
-                    log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                    self._asked_to_stop.wait(ACCEPT_PAUSE_S)  # the next attempt would fail at once
-            else:
-                self._take(sock, Address(*name[:2]))
+        with contextlib.suppress(StopIteration):
+            self.serve_forever(poll_interval=STEP_S)
         with self._closing:
             self.socket.close()
 
-    def _take(self, sock: socket.socket, peer: Address) -> None:
-        """Serve it or close it."""
+    def server_bind(self) -> None:
+        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        super().server_bind()
+
+    def service_actions(self) -> None:
+        """`shutdown()` would wait for each port's selector in turn."""
+        if self._asked_to_stop.is_set():
+            raise StopIteration
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Without descriptors the level-triggered selector would spin."""
         try:
-            if self._admit(sock, peer):
-                return self._pool.run(f"connection {peer}", lambda: self._serve(sock, peer))
-            self._close(sock)
+            return super().get_request()
+        except OSError as error:
+            if error.errno in OUT_OF_RESOURCES:
+                log_limit("accept-failed", address=self.address, reason=reason_of(error))
+                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+            raise  # socketserver goes on with the next
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return self._admit(request, Address(*client_address[:2]))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread of the pool, in place of a new one each time and of as many as come."""
+        peer = Address(*client_address[:2])
+        try:
+            self._pool.run(f"connection {peer}", lambda: self.process_request_thread(request, client_address))
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
-            self._close(sock)
+            self.shutdown_request(request)
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-        except Exception:  # the acceptor's safety net
-            log_internal_error()
-            self._close(sock)
 
-    def _serve(self, sock: socket.socket, peer: Address) -> None:
-        try:
-            self._handle(sock, peer)
-        finally:
-            self._close(sock)
+    def shutdown_request(self, request: Any) -> None:
+        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
+        self._left(request)
+        request.close()
 
-    def _close(self, sock: socket.socket) -> None:
-        """Without a shutdown, which would send FIN: a reset would look like a clean end."""
-        self._left(sock)
-        sock.close()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The safety net; socketserver prints to stderr."""
+        log_internal_error()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -3257,12 +3266,8 @@ class Option(NamedTuple):
         return self.name.replace("-", "_")
 
 
-def listen_address(text: str) -> Address | None:
-    return Address.parse(text, listen=True) if text else None
-
-
-def dial_address(text: str) -> Address | None:
-    return Address.parse(text) if text else None
+def dial_address(text: str, *, listen: bool = False) -> Address | None:
+    return Address.parse(text, listen=listen) if text else None
 
 
 def bind_host(text: str) -> str:
@@ -3272,44 +3277,31 @@ def bind_host(text: str) -> str:
     raise ConfigError(f"{text!r} is no IP address: write one of this machine's, or nothing for all")
 
 
-def seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not float(text):
-        raise ConfigError(f"{text!r} is no time: write a number of seconds above 0")
-    return float(text)
+def written(pattern: str, what: str, form: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The parser of options that match the pattern; `what` and `form` tell who writes another."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ConfigError(f"{text!r} is no {what}: write {form}")
+        return convert(text)
+
+    return parse
 
 
-def seconds_or_none(text: str) -> float:
-    return 0.0 if text == "0" else seconds(text)
-
-
-def mebibytes(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise ConfigError(f"{text!r} is no size: write a number of MiB")
-    return int(text) * 1024 * 1024
-
-
-def cpu(text: str) -> int | str:
-    if text in ("auto", "any"):
-        return text
-    if not re.fullmatch(r"[0-9]{1,4}", text):
-        raise ConfigError(f"{text!r} is no CPU: write its number, auto or any")
-    return int(text)
-
-
-def log_level(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise ConfigError(f"{text!r} is no level: write debug, info, warning or error")
-    return text
-
-
-def profile(text: str) -> str:
-    if text not in rtunnel_tls.PROFILES:
-        raise ConfigError(f"{text!r} is no profile: write {', '.join(rtunnel_tls.PROFILES)}")
-    return text
+listen_address = functools.partial(dial_address, listen=True)
+ABOVE_0 = r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?"  # any digit but 0 must come
+seconds = written(ABOVE_0, "time", "a number of seconds above 0", float)
+seconds_or_none = written("0|" + ABOVE_0, "time", "a number of seconds above 0", float)
+mebibytes = written("[0-9]{1,6}", "size", "a number of MiB", lambda text: int(text) * 1024 * 1024)
+cpu = written("auto|any|[0-9]{1,4}", "CPU", "its number, auto or any")
+log_level = written("debug|info|warning|error", "level", "debug, info, warning or error")
+profile = written("|".join(rtunnel_tls.PROFILES), "profile", ", ".join(rtunnel_tls.PROFILES))
 
 
 # fmt: off
-def tls_options(role: str) -> list[Option]:
+def common_options(role: str) -> list[Option]:
+    server_name = Option("TLS", "tls-server-name", "", str, "NAME",
+                         "the host or address that the server's certificate must name; empty: the one in --server")
     return [
         Option("TLS", "tls", False, bool, "",
                "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
@@ -3318,23 +3310,19 @@ def tls_options(role: str) -> list[Option]:
         Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
         Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; empty: none is looked at"),
         Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
+        *([server_name] if role == "client" else []),
+        Option("limits", "heartbeat", "15", seconds, "SECONDS",
+               "a PING so often; three times that without a byte: dead"),
+        Option("limits", "session-budget", "64", mebibytes, "MIB",
+               "what the windows of one session may grow by, in all"),
+        Option("limits", "drain", "0", seconds_or_none, "SECONDS",
+               "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
+        Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: one is faster than several; "
+               "auto: the first for a server, another for a client; any: all of them"),
+        Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
     ]
 
 
-# What a reload takes; the others want a restart.
-RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name"}
-RELOADED |= {"tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
-
-SHARED_OPTIONS = [
-    Option("limits", "heartbeat", "15", seconds, "SECONDS", "a PING so often; three times that without a byte: dead"),
-    Option("limits", "session-budget", "64", mebibytes, "MIB", "what the windows of one session may grow by, in all"),
-    Option("limits", "drain", "0", seconds_or_none, "SECONDS",
-           "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
-    Option("limits", "cpu", "auto", cpu, "NUMBER",
-           "the CPU to run on: one is faster than several; auto: the first for a server, another for a client; "
-           "any: all of them"),
-    Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
-]
 OPTIONS = {
     "server": [
         Option("ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
@@ -3347,8 +3335,7 @@ OPTIONS = {
                f"repeatable, in a file list [a, b]; none: {PortRules.DEFAULT}", "append"),
         Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
                "the networks whose visitors are served; empty: all"),
-        *tls_options("server"),
-        *SHARED_OPTIONS,
+        *common_options("server"),
     ],
     "client": [
         Option("tunnel", "server", "", dial_address, "ADDRESS", "the server's control port; required"),
@@ -3359,22 +3346,22 @@ OPTIONS = {
         Option("tunnel", "proxy-protocol", False, bool, "",
                "tell the local service the visitor's address in a PROXY protocol line, version 1", "switch"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
-        *tls_options("client"),
-        Option("TLS", "tls-server-name", "", str, "NAME",
-               "the host or address that the server's certificate must name; empty: the one in --server"),
-        *SHARED_OPTIONS,
+        *common_options("client"),
     ],
 }
+# What a reload takes; the others want a restart.
+RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
+            "tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
 # fmt: on
 
 
+@dataclasses.dataclass
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     """Flat `key = value` lines in UTF-8. What would be lost in silence is an error with its place."""
 
-    command = ""  # each command has a subclass
+    options: dict[str, Option]
 
     def parse(self, stream: TextIO) -> dict[str, Any]:
-        options = {option.name: option for option in OPTIONS[self.command]}
         settings: dict[str, Any] = {}
         try:
             lines = stream.readlines()
@@ -3384,13 +3371,13 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             key, fault = re.split(r"[=:\s]", line.strip(), maxsplit=1)[0], ""
             if not key or key[0] in "#;":
                 continue
-            if key not in options:
+            if key not in self.options:
                 fault = f"unknown key {key!r}; --help lists all, and there are no sections"
             elif key in settings:
-                fault = f"{key} comes twice" + "; write a list [a, b]" * (options[key].action == "append")
+                fault = f"{key} comes twice" + "; write a list [a, b]" * (self.options[key].action == "append")
             else:
-                settings |= super().parse(io.StringIO(line))
-                if isinstance(settings.get(key), list) and options[key].action != "append":
+                settings |= super().parse([line])
+                if isinstance(settings.get(key), list) and self.options[key].action != "append":
                     fault = f"{key} takes one value, and no list"
             if fault:
                 raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
@@ -3408,24 +3395,21 @@ class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
 def add_command(commands: Any, command: str, summary: str) -> None:
     parser = commands.add_parser(
         command, help=summary, description=summary, allow_abbrev=False, auto_env_var_prefix="RTUNNEL_",
-        config_file_parser_class=type("ConfigFile", (ConfigFile,), {"command": command}),
+        config_file_parser_class=ConfigFile({option.name: option for option in OPTIONS[command]}),
         config_file_open_func=functools.partial(open, encoding="utf-8-sig"),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        add_env_var_help=False, add_config_file_help=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_env_var_help=False, add_config_file_help=False,
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
     )  # fmt: skip
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
-    parser.add_argument(
-        "--print-config", action="store_true", help="show each setting and where it came from, and exit"
-    )
-    groups: dict[str, Any] = {}
-    for option in OPTIONS[command]:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        typed: dict[str, Any] = {"action": option.action, "type": option.parse, "metavar": option.metavar}
-        if option.action == "switch":
-            typed = {"action": argparse.BooleanOptionalAction}
-        groups[option.group].add_argument(f"--{option.name}", default=option.default, help=option.help, **typed)
+    shows = "show each setting and where it came from, and exit"
+    parser.add_argument("--print-config", action="store_true", help=shows)
+    for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
+        group = parser.add_argument_group(title)
+        for option in options:
+            typed: dict[str, Any] = {"action": option.action, "type": option.parse, "metavar": option.metavar}
+            if option.action == "switch":
+                typed = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{option.name}", default=option.default, help=option.help, **typed)
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
@@ -3435,13 +3419,13 @@ def make_program(first: argparse.Namespace) -> Server | Client:
     What a reload cannot change stays as it was first, and is named.
     """
     settings = first.parse_again()
-    fixed = [option for option in OPTIONS[first.command] if option.name not in RELOADED]
-    before = {option.name: getattr(first, option.attribute) for option in fixed}
-    changed = [option.name for option in fixed if getattr(settings, option.attribute) != before[option.name]]
+    before, now, changed = vars(first), vars(settings), []
+    for option in OPTIONS[first.command]:
+        if option.name not in RELOADED and now[option.attribute] != before[option.attribute]:
+            now[option.attribute] = before[option.attribute]
+            changed.append(option.name)
     if changed:
         log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
-    for option in fixed:
-        setattr(settings, option.attribute, before[option.name])
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
@@ -3450,12 +3434,9 @@ def make_server(settings: argparse.Namespace) -> Server:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = Settings(
-        settings.heartbeat, settings.session_budget, drain_s=settings.drain, allow=PortRules(settings.allow),
-        visitors=settings.visitors,
-    )  # fmt: skip
-    context = make_context(settings)
-    warn(settings, context)
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain)
+    shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
+    context = warned_context(settings, settings.control_listen)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
 
@@ -3472,8 +3453,7 @@ def make_client(settings: argparse.Namespace) -> Client:
         what = f"port {twice[0]}" if isinstance(twice[0], int) else f"0:{twice[0].local}"
         raise ConfigError(f"--forward has {what} twice: one mapping for each port, each mapping once")
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
-    context = make_context(settings)
-    warn(settings, context)
+    context = warned_context(settings, settings.server)
     return Client(settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings))
 
 
@@ -3488,36 +3468,17 @@ def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
     )  # fmt: skip
 
 
-def warn(settings: argparse.Namespace, context: rtunnel_tls.TlsContext | None) -> None:
-    """Log what is worth a warning at the start and at each reload."""
-    address = settings.server if settings.command == "client" else settings.control_listen
-    if context is None:
-        if not address.is_loopback:
-            log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
-        return
-    if context.keylog is not None:
+def warned_context(settings: argparse.Namespace, address: Address) -> rtunnel_tls.TlsContext | None:
+    """The same, and a log line on what is worth a warning at the start and at each reload."""
+    context = make_context(settings)
+    if context is None and not address.is_loopback:
+        log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+    if context is not None and context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
+    return context
 
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-
-
-def take_signals() -> queue.SimpleQueue[str]:
-    """From now on each signal's name goes into this queue, main's post, in whatever phase we are.
-
-    A handler may interrupt main anywhere, so it must take no lock that main may hold: `put` of a
-    SimpleQueue is re-entrant. What came while the modules were imported is delivered now.
-    """
-    words: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def take(number: int, frame: types.FrameType | None) -> None:
-        words.put(signal.Signals(number).name)
-
-    for name in SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), take)
-    release_signals()
-    return words
 
 
 def run(make: Callable[[], Server | Client]) -> int:
@@ -3528,22 +3489,52 @@ def run(make: Callable[[], Server | Client]) -> int:
     of the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
-    words = take_signals()
+    words: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for number in HELD:  # a handler may interrupt main anywhere, so it must take no lock that main may hold
+        signal.signal(number, lambda number, _: words.put(signal.Signals(number).name))
+    release_signals()
     program = make_in_time(make, words)
     if program is None:
         return 0
     program.words = words
     program.start()
     tell_systemd("READY=1")
-    word = serve(program, make)
+    for word in heard(words, threading.TIMEOUT_MAX):
+        if word in STOP_SIGNALS or word == "refused":
+            break
+        if word == "SIGHUP":
+            reload(program, make)
+        elif word == "SIGUSR1":
+            program.log_state()
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
     if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
-        drain(program)
+        program.retire_all()
+        for word in heard(words, program.settings.drain_s, program.stream_count):
+            if word in STOP_SIGNALS:
+                break
+            if word == "SIGUSR1":
+                program.log_state()
+            elif word == "SIGHUP":
+                log_event(WARNING, "reload-refused", reason="the program is stopping")
     program.stop()
-    status = wait_for_end(program)
-    log_event(INFO, "stopped", status=status)
-    return status
+    if any(word in STOP_SIGNALS for word in heard(words, STOP_TIMEOUT_S, program.has_connections)):
+        return 1
+    log_event(INFO, "stopped", status=program.status)
+    return program.status
+
+
+def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
+    """Main's post for so long, while that goes on.
+
+    "" at least every STEP_S, to look anew, and as on Windows no signal ends a wait.
+    """
+    deadline = Deadline(seconds)
+    while goes_on() and deadline.remaining():
+        try:
+            yield words.get(timeout=min(deadline.remaining(), STEP_S))
+        except queue.Empty:
+            yield ""
 
 
 def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
@@ -3553,53 +3544,8 @@ def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[s
             return make()
         except rtunnel_tls.NotYetValid as error:
             log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
-        deadline = Deadline(CLOCK_RETRY_S)
-        while deadline.remaining():
-            if next_word(words, deadline.remaining()) in STOP_SIGNALS:
-                return None
-
-
-def next_word(words: queue.SimpleQueue[str], seconds: float) -> str:
-    """Main's post; empty after so long, at most STEP_S: on Windows no signal ends the wait."""
-    try:
-        return words.get(timeout=min(seconds, STEP_S))
-    except queue.Empty:
-        return ""
-
-
-def serve(program: Server | Client, make: Callable[[], Server | Client]) -> str:
-    """Returns the word that ends it."""
-    while True:
-        word = next_word(program.words, STEP_S)
-        if word in STOP_SIGNALS or word == "refused":
-            return word
-        if word == "SIGHUP":
-            reload(program, make)
-        elif word == "SIGUSR1":
-            program.log_state()
-
-
-def drain(program: Program) -> None:
-    """Nothing new, and the open streams may finish, as long as `--drain` says."""
-    deadline = Deadline(program.settings.drain_s)
-    program.retire_all()
-    while program.stream_count() and deadline.remaining():
-        word = next_word(program.words, deadline.remaining())
-        if word in STOP_SIGNALS:
-            return
-        if word == "SIGUSR1":
-            program.log_state()
-        elif word == "SIGHUP":
-            log_event(WARNING, "reload-refused", reason="the program is stopping")
-
-
-def wait_for_end(program: Program) -> int:
-    """For the last frames to go out; returns the exit status."""
-    deadline = Deadline(STOP_TIMEOUT_S)
-    while program.has_connections() and deadline.remaining():
-        if next_word(program.words, deadline.remaining()) in STOP_SIGNALS:
-            return 1
-    return program.status
+        if any(word in STOP_SIGNALS for word in heard(words, CLOCK_RETRY_S)):
+            return None
 
 
 def tell_systemd(state: str) -> None:
@@ -3625,8 +3571,8 @@ def reload(program: Server | Client, make: Callable[[], Server | Client]) -> Non
 def stay_on_cpu(number: int | str, role: str) -> None:
     """Keep this process's threads, that are yet to start, on one CPU: a number, or `auto`; Linux alone.
 
-    Only one of them has the interpreter's lock. On several CPUs each hand-over of the lock wakes another CPU, which
-    costs more than what the thread then does: half of all processor time, with many short connections (NOTES.md).
+    On several, each hand-over of the interpreter's lock wakes another CPU, which costs more than
+    what the thread then does: half of all processor time, with many short connections (NOTES.md).
     A server and a client of one machine must not choose the same, nor need all its clients.
     """
     if number == "any" or not hasattr(os, "sched_setaffinity"):
@@ -3634,7 +3580,7 @@ def stay_on_cpu(number: int | str, role: str) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     if number == "auto":
         number = allowed[0] if role == "server" or len(allowed) == 1 else random.choice(allowed[1:])
-    elif number not in allowed:
+    if int(number) not in allowed:
         raise ConfigError(f"--cpu {number}: this process may run on {', '.join(map(str, allowed))}")
     with contextlib.suppress(OSError):  # where a sandbox forbids it
         os.sched_setaffinity(0, {int(number)})
@@ -3655,12 +3601,10 @@ def raise_descriptor_limit() -> None:
 
 def add_pki(commands: Any) -> None:
     """`pki init|issue|renew|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
-    pki = commands.add_parser(
-        "pki", help="make and show certificates", description="A certificate authority in a folder."
-    )
-    actions = pki.add_subparsers(
-        dest="action", required=True, metavar="init|issue|renew|revoke|show", parser_class=CommandParser
-    )
+    summary = "make and show certificates"
+    pki = commands.add_parser("pki", help=summary, description="A certificate authority in a folder.")
+    names = "init|issue|renew|revoke|show"
+    actions = pki.add_subparsers(dest="action", required=True, metavar=names, parser_class=CommandParser)
     algorithms = list(rtunnel_tls.ALGORITHMS)
     init = actions.add_parser("init", help="make an authority and its empty revocation list")
     init.add_argument("--algorithm", choices=algorithms, default="mldsa65", help="of its key (default: mldsa65)")
@@ -3724,16 +3668,18 @@ def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
         shown = settings.parser.format_values()
         print(shown, end="")
-        words = set(re.split(r"[\s:=]+", shown))
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
-            names = {option.name, f"--{option.name}", f"--no-{option.name}", f"RTUNNEL_{option.attribute.upper()}"}
-            if option.action == "switch" and not words & names:
+            names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"
+            if option.action == "switch" and not re.search(rf"[\s:=]({names})[\s:=]", shown):
                 print(f"  --{option.name}: {option.default}")
         return 0
     known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
     if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
         raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
-    keep_standard_descriptors()
+    # Where 0, 1 or 2 is closed, the next socket would get it, and what is written there.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     stay_on_cpu(settings.cpu, settings.command)
     threading.stack_size(STACK_BYTES)
     raise_descriptor_limit()
@@ -3747,13 +3693,6 @@ def run_program(settings: argparse.Namespace) -> int:
         return 1
     finally:
         flush_log()
-
-
-def keep_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed, the next socket would get it, and what is written there."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
