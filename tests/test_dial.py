@@ -111,6 +111,15 @@ def test_none_answers_in_time(resolve: Callable[..., rtunnel.Address], black_hol
         assert not isinstance(caught.value, ConnectionRefusedError)
 
 
+def test_an_address_that_refuses(resolve: Callable[..., rtunnel.Address]) -> None:
+    """Where one refuses the next is dialled at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, closed_port() as closed:
+        started = time.monotonic()
+        address = resolve(closed, closed, listener.getsockname())
+        assert peer_of(rtunnel.dial(address, 5.0)) == listener.getsockname()
+        assert time.monotonic() - started < rtunnel.NEXT_ADDRESS_S
+
+
 def test_all_refuse(resolve: Callable[..., rtunnel.Address]) -> None:
     """Where all refuse the error is a refusal, at once, and names all: the client then waits less (X-3)."""
     with closed_port() as closed:
