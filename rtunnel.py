@@ -131,7 +131,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's ow
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the selector would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
-LOG_EVERY_S, LOG_BURST = 1.0, 10  # lines of one event that strangers or visitors can cause [LimitLog]
+LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of one event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
 STEP_S = 0.5  # the longest wait of main and of a selector: on Windows no signal wakes main
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
@@ -1433,6 +1433,7 @@ class Stream:
         self._opened_at = time.monotonic()
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
         self._sent_at = self._opened_at  # the last of them, or the end
+        self._read_all = False  # all that the socket had before its reset; the pump's
         self._lock = threading.Lock()
         self._changed = LateCondition(self._lock)  # more credit, a drainer gone, an end, room
         # guarded by _lock
@@ -1645,6 +1646,7 @@ class Stream:
             try:
                 count = self._receive(sock, room)
             except OSError as error:
+                self._read_all = True
                 self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
                 return
             if not count or self._is_over():
@@ -1701,6 +1703,7 @@ class Stream:
         """The socket has no more: say so, and wait until the other direction has ended, too."""
         with self._lock:
             if self._receiving is Receiving.BROKEN:
+                self._read_all = True
                 self._abort_locked("reset")
             if self._cause is not None or self._sending is not Sending.OPEN:
                 return
@@ -1726,7 +1729,10 @@ class Stream:
         self._send_abort(encode(FrameType.CLOSE_CONN, self.number, reason))
 
     def _send_abort(self, frame: bytes) -> None:
-        self._session.writer.post_last(self, frame)
+        if self._read_all:  # behind it: often it is the answer that explains the reset
+            self._session.writer.send(self, frame)
+        else:
+            self._session.writer.post_last(self, frame)
 
     def _close(self) -> None:
         with self._lock:
@@ -3850,12 +3856,17 @@ def run_pki(settings: argparse.Namespace) -> int:
 
 def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
-        print(settings.parser.format_values(), end="")
-        print("Switches in force:")  # it leaves out those that nobody has set
-        for option in OPTIONS[settings.command]:
-            if option.action == "switch":
-                print(f"  {option.name} = {str(getattr(settings, option.attribute)).lower()}")
+        shown = settings.parser.format_values()
+        print(shown, end="")
+        words = set(re.split(r"[\s:=]+", shown))
+        for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
+            names = {option.name, f"--{option.name}", f"--no-{option.name}", f"RTUNNEL_{option.attribute.upper()}"}
+            if option.action == "switch" and not words & names:
+                print(f"  --{option.name}: {option.default}")
         return 0
+    known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
+    if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
+        raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
     keep_standard_descriptors()
     stay_on_cpu(settings.cpu, settings.command)
     threading.stack_size(STACK_BYTES)
@@ -3889,9 +3900,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_pki(commands)
     top.set_defaults(parse_again=lambda: top.parse_args(arguments))
     try:
-        known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
-        if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
-            raise ConfigError(f"rtunnel: the environment has {unknown[0]}, and no option is called so: unset it")
         settings = top.parse_args(arguments)
         try:
             return settings.run(settings)  # type: ignore[no-any-return]
