@@ -12,7 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance, waiting_pumps
+from level1 import (
+    Ends,
+    Peer,
+    PeerServer,
+    Unwelcome,
+    connect_small,
+    init,
+    is_in_a_send,
+    mapping,
+    new_instance,
+    small_control_sockets,
+    waiting_pumps,
+)
 from naive_peer import NaivePeer
 from relay import Relay
 from support import (
@@ -29,7 +41,7 @@ from support import (
     running,
 )
 from tls_peers import House
-from tunnels import text, visit
+from tunnels import text, until_full, visit
 
 import rtunnel
 from rtunnel import FrameType
@@ -110,6 +122,37 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
         assert ends.public(2) == public
         check_echo(public)
         ends.log.wait_for("session-closed", reason="replaced")
+
+
+@pytest.mark.parametrize("newer", ["stays", "leaves"])
+def test_a_replaced_session_that_reads_a_byte_now_and_then(ends: Ends, newer: str) -> None:
+    """[L-2]: a replaced session's control connection is closed within a second, though its client takes a byte now and
+    then, so that no write ever fails, and also where the newer session ends before."""
+    instance = new_instance()
+    with small_control_sockets(), contextlib.ExitStack() as stack:
+        control = ends.open_server()
+        old = stack.enter_context(Peer(connect_small(control)))
+        old.send_init(init(0, instance, 1 << 30))
+        old.port = int(old.hear(rtunnel.FrameType.WELCOME)[2].partition(b"port=")[2].partition(b"\n")[0])
+        [session] = ends.sessions()
+        visitor = stack.enter_context(connect(old.public))
+        until_full(visitor)
+        assert is_in_a_send(session.writer)
+        new = stack.enter_context(Peer.as_client(control, old.port, instance))
+        replaced = time.monotonic()
+        if newer == "leaves":
+            new.sock.close()
+        old.sock.setblocking(False)
+
+        def is_closed() -> bool:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                old.sock.recv(16)
+            return bool(ends.log.events("session-closed", peer=text(old.sock.getsockname())))
+
+        eventually(is_closed, 5.0)
+        assert time.monotonic() - replaced < 2.0
+        visitor.settimeout(5.0)
+        assert ends_with(visitor) == "reset"
 
 
 RECORD = struct.Struct(">8sQ")  # a visitor's tag, and a number that counts up

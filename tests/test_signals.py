@@ -136,7 +136,7 @@ def test_in_the_drain(server: Factory, client: Factory, role: str) -> None:
 @contextlib.contextmanager
 def in_the_stop(server: Factory, client: Factory, role: str, seconds: float) -> Iterator[Program]:
     """A program that has been asked to stop, and waits so long for a peer that keeps its connection open."""
-    limits = {"FAREWELL_S": seconds, "STOP_TIMEOUT_S": seconds}
+    limits = {"FAREWELL_S": seconds, "STOP_TIMEOUT_S": seconds + 2.0}
     with PeerServer() as peer_server, contextlib.ExitStack() as stack:
         if role == "server":
             tested = server(limits=limits)
