@@ -96,14 +96,15 @@ class Program:
         limits: Mapping[str, float] | None = None,
         old: bool = False,
         env: Mapping[str, str] | None = None,
+        before: str = "",
     ):
         """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits. An `old` program
-        neither announces level 1 nor understands that its peer does."""
+        neither announces level 1 nor understands that its peer does. `before` is run before the import."""
         self.arguments = arguments
         # The constants are the module's own; PROTOCOL.md's values are checked by another test. Imported, not run as a
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
-        start = ["-c", f"import rtunnel as m\n{assignments}{OLD * old}m.entry()"]
+        start = ["-c", f"{before}\nimport rtunnel as m\n{assignments}{OLD * old}m.entry()"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],
