@@ -192,6 +192,7 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
         log_event(level, event, **pairs)
 
     monkeypatch.setattr(rtunnel, "log_event", listen)
+    rtunnel.CLOCK.start()  # which lives as long as the process
     threads = set(threading.enumerate())
     sockets = own_sockets() if sys.platform == "linux" else 0
     with echo_service() as service, ExitStack() as stack:
