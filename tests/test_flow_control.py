@@ -513,22 +513,23 @@ def test_the_memory_of_stalled_streams(server: Factory) -> None:
                 peer.send_data(number, bytes(peer.credit[number]))
             peer.take()
 
-        fill()
-        peer.send_frame(FrameType.PING, 0, b"that was")  # all before it has been queued
-        while peer.hear()[0] != FrameType.PONG:
-            pass
+        while any(peer.credit.values()):  # the kernel takes some megabytes, for which credit comes back
+            fill()
+            peer.send_frame(FrameType.PING, 0, b"that was")  # all before it has been queued
+            while peer.hear()[0] != FrameType.PONG:
+                pass
         serving.send_signal(signal.SIGUSR1)
         queued = sum(int(serving.wait_for("state-stream")["queued"]) for _ in visitors)
-        assert queued > 0.9 * allowed
+        assert queued > 0.6 * allowed
         most = serving.memory_bytes() - base
         for step in range(40):
             taken = visitors[step % streams]
             read_exactly(taken, min(1 << 20, allowed // streams // 4))
             fill()
             most = max(most, serving.memory_bytes() - base)
-        formula = streams * WINDOW_BYTES + budget + streams * 25_000 + (3 << 19)
+        formula = allowed + streams * 25_000 + (3 << 19)  # all windows: a little less than 64 KiB each and the budget
         print(f"queued {queued / (1 << 20):.1f} MiB, grown {most / (1 << 20):.1f}, formula {formula / (1 << 20):.1f}")
-        assert 0.9 * allowed < most <= formula
+        assert queued < most <= formula
 
 
 # --- others beside it, through whole tunnels --------------------------------------------------------------------
