@@ -167,8 +167,8 @@ def demonstrate(folder: Path, programs: list[Program]) -> None:
     flags = [f"--{key}={value}" for key, value in wanted.items() if value != client_file[key]]
     client = Program(folder, "client", flags)
     programs.append(client)
-    public = client.wait_for("session-opened")["public"]
     receipt = client.wait_for("handshake")
+    public = client.wait_for("session-opened")["public"]
     print(f"4. Client: {client.command}\n   The receipt of its handshake:")
     for title, value in RECEIPT.items():
         print(f"     {title:<14}{value.format_map(receipt)}")

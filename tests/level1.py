@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 from naive_peer import NaivePeer
 from support import Address, Fields, Record, Service, connect, eventually, parse_line
 from tls_peers import House
@@ -250,6 +251,39 @@ def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
             writer._work.notify()
             writer._room.notify_all()
             writer._unused.notify_all()
+
+
+def is_in_a_send(writer: rtunnel.Writer) -> bool:
+    """Whether a thread is in the transport's send, and has stayed there for a tenth of a second."""
+    seen = []
+    for _ in range(30):
+        seen.append(writer._writing)
+        time.sleep(0.005)
+    return all(seen[10:])
+
+
+@contextlib.contextmanager
+def small_control_sockets() -> Iterator[None]:
+    """The program's control sockets hold as little as the system allows of what is sent."""
+    tune = rtunnel.tune
+
+    def small(sock: socket.socket, *, control: bool = False) -> None:
+        tune(sock, control=control)
+        if control:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rtunnel, "tune", small)
+        yield
+
+
+def connect_small(address: Address) -> socket.socket:
+    """A connection whose receive buffer is as small as the system allows."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    sock.settimeout(10.0)
+    sock.connect(address)
+    return sock
 
 
 def waiting_pumps(writer: rtunnel.Writer) -> int:

@@ -70,6 +70,11 @@ def parse_line(line: str) -> Record | None:
     return Record(level, event, fields)
 
 
+def counted(lines: list[Fields]) -> int:
+    """How many events these lines of one event stand for: those that were held back are told as a number."""
+    return sum(int(line.get("more_like_it", 1)) for line in lines)
+
+
 # Of INIT's text the first line alone, which is the original's, is said and understood.
 OLD = r"""
 said, understood = m.Init.payload, m.Init.parse

@@ -12,6 +12,7 @@ import pytest
 from conftest import Factory
 from naive_peer import NEW_CONN, NaivePeer
 from support import Program, Service, connect, echo_service, eventually, free_port, read_exactly
+from tls_peers import House
 from tunnels import MODES, closed_port, open_tunnel, text, visit
 
 import rtunnel
@@ -155,6 +156,24 @@ def test_a_server_that_closes_at_once_is_not_stormed(client: Factory) -> None:
         waits = [float(fields["retry_s"]) for fields in asking.events("session-closed")]
         for number, wait in enumerate([0.02, 0.04, 0.08, 0.16, 0.02, 0.04]):
             assert 0.7 * wait <= waits[number] <= wait + 0.001, waits
+
+
+def test_8_connections_at_a_time(client: Factory, house: House) -> None:
+    """Of twenty mappings eight at a time connect to the server and shake hands: it has only so many places for those
+    that it does not know yet. When one has got through, or has failed, the next one comes."""
+    assert rtunnel.MAX_OPENING == 8
+    mappings = [f"--forward={port}:127.0.0.1:9" for port in range(8001, 8021)]
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        listener.settimeout(10.0)
+        client(*house.flags("client"), "--server", text(listener.getsockname()), *mappings, "--reconnect-max=60")
+        opening = [stack.enter_context(listener.accept()[0]) for _ in range(8)]
+        for _ in range(12):
+            listener.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                listener.accept()
+            opening.pop(0).close()
+            listener.settimeout(10.0)
+            opening.append(stack.enter_context(listener.accept()[0]))
 
 
 def test_reconnect_max(client: Factory) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import select
+import signal
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -480,6 +482,54 @@ def test_a_budget_that_many_streams_share(ends: Ends, small_sockets: None) -> No
             there, allowed = window_and_queue(stream)
             assert there == allowed
         assert 0 < sum(map(queued_bytes, session.streams())) <= bound
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory as Linux tells it")
+def test_the_memory_of_stalled_streams(server: Factory) -> None:
+    """[W-4], [W-8]: what a server's memory grows by when a client fills all windows of many streams, and fills them
+    again as their visitors read a little, stays within the formula: streams x 64 KiB + budget, 25 kB for each stream,
+    1.5 MiB for the client."""
+    streams, budget = 12, 32 << 20
+    near = {"NEAR_WINDOW_BYTES": MAX_WINDOW_BYTES}  # this client is near, and may have windows as one far away
+    serving = server("--session-budget", "32", "--log-level", "info", limits=near)
+    with Peer.as_client(serving.control_address) as peer, contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(small_visitor(peer.public)) for _ in range(streams)]
+        for _ in visitors:
+            peer.hear(FrameType.NEW_CONN)
+        base = serving.memory_bytes()
+        for number in range(1, streams + 1):
+            grown = -1
+            while grown != peer.credit[number]:
+                grown = peer.credit[number]
+                peer.send_frame(FrameType.BLOCKED, number)
+                peer.send_frame(FrameType.PING, 0, b"that was")
+                while peer.hear()[0] != FrameType.PONG:
+                    pass
+        allowed = sum(peer.credit.values())
+        assert allowed > streams * WINDOW_BYTES + 0.9 * budget
+
+        def fill() -> None:
+            for number in range(1, streams + 1):
+                peer.send_data(number, bytes(peer.credit[number]))
+            peer.take()
+
+        while any(peer.credit.values()):  # the kernel takes some megabytes, for which credit comes back
+            fill()
+            peer.send_frame(FrameType.PING, 0, b"that was")  # all before it has been queued
+            while peer.hear()[0] != FrameType.PONG:
+                pass
+        serving.send_signal(signal.SIGUSR1)
+        queued = sum(int(serving.wait_for("state-stream")["queued"]) for _ in visitors)
+        assert queued > 0.6 * allowed
+        most = serving.memory_bytes() - base
+        for step in range(40):
+            taken = visitors[step % streams]
+            read_exactly(taken, min(1 << 20, allowed // streams // 4))
+            fill()
+            most = max(most, serving.memory_bytes() - base)
+        formula = allowed + streams * 25_000 + (3 << 19)  # all windows: a little less than 64 KiB each and the budget
+        print(f"queued {queued / (1 << 20):.1f} MiB, grown {most / (1 << 20):.1f}, formula {formula / (1 << 20):.1f}")
+        assert queued < most <= formula
 
 
 # --- others beside it, through whole tunnels --------------------------------------------------------------------

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, beat, init, mapping, new_instance, received_at, waiting_pumps
+from level1 import (
+    Ends,
+    Peer,
+    PeerServer,
+    beat,
+    connect_small,
+    init,
+    is_in_a_send,
+    mapping,
+    new_instance,
+    received_at,
+    small_control_sockets,
+    waiting_pumps,
+)
 from naive_peer import NaivePeer, frame
 from relay import Relay
 from support import Service, connect, eventually, running
@@ -71,6 +85,35 @@ def test_dead_after_three_heartbeats_without_a_byte(ends: Ends, peer: NaivePeer)
     closed = ends.log.wait_for("session-closed", level=1)
     assert closed["reason"] == "the peer is dead: no byte for 0.6 s"
     assert "rtt_ms" not in closed
+
+
+@pytest.mark.parametrize("who", ["control sender", "pump"])
+def test_a_silent_peer_that_reads_nothing(ends: Ends, who: str) -> None:
+    """[H-4]: the clock does not wait for a send: a peer that reads nothing, and then falls silent, is dead after three
+    heartbeats, whoever is in the transport's send."""
+    with small_control_sockets(), contextlib.ExitStack() as stack:
+        control = ends.open_server(heartbeat_s=0.3)
+        peer = stack.enter_context(Peer(connect_small(control)))
+        peer.send_init(init(0, new_instance(), 1 << 30))
+        peer.port = int(peer.hear(FrameType.WELCOME)[2].partition(b"port=")[2].partition(b"\n")[0])
+        [session] = ends.sessions()
+        if who == "pump":
+            visitor = stack.enter_context(connect(peer.public))
+            stack.enter_context(running(lambda: push(visitor)))  # until the session ends
+        while not is_in_a_send(session.writer):
+            if who == "control sender":
+                peer.sock.sendall(frame(FrameType.PING, 0, b"answer!!") * 500)
+        silent = time.monotonic()
+        closed = ends.log.wait_for("session-closed", level=1)
+        assert closed["reason"] == "the peer is dead: no byte for 0.9 s"
+        assert time.monotonic() - silent < 0.9 + 1.0
+
+
+def push(sock: socket.socket) -> None:
+    """Send without end."""
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(bytes(1 << 16))
 
 
 def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
@@ -206,7 +249,7 @@ def test_a_network_that_goes_silent_before_welcome(ends: Ends, monkeypatch: pyte
     it stays the next time, for that server may be an original now."""
     monkeypatch.setattr(rtunnel, "LIVED_S", 0.2)
     with PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as other:
-        client = ends.open_client(server.address, mapping(("127.0.0.1", 9)))
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 9), 4711))
         welcomed = server.accept()
         ends.log.wait_for("session-opened", level=1)
         monkeypatch.setattr(client, "_server", rtunnel.Address(*other.getsockname()))

@@ -184,6 +184,20 @@ def test_unknown_frames_are_skipped(server: Factory) -> None:
             assert read_exactly(visitor, 2) == b"ab"
 
 
+def test_an_originals_streams_of_before_a_reconnect(server: Factory) -> None:
+    """[O-5], [S-5]: an original's client goes on sending for the streams of its lost connection, before INIT and
+    behind it: that is dropped, meets no visitor, and the session serves."""
+    program = server()
+    old = b"".join(frame(DATA, stream, b"of before") + frame(CLOSE_CONN, stream) for stream in (1, 7, 2**32 - 1))
+    with NaivePeer.connect(program.control_address) as peer:
+        peer.send(old + frame(INIT, 0, b"0:h:1") + old)
+        public = program.lease_address()
+        with connect(public) as visitor:
+            peer.expect(NEW_CONN, 1)
+            peer.send(frame(DATA, 7, b"of before") + frame(DATA, 1, b"of now"))
+            assert read_exactly(visitor, 6) == b"of now"
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_too_many_unknown_frames_before_init(server: Factory, at_once: bool) -> None:
     """[O-5], [F-5]: the 17th unknown frame before INIT is refused, in one segment with INIT or alone."""
@@ -496,9 +510,7 @@ STRANGERS = {
     "INIT of 4 GiB": bytes.fromhex("04 00000000 ffffffff"),
     "DATA of 4 GiB": bytes.fromhex("02 00000001 ffffffff"),
     "an unknown frame of 4 GiB": bytes.fromhex("7f 00000001 ffffffff"),
-    "DATA of 1 MiB": bytes.fromhex("02 00000001 00100000") + b"x" * 1000,
-    "DATA before INIT": frame(DATA, 1, b"x"),
-    "CLOSE_CONN before INIT": frame(CLOSE_CONN, 1),
+    "a part of DATA, and then nothing": bytes.fromhex("02 00000001 00100000") + b"x" * 1000,
     "the server's frame": frame(NEW_CONN, 1),
     "zeros": bytes(9 * 17),
 }
@@ -519,16 +531,18 @@ def beside_a_tunnel(
 
 @pytest.mark.parametrize("kind", ["lease", "global"])
 def test_strangers_are_refused(server: Factory, kind: str) -> None:
-    """[O-5], [X-1], [X-2]: nonsense is refused at once, with one line for each, and the tunnel serves on."""
-    with beside_a_tunnel(server, kind) as (program, peer, public):
-        for number, (name, said) in enumerate(STRANGERS.items(), 1):
+    """[O-5], [X-1], [X-2]: nonsense is refused at once, with one line for each, and the tunnel serves on. DATA before
+    INIT is an original's; without INIT behind it it is refused at the deadline, but where there is a global port."""
+    with beside_a_tunnel(server, kind, {"HELLO_TIMEOUT_S": 1.0}) as (program, peer, public):
+        strangers = {name: said for name, said in STRANGERS.items() if kind == "lease" or "DATA, and" not in name}
+        for number, (name, said) in enumerate(strangers.items(), 1):
             with NaivePeer.connect(program.control_address) as stranger:
                 stranger.send(said)
                 stranger.expect_end()
                 assert program.wait_for("refused", peer=name_of(stranger.sock))["reason"], name
             check_serves(peer, public, number)
         for event in ("refused", "session-opened"):
-            expected = len(STRANGERS) if event == "refused" else 1
+            expected = len(strangers) if event == "refused" else 1
             assert len(program.events(event)) == expected
         assert len(program.records) == len(program.lines), "a line that is no event"
 

@@ -12,7 +12,20 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from level1 import Ends, Peer, PeerServer, Unwelcome, mapping, new_instance, waiting_pumps
+from level1 import (
+    Ends,
+    Peer,
+    PeerServer,
+    Unwelcome,
+    connect_small,
+    init,
+    is_in_a_send,
+    mapping,
+    new_instance,
+    small_control_sockets,
+    stop,
+    waiting_pumps,
+)
 from naive_peer import NaivePeer
 from relay import Relay
 from support import (
@@ -29,7 +42,7 @@ from support import (
     running,
 )
 from tls_peers import House
-from tunnels import text, visit
+from tunnels import text, until_full, visit
 
 import rtunnel
 from rtunnel import FrameType
@@ -110,6 +123,37 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
         assert ends.public(2) == public
         check_echo(public)
         ends.log.wait_for("session-closed", reason="replaced")
+
+
+@pytest.mark.parametrize("newer", ["stays", "leaves"])
+def test_a_replaced_session_that_reads_a_byte_now_and_then(ends: Ends, newer: str) -> None:
+    """[L-2]: a replaced session's control connection is closed within a second, though its client takes a byte now and
+    then, so that no write ever fails, and also where the newer session ends before."""
+    instance = new_instance()
+    with small_control_sockets(), contextlib.ExitStack() as stack:
+        control = ends.open_server()
+        old = stack.enter_context(Peer(connect_small(control)))
+        old.send_init(init(0, instance, 1 << 30))
+        old.port = int(old.hear(rtunnel.FrameType.WELCOME)[2].partition(b"port=")[2].partition(b"\n")[0])
+        [session] = ends.sessions()
+        visitor = stack.enter_context(connect(old.public))
+        until_full(visitor)
+        assert is_in_a_send(session.writer)
+        new = stack.enter_context(Peer.as_client(control, old.port, instance))
+        replaced = time.monotonic()
+        if newer == "leaves":
+            new.sock.close()
+        old.sock.setblocking(False)
+
+        def is_closed() -> bool:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                old.sock.recv(16)
+            return bool(ends.log.events("session-closed", peer=text(old.sock.getsockname())))
+
+        eventually(is_closed, 5.0)
+        assert time.monotonic() - replaced < 2.0
+        visitor.settimeout(5.0)
+        assert ends_with(visitor) == "reset"
 
 
 RECORD = struct.Struct(">8sQ")  # a visitor's tag, and a number that counts up
@@ -270,16 +314,22 @@ class SocketTransport:
         self.finish = lambda: sock.shutdown(socket.SHUT_WR)
 
 
-def test_clones_wait_before_each_eviction(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """[G-2]: however short a client's backoff is, after `replaced` it waits REPLACED_RETRY_S."""
+def test_clones_leave_each_other_in_peace(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G-2], [L-2]: however short a client's backoff is, after `replaced` it waits REPLACED_RETRY_S, and then asks
+    without taking over: it gets `port-in-use` while the other one lives, and the port when that has gone."""
     monkeypatch.setattr(rtunnel, "REPLACED_RETRY_S", 0.3)
     server, one = ends.open_server(), mapping(("127.0.0.1", 9))
+    clones = []
     for count in (1, 2):
-        ends.open_client(server, one)
+        clones.append(ends.open_client(server, one))
         ends.public(count)
-    ends.log.wait_for("session-replaced", 4)
-    times = ends.log.times_of("session-replaced")
-    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 0.3
+    ends.log.wait_for("refused", 2)
+    assert ends.log.events("refused")[0]["reason"].startswith("port-in-use: another session of yours")
+    [replaced], refusals = ends.log.times_of("session-replaced"), ends.log.times_of("refused")
+    assert refusals[0] - replaced >= 0.3
+    stop(clones[1])
+    ends.public(3)
+    assert len(ends.log.events("session-replaced")) == 1
 
 
 def test_a_stranger_cannot_take_a_port_over(ends: Ends) -> None:
@@ -505,12 +555,15 @@ def test_a_refusal_for_good_ends_the_client(client: Factory, code: str) -> None:
 
 
 def test_a_port_that_cannot_be_bound(server: Factory, client: Factory) -> None:
-    """[O-4]: a port that the server's system does not grant is `port-denied`: the client ends, and says why."""
+    """[O-4]: an address that the server's machine does not have, or not yet, is `unavailable`: the server warns of it
+    at its start, and the client comes again."""
     serving = server("--public-bind", "192.0.2.1")  # documentation only (RFC 5737): nobody has it
-    asking = client("--server", text(serving.control_address), "--local", "127.0.0.1:9")
-    assert asking.wait() == 3
-    reason = "port-denied: port 0 cannot be opened: Cannot assign requested address"
-    assert asking.wait_for("refused")["reason"] == reason
+    assert serving.wait_for("public-bind-unavailable")["address"] == "192.0.2.1"
+    where = ("--server", text(serving.control_address), "--local", "127.0.0.1:9")
+    asking = client(*where, limits={"FIRST_RETRY_S": 0.05})
+    reason = "unavailable: port 0 cannot be opened: Cannot assign requested address"
+    asking.wait_for("session-closed", reason=reason)
+    asking.wait_for("session-closed", reason=reason)
     assert serving.wait_for("lease-failed")["port"] == "0"
 
 

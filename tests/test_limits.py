@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,18 +20,21 @@ from level1 import (
     Peer,
     PeerServer,
     Unwelcome,
+    connect_small,
     ended_by,
     has_free_lock,
     init,
+    is_in_a_send,
     knows_no_instance,
     leases,
     mapping,
     new_instance,
+    small_control_sockets,
     writer_in_use,
 )
 from relay import Relay
-from support import Address, Program, Service, connect, echo_service, ends_with, eventually, read_exactly
-from tls_peers import House
+from support import Address, Program, Service, connect, counted, echo_service, ends_with, eventually, read_exactly
+from tls_peers import Forger, House, raw_context
 from tunnels import Factory, open_tunnel, text, visit
 
 import rtunnel
@@ -160,10 +164,11 @@ def test_one_deadline_for_all(server: Factory, house: House) -> None:
 
 
 def test_lines_about_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one event ten lines a second are written; those beyond are counted, and the count is told when the second is
-    over, though no more come. Other events have their own ten. Then it begins anew."""
-    assert (rtunnel.LOG_EVERY_S, rtunnel.LOG_BURST) == (1.0, 10)
+    """Of one event a few lines a second are written; those beyond are counted, and the count is told when the second
+    is over, though no more come. Other events have their own few. Then it begins anew."""
+    assert (rtunnel.LOG_EVERY_S, rtunnel.LOG_BURST) == (1.0, 2)
     monkeypatch.setattr(rtunnel, "LOG_EVERY_S", 0.2)
+    monkeypatch.setattr(rtunnel, "LOG_BURST", 10)
     log_limit = rtunnel.LimitLog()
     rtunnel.CLOCK.start()
     with Log() as log:
@@ -332,7 +337,7 @@ def test_a_client_without_descriptors(limited: Callable[..., Program], server: F
         eventually(lambda: is_served(public))
 
 
-def test_out_of_threads() -> None:
+def test_out_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener that can start no thread closes the connection, waits before it takes another, and recovers."""
 
     class Poor(rtunnel.Pool):
@@ -344,6 +349,8 @@ def test_out_of_threads() -> None:
             super().run(name, task)
 
     pool = Poor()
+    rtunnel.CLOCK.start()
+    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     with Log() as log:
         loopback = rtunnel.Address("127.0.0.1", 0)
         listener = rtunnel.Listener(loopback, pool, lambda sock, peer: sock.sendall(b"hello"))
@@ -353,12 +360,58 @@ def test_out_of_threads() -> None:
             with connect(listener.address) as sock:
                 assert ends_with(sock) in ("eof", "reset")
         assert time.monotonic() - started >= 2 * rtunnel.ACCEPT_PAUSE_S - 0.05
-        assert len(log.events("connection-dropped")) == 3
+        eventually(lambda: counted(log.events("connection-dropped")) == 3)
         pool.rich = True
         with connect(listener.address) as sock:
             assert read_exactly(sock, 5) == b"hello"
         listener.stop()
     pool.close()
+
+
+def test_visitors_for_whom_there_is_no_thread(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A visitor for whom the server has no thread is reset, which is no clean end; those that are there go on, and the
+    next one is served when there are threads again."""
+    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
+    with echo_service() as service, contextlib.ExitStack() as stack:
+        public = ends.open_tunnel(service)
+        first = stack.enter_context(served(public))
+        with monkeypatch.context() as patch:
+            patch.setattr(ends.server.pool, "run", no_thread)
+            assert [visit(public, b"x") for _ in range(3)] == ["reset"] * 3
+            first.sendall(b"still")
+            assert read_exactly(first, 5) == b"still"
+        eventually(lambda: counted(ends.log.events("connection-dropped")) == 3)
+        assert is_served(public)
+
+
+def no_thread(name: str, task: rtunnel.Task) -> None:
+    """What a pool does where the system gives no thread."""
+    raise rtunnel.NoThread("can't start new thread")
+
+
+def test_a_burst_at_the_clients_thread_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that can start no more threads, and gets 120 visitors at once, resets each of them with a reason; its
+    session and the visitors that it has go on."""
+    with echo_service() as service, PeerServer() as server:
+        client = ends.open_client(server.address, mapping(service.address))
+        peer = server.accept()
+        peer.send_frame(rtunnel.FrameType.NEW_CONN, 1, b"192.0.2.1:1")
+        peer.send_frame(rtunnel.FrameType.DATA, 1, b"marco")
+        assert peer.hear(rtunnel.FrameType.DATA) == (rtunnel.FrameType.DATA, 1, b"marco")
+        with monkeypatch.context() as patch:
+            patch.setattr(client.pool, "run", no_thread)
+            new_conn = rtunnel.FrameType.NEW_CONN
+            peer.send(b"".join(rtunnel.encode(new_conn, n, b"192.0.2.1:%d" % n) for n in range(2, 122)))
+            closed = [peer.hear(rtunnel.FrameType.CLOSE_CONN) for _ in range(120)]
+        assert [(stream, reason) for _, stream, reason in closed] == [
+            (stream, b"can't start new thread") for stream in range(2, 122)
+        ]
+        peer.send_frame(rtunnel.FrameType.DATA, 1, b"polo")
+        assert peer.hear(rtunnel.FrameType.DATA) == (rtunnel.FrameType.DATA, 1, b"polo")
+        peer.send_frame(new_conn, 122, b"192.0.2.1:9")
+        peer.send_frame(rtunnel.FrameType.DATA, 122, b"next")
+        assert peer.hear(rtunnel.FrameType.DATA) == (rtunnel.FrameType.DATA, 122, b"next")
+        assert not ends.log.events("session-closed")
 
 
 # --- stuck --------------------------------------------------------------------------------------------------
@@ -580,8 +633,53 @@ def test_clients_that_say_goaway_count(ends: Ends, monkeypatch: pytest.MonkeyPat
     eventually(lambda: ends.server.limits_used()["clients"] == "0/2")
 
 
+def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of the global port that never send INIT count among the clients: beyond the limit a silent one becomes
+    none and goes at the deadline, and one that sends INIT is refused."""
+    monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 2)
+    monkeypatch.setattr(rtunnel, "SILENT_CLIENT_S", 0.1)
+    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 1.0)
+    control = ends.open_server(public=rtunnel.Address("127.0.0.1", 0))
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for _ in range(2):
+            silent.append(stack.enter_context(connect(control)))
+            ends.log.wait_for("session-opened", len(silent))
+        assert ends.server.limits_used()["clients"] == "2/2"
+        third = stack.enter_context(connect(control))
+        with pytest.raises(Unwelcome, match="too-many-clients"):
+            Peer.as_client(control)
+        assert ends_with(third) == "eof"
+        assert "no INIT" in ends.log.wait_for("refused", peer=text(third.getsockname()))["reason"]
+        assert count_open(silent) == 2
+        silent.pop().close()
+        eventually(lambda: ends.server.limits_used()["clients"] == "1/2")
+        Peer.as_client(control).sock.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
+    """Who sends no INIT goes at the deadline, whatever it sends otherwise and does not read: in TLS KeyUpdates, whose
+    answers keep the control sender in a send."""
+    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 2.0)
+    with small_control_sockets(), Ends(house if tls else None) as ends, contextlib.ExitStack() as stack:
+        control = ends.open_server()
+        sock = stack.enter_context(connect_small(control))
+        started = time.monotonic()
+        if tls:
+            pair = SimpleNamespace(**house.files("client"))
+            context = raw_context(pair, house.ca, groups="X25519MLKEM768")  # type: ignore[arg-type]
+            forger = Forger(context, sock, "client")
+            [session] = eventually(ends.server.sessions)
+            monkeypatch.setattr(rtunnel_tls, "MAX_UNSENT_BYTES", 1 << 30)  # which ends another flood
+            while not is_in_a_send(session.writer):
+                sock.sendall(b"".join(forger.key_update(request=True) for _ in range(300)))
+        assert "no INIT within 2 s" in ends.log.wait_for("refused", deadline=5.0)["reason"]
+        assert time.monotonic() - started < 2.0 + rtunnel.FAREWELL_S + 1.0
+
+
 def test_refusals_are_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that is refused, and comes again and again, costs ten lines a second; each refusal is counted."""
+    """A client that is refused, and comes again and again, costs a few lines a second; each refusal is counted."""
     monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 0)
     monkeypatch.setattr(rtunnel, "LOG_EVERY_S", 0.5)
     monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
@@ -590,10 +688,7 @@ def test_refusals_are_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(Unwelcome, match="too-many-clients"):
             Peer.as_client(control)
 
-    def told() -> int:
-        return sum(int(line.get("more_like_it", 1)) for line in ends.log.events("refused"))
-
-    eventually(lambda: told() == 40)
+    eventually(lambda: counted(ends.log.events("refused")) == 40)
     seconds = 1 + (time.monotonic() - started) / rtunnel.LOG_EVERY_S
     assert len([line for line in ends.log.events("refused") if "reason" in line]) <= rtunnel.LOG_BURST * seconds
 

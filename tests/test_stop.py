@@ -164,21 +164,6 @@ def test_a_peer_that_reads_nothing(server: Factory) -> None:
                 pass
 
 
-def test_a_second_signal_ends_at_once(server: Factory, client: Factory) -> None:
-    """While the first signal's stop waits for something, a second one ends the program."""
-    with hanging() as address:
-        tunnel = open_tunnel(server, client, address, STOP_TIMEOUT_S=60.0, DIAL_TIMEOUT_S=60.0)
-        with tunnel.connect():
-            tunnel.client.wait_for("stream-opened")
-            tunnel.client.send_signal(signal.SIGTERM)
-            tunnel.client.wait_for("stopping")
-            assert tunnel.client.process.poll() is None
-            asked = time.monotonic()
-            assert tunnel.client.stop(signal.SIGINT) not in (0, None)
-            assert time.monotonic() - asked < 5  # its streams would have had to be reset first
-            assert not tunnel.client.events("stopped")
-
-
 def test_a_stopped_servers_ports_are_free(server: Factory, client: Factory) -> None:
     """When the server has ended, its control port and its public ports can be bound again at once."""
     with echo_service() as service:
@@ -207,6 +192,7 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
         log_event(level, event, **pairs)
 
     monkeypatch.setattr(rtunnel, "log_event", listen)
+    rtunnel.CLOCK.start()  # which lives as long as the process
     threads = set(threading.enumerate())
     sockets = own_sockets() if sys.platform == "linux" else 0
     with echo_service() as service, ExitStack() as stack:

@@ -29,7 +29,7 @@ from support import (
     reset,
     running,
 )
-from tunnels import closed_port, tcp_pair, text, visit
+from tunnels import tcp_pair, text, visit
 
 import rtunnel
 
@@ -544,23 +544,7 @@ def test_no_thread_for_a_session(program: rtunnel.Program, monkeypatch: pytest.M
         peer.expect_end()
 
 
-# --- dialling and waiting -----------------------------------------------------------------------------------
-
-
-def test_a_dial_tries_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name's addresses are tried in order until one answers; if none does, the first error is told."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, closed_port() as closed:
-        port = listener.getsockname()[1]
-        row = (socket.AF_INET, socket.SOCK_STREAM, 0, "")
-        found: list[Any] = [(*row, closed), (*row, ("127.0.0.1", port))]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-        rtunnel.dial(rtunnel.Address("two.example", 1), 5).close()
-        found.pop()
-        with pytest.raises(ConnectionRefusedError):
-            rtunnel.dial(rtunnel.Address("one.example", 1), 5)
-        found.pop()
-        with pytest.raises(OSError, match=r"none\.example"):
-            rtunnel.dial(rtunnel.Address("none.example", 1), 5)
+# --- sockets -----------------------------------------------------------------------------------
 
 
 def test_dead_peers_are_found(visitor: Ends) -> None:
@@ -936,10 +920,10 @@ def test_an_internal_error_of_a_pump(pair: Pair, log: Log, monkeypatch: pytest.M
     """The same in a stream's pump; its visitor sees a reset."""
     send = rtunnel.Writer.send
 
-    def fail(self: rtunnel.Writer, *args: Any) -> None:
-        if b"boom" in bytes(args[-1]):
+    def fail(self: rtunnel.Writer, stream: rtunnel.Stream, frame: bytes | memoryview = b"") -> None:
+        if b"boom" in bytes(frame):
             raise Boom
-        send(self, *args)
+        send(self, stream, frame)
 
     monkeypatch.setattr(rtunnel.Writer, "send", fail)
     with connect(pair.publics[0]) as visitor:

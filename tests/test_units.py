@@ -41,10 +41,11 @@ def test_systemd_takes_it(tmp_path: Path, unit: str) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_what_it_starts(unit: str) -> None:
-    """It starts the command with options that there are, drains, reloads by SIGHUP, and has room for 10,000 visitors;
-    it runs as nobody, with no right but to open low ports, which only the server has."""
+    """It starts the command with options that there are, waits until that says READY, drains, reloads by SIGHUP, and
+    has room for 10,000 visitors; it runs as nobody, with no right but to open low ports, which only the server has."""
     keys = service(unit)
     role = unit.removeprefix("rtunnel-")
+    assert (keys["Type"], keys["NotifyAccess"]) == (["notify"], ["main"])
     program, command, *flags = keys["ExecStart"][0].split()
     assert (Path(program).name, command) == ("rtunnel", role)
     assert flags == ["-c", f"/etc/rtunnel/{role}.ini", "--drain", "10"]
