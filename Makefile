@@ -27,6 +27,7 @@ check: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m mypy --strict rtunnel.py rtunnel_tls.py
+	$(IN_VENV) tests/sizes.py
 	$(IN_VENV) -m pytest
 
 bench: $(VENV)/installed-test
