@@ -5,28 +5,22 @@ What this module promises
     ML-KEM (FIPS 203), and proved with an ML-DSA key (FIPS 204) that it is who a certificate says:
     one that an authority of the operator's choice has signed, for the role that the peer plays. No
     option turns a check off, none admits a classical group, signature or version. OpenSSL, in the
-    wheel of `cryptography`, does all cryptography and checks during the handshake; `check_peer`
-    checks again what was really negotiated.
+    wheel of `cryptography`, does all cryptography, and makes the checks in the handshake;
+    `check_peer` makes them again on what was really negotiated.
 
 OpenSSL's threading rule
     Two threads must never be inside one SSL object at once, not even one that reads and one that
     writes. pyOpenSSL has no lock and lets the GIL go in each call: an SSL object that is shared
     unlocked passes every test, and corrupts memory one day. So `_Ssl` alone touches an SSL object,
-    `TlsTransport` alone holds an `_Ssl`, and once a second thread knows the transport, the `_Ssl`
-    is called under the one lock only.
+    `TlsTransport` alone holds an `_Ssl`, and calls it under its one lock.
 
     Records must leave in the order in which they were made. So only the holder of the writer's turn
-    (which the session hands out) takes them and sends them: `send`, `flush`, `finish`. The reader
-    can cause records too, an alert or the answer to a KeyUpdate. It leaves them there and calls
-    `wants_flush`; the session has somebody `flush` then.
+    (which the session hands out) takes and sends them: `send`, `flush`, `finish`. Those that the
+    reader causes, an alert or the answer to a KeyUpdate, wait: by `wants_flush` it asks for them.
 
 Errors
-    TlsError
-      TlsConfigError
-        NotYetValid
-      HandshakeError
-      TransportError
-    A carrier's OSError passes through, but becomes a HandshakeError in the handshake.
+    TlsError: TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A
+    carrier's OSError passes through, but becomes a HandshakeError in the handshake.
 """
 
 from __future__ import annotations
@@ -62,7 +56,7 @@ Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
 PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"  # what to type
 
-# ---- profiles ----------------------------------------------------------------------------------
+# ---- profiles and limits -----------------------------------------------------------------------
 
 
 class Profile(NamedTuple):
@@ -88,8 +82,6 @@ PROFILES: Final = {
     )
 }
 _PURPOSES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
-
-# ---- limits ------------------------------------------------------------------------------------
 
 VERIFY_DEPTH = 4  # authorities between root and leaf: our own pki has none, a large house has two
 MAX_IDENTITY_CHARS = 64  # X.520's bound for a common name; it becomes a word of log lines
@@ -121,10 +113,7 @@ class NotYetValid(TlsConfigError):
 
 
 class HandshakeError(TlsError):
-    """No session with this peer: `rule: detail`. What the peer can say in it is not escaped.
-
-    `rule` names what refused it, or is `alert`, `closed`, `deadline` or `tls`.
-    """
+    """No session with this peer, by which rule: `rule: detail`. The peer's words are not escaped."""
 
     def __init__(self, rule: str, detail: str, *, early: bool = False) -> None:
         super().__init__(f"{rule}: {detail}")
@@ -132,10 +121,7 @@ class HandshakeError(TlsError):
 
 
 class TransportError(TlsError):
-    """An open connection has failed: no close_notify, a broken record, or the peer's alert.
-
-    By an alert a client learns that it was refused: in TLS 1.3 it is open before the server is.
-    """
+    """An open connection has failed. In TLS 1.3 a client learns so that the server has refused it."""
 
 
 # What `cryptography` raises for bytes that break a standard, or lack what we look for.
@@ -271,8 +257,8 @@ def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
     """Admit these groups, or signature algorithms, and no others; pyOpenSSL 26.4 has no setters."""
     if getattr(lib, binding)(context._context, ":".join(names).encode()) != 1:
         lib.ERR_clear_error()
-        version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
-        raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
+        lacks = f"{SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()} lacks one of {', '.join(names)}"
+        raise SSL.Error([("", "", lacks)])
 
 
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
@@ -495,7 +481,10 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     leaf, wanted = chain[0], context.peer_name
     identity = _check_leaf(leaf, "client" if context.role == "server" else "server", profile)
     _check_chain(chain, profile)
-    if wanted is not None and not any(_matches(name, wanted) for name in _names(leaf)):
+    accepted = {wanted}
+    if isinstance(wanted, str) and wanted.count(".") > 1:  # RFC 9525, 6.3: `*` is one label of three or more
+        accepted.add("*." + wanted.partition(".")[2])
+    if wanted is not None and accepted.isdisjoint(_names(leaf)):
         raise HandshakeError("name", _misnamed(leaf, wanted))
     signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
     issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
@@ -536,14 +525,7 @@ def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> 
         raise HandshakeError("validity", f"{what} expired on {_iso(end)}")
 
 
-def _matches(pattern: str | Address, name: str | Address) -> bool:
-    """RFC 9525, 6.3: the same name, or `*` for the first label of a name that has three or more."""
-    if isinstance(pattern, str) and isinstance(name, str) and pattern.startswith("*."):
-        return name.partition(".")[2] == pattern[2:] and "." in pattern[2:]
-    return pattern == name
-
-
-def _misnamed(leaf: Certificate, wanted: str | Address) -> str:
+def _misnamed(leaf: Certificate, wanted: str | Address | None) -> str:
     names = [str(name) for name in _names(leaf)]
     if len(names) > MAX_NAMES_TOLD:
         names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
@@ -556,8 +538,8 @@ def _misnamed(leaf: Certificate, wanted: str | Address) -> str:
 class Carrier(Protocol):
     """The plain transport below. All but `set_timeout` raise OSError when the connection fails."""
 
-    @property
-    def peer(self) -> str: ...  # `203.0.113.7:51234`, for messages
+    peer: str  # `203.0.113.7:51234`, for messages
+
     def receive_into(self, buffer: memoryview) -> int: ...  # waits; 0 at the end of file
     def send(self, data: Readable) -> None: ...  # all of it; waits
     def set_timeout(self, seconds: float | None) -> None: ...  # of each wait; in the handshake only
@@ -612,7 +594,7 @@ class _Ssl:
         chain = self._connection.get_verified_chain(as_cryptography=True)
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def refusal(self, error: SSL.Error, wanted: Any) -> HandshakeError:
+    def refusal(self, error: SSL.Error, wanted: str | Address | None) -> HandshakeError:
         """Why OpenSSL ended the handshake, by the rule's name: for messages only."""
         reason = _reason(error)
         if reason.startswith(_FROM_PEER):
@@ -679,7 +661,6 @@ class TlsTransport:
     """
 
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
-        """By `handshake` only."""
         self.peer, self.receipt, self.identity = carrier.peer, receipt, receipt.identity
         self.wants_flush: Callable[[], None] = lambda: None  # the session's; not under the lock
         self.limit_write, self.shutdown, self.close = carrier.limit_write, carrier.shutdown, carrier.close
@@ -978,12 +959,12 @@ def show(target: PathLike) -> list[str]:
         lists = _load_revocations(listed) if listed.exists() else []
     shown: dict[Certificate, list[str]] = {}
     for file in [*files, record] if record.exists() else files:
-        for each in _load_certificates(file):
-            shown.setdefault(each, [str(file), *(f"  {key:<11}{value}" for key, value in _facts(each, lists))])
+        for certificate in _load_certificates(file):
+            shown.setdefault(certificate, [str(file), *_facts(certificate, lists)])
     return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> Iterator[tuple[str, str]]:
+def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> Iterator[str]:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     revoked, issuer = (
         "unknown, for there is no list of its issuer",
@@ -994,16 +975,16 @@ def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList])
         if each.issuer == certificate.issuer and (issuer is None or own in (None, issuer)):
             entry = each.get_revoked_certificate_by_serial_number(certificate.serial_number)
             revoked = f"YES, on {_iso(entry.revocation_date_utc)}" if entry else "no"
-    yield "subject", certificate.subject.rfc4514_string()
-    yield "issuer", certificate.issuer.rfc4514_string()
-    yield "role", " and ".join(_roles(certificate)) or "none"
-    yield "names", ", ".join(map(str, _names(certificate))) or "none"
-    yield "algorithm", _algorithm(certificate.public_key_algorithm_oid)
-    yield "signed by", _algorithm(certificate.signature_algorithm_oid)
-    yield "valid", f"{_iso(begin)} to {_iso(end)}, {_days_left(end)} days left"
-    yield "serial", f"{certificate.serial_number:x}"
-    yield "sha256", certificate.fingerprint(hashes.SHA256()).hex()
-    yield "revoked", revoked
+    yield f"  subject    {certificate.subject.rfc4514_string()}"
+    yield f"  issuer     {certificate.issuer.rfc4514_string()}"
+    yield f"  role       {' and '.join(_roles(certificate)) or 'none'}"
+    yield f"  names      {', '.join(map(str, _names(certificate))) or 'none'}"
+    yield f"  algorithm  {_algorithm(certificate.public_key_algorithm_oid)}"
+    yield f"  signed by  {_algorithm(certificate.signature_algorithm_oid)}"
+    yield f"  valid      {_iso(begin)} to {_iso(end)}, {_days_left(end)} days left"
+    yield f"  serial     {certificate.serial_number:x}"
+    yield f"  sha256     {certificate.fingerprint(hashes.SHA256()).hex()}"
+    yield f"  revoked    {revoked}"
 
 
 @contextlib.contextmanager
