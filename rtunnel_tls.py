@@ -39,7 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -219,9 +219,16 @@ def make_context(
         with _told("the server's name"):
             peer_name = parse_name(verify_name)
             _set_peer_name(context, peer_name)
-    roots = _load_roots(context, profile, ca)
+    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
+    with _told(f"--tls-ca {ca}", remedy):
+        roots, store = _load_certificates(ca), cast(crypto.X509Store, context.get_cert_store())
+        _check_chain(roots, profile)
+        for root in roots:
+            if "authority" not in _roles(root):
+                raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
+            store.add_cert(crypto.X509.from_cryptography(root))
     chain = _load_own(context, profile, role, cert, key)
-    lists = [] if crl is None else _load_lists(context, profile, crl, [*chain[1:], *roots])
+    lists = [] if crl is None else _load_lists(store, profile, crl, [*chain[1:], *roots])
     keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is not None:
         _log_secrets(context, keylog)
@@ -275,19 +282,6 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
         raise SSL.Error([("", "", "OpenSSL cannot verify such a name")])
 
 
-def _load_roots(context: SSL.Context, profile: Profile, file: PathLike) -> list[Certificate]:
-    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
-    with _told(f"--tls-ca {file}", remedy):
-        roots = _load_certificates(file)
-        _check_chain(roots, profile)
-        store: Any = context.get_cert_store()
-        for root in roots:
-            if "authority" not in _roles(root):
-                raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
-            store.add_cert(crypto.X509.from_cryptography(root))
-        return roots
-
-
 def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike, key: PathLike) -> list[Certificate]:
     """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
     options = ("--server HOST" if role == "server" else "--client") + profile.pki_option
@@ -310,12 +304,11 @@ def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike
 
 
 def _load_lists(
-    context: SSL.Context, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
+    store: crypto.X509Store, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
 ) -> list[CertificateRevocationList]:
     """By a list that is forged, or out of time, OpenSSL would refuse everybody."""
     remedy = f"copy crl.pem from the authority's folder, where a new one is made by: {PROGRAM} pki revoke"
     with _told(f"--tls-crl {file}", remedy):
-        store: Any = context.get_cert_store()
         lists = _load_revocations(file)
         for each in lists:
             _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
@@ -352,6 +345,7 @@ def _log_secrets(context: SSL.Context, file: str) -> None:
 
 _private = functools.partial(os.open, mode=0o600)  # an opener
 _now = functools.partial(datetime.datetime.now, datetime.timezone.utc)
+_iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
 
 
 def parse_name(name: str) -> str | Address:
@@ -427,10 +421,6 @@ def _names(certificate: Certificate) -> list[str | Address]:
     names = [name.value for name in _extension(certificate, x509.SubjectAlternativeName) or ()
              if isinstance(name, x509.DNSName | x509.IPAddress)]  # fmt: skip
     return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, str | Address)]
-
-
-def _iso(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _days_left(end: datetime.datetime) -> int:
@@ -656,8 +646,7 @@ class TlsTransport:
     the writer's turn; `shutdown` from any; `close` from the reader, after all others have left.
     Locking: `_lock` guards `_ssl`; it is held while OpenSSL computes, never while anything waits.
     Invariant: where the lock is free, the records that wait in `_ssl` are such as reading has
-    caused, for a writer takes all in the step that makes them. It sends them before anybody takes
-    more, for it has the turn.
+    caused: a writer takes all in the step that makes them, and sends them while it has the turn.
     """
 
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
