@@ -109,11 +109,11 @@ class TlsConfigError(TlsError):
 
 
 class NotYetValid(TlsConfigError):
-    """A certificate or a list begins later than now. At boot, often the clock is wrong: try again."""
+    """A certificate or a list begins later than now. At boot, the clock may be wrong: try again."""
 
 
 class HandshakeError(TlsError):
-    """No session with this peer, by which rule: `rule: detail`. The peer's words are not escaped."""
+    """No session with this peer: `rule: detail`. What the peer can say in it is not escaped."""
 
     def __init__(self, rule: str, detail: str, *, early: bool = False) -> None:
         super().__init__(f"{rule}: {detail}")
@@ -121,7 +121,7 @@ class HandshakeError(TlsError):
 
 
 class TransportError(TlsError):
-    """An open connection has failed. In TLS 1.3 a client learns so that the server has refused it."""
+    """An open connection has failed; in TLS 1.3 also if the server refuses the client."""
 
 
 # What `cryptography` raises for bytes that break a standard, or lack what we look for.
@@ -1035,7 +1035,7 @@ def _replace(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Finish a `_replace` from its renaming on, or undo it before; after a crash, the next command."""
+    """Finish a `_replace` from its renaming on, or undo it; after a crash the next command does."""
     shutil.rmtree(folder / ".making", ignore_errors=True)
     if (ready := folder / ".ready").exists():
         for file in sorted(ready.iterdir()):
