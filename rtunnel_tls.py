@@ -4,32 +4,23 @@ What this module promises
     A peer gets past `TlsTransport.handshake` only if it spoke TLS 1.3, agreed on the keys with
     ML-KEM (FIPS 203), and proved with an ML-DSA key (FIPS 204) that it is who a certificate says:
     one that an authority of the operator's choice has signed, for the role that the peer plays. No
-    option turns a check off, none admits a classical group, signature or version. OpenSSL makes the
-    checks during the handshake; `check_peer` makes them again on what was really negotiated. No
-    cryptography is our own: OpenSSL, in the wheel of `cryptography`, does it.
+    option turns a check off, none admits a classical group, signature or version. OpenSSL, in the
+    wheel of `cryptography`, does all cryptography, and makes the checks in the handshake;
+    `check_peer` makes them again on what was really negotiated.
 
 OpenSSL's threading rule
     Two threads must never be inside one SSL object at once, not even one that reads and one that
     writes. pyOpenSSL has no lock and lets the GIL go in each call: an SSL object that is shared
-    unlocked passes every test, and corrupts memory one day. So structure guards it. `_Ssl` alone
-    touches an SSL object, `TlsTransport` alone holds an `_Ssl`, and once a second thread knows the
-    transport, the `_Ssl` is called under the one lock only. It reads and writes memory (two BIOs,
-    no socket): the lock is held while OpenSSL computes, never while anything waits.
+    unlocked passes every test, and corrupts memory one day. So `_Ssl` alone touches an SSL object,
+    `TlsTransport` alone holds an `_Ssl`, and calls it under its one lock.
 
     Records must leave in the order in which they were made. So only the holder of the writer's turn
-    (which the session hands out) takes them and sends them: `send`, `flush`, `finish`. The reader
-    can cause records too, an alert or the answer to a KeyUpdate. It leaves them there and calls
-    `wants_flush`; the session has somebody `flush` then.
+    (which the session hands out) takes and sends them: `send`, `flush`, `finish`. Those that the
+    reader causes, an alert or the answer to a KeyUpdate, wait: by `wants_flush` it asks for them.
 
 Errors
-    TlsError
-      TlsConfigError    a file, an option or this OpenSSL is not fit: one sentence, exit status 2
-        NotYetValid       a file's time has not come, or the clock is wrong: wait, and try again
-      HandshakeError    no session with this peer; `rule` names what refused it, or is `alert`,
-                        `closed`, `deadline`, `tls`
-      TransportError    an open connection has failed: the peer's alert (in TLS 1.3 a client so
-                        learns that it was refused), an end without close_notify, a broken record
-    A carrier's OSError passes through, but becomes a HandshakeError in the handshake.
+    TlsError: TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A
+    carrier's OSError passes through, but becomes a HandshakeError in the handshake.
 """
 
 from __future__ import annotations
@@ -48,7 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -65,7 +56,7 @@ Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
 PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"  # what to type
 
-# ---- profiles ----------------------------------------------------------------------------------
+# ---- profiles and limits -----------------------------------------------------------------------
 
 
 class Profile(NamedTuple):
@@ -90,17 +81,7 @@ PROFILES: Final = {
         Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),
     )
 }
-_MLDSA: Final = {  # RFC 9881, 2: one identifier for a kind of key and its signatures
-    "2.16.840.1.101.3.4.3.17": "mldsa44",
-    "2.16.840.1.101.3.4.3.18": "mldsa65",
-    "2.16.840.1.101.3.4.3.19": "mldsa87",
-}
-_PURPOSES: Final[dict[Role, ObjectIdentifier]] = {
-    "server": ExtendedKeyUsageOID.SERVER_AUTH,
-    "client": ExtendedKeyUsageOID.CLIENT_AUTH,
-}
-
-# ---- limits ------------------------------------------------------------------------------------
+_PURPOSES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
 VERIFY_DEPTH = 4  # authorities between root and leaf: our own pki has none, a large house has two
 MAX_IDENTITY_CHARS = 64  # X.520's bound for a common name; it becomes a word of log lines
@@ -120,7 +101,7 @@ LIST_DAYS = 3650  # an expired list shuts everybody out, and nobody here makes o
 
 
 class TlsError(Exception):
-    """The root of this module's errors; the tree is in its docstring."""
+    """The root of this module's errors."""
 
 
 class TlsConfigError(TlsError):
@@ -128,7 +109,7 @@ class TlsConfigError(TlsError):
 
 
 class NotYetValid(TlsConfigError):
-    """A certificate or a list begins later than now. At boot, often the clock is wrong."""
+    """A certificate or a list begins later than now. At boot, the clock may be wrong: try again."""
 
 
 class HandshakeError(TlsError):
@@ -140,7 +121,7 @@ class HandshakeError(TlsError):
 
 
 class TransportError(TlsError):
-    """An open connection has failed."""
+    """An open connection has failed; in TLS 1.3 also if the server refuses the client."""
 
 
 # What `cryptography` raises for bytes that break a standard, or lack what we look for.
@@ -207,7 +188,6 @@ class TlsContext:
         return [(file, end, _days_left(end)) for file, end in self.expiries if _days_left(end) <= WARN_DAYS]
 
     def days_left(self) -> dict[str, int]:
-        """Of each of our files."""
         return {file: _days_left(end) for file, end in self.expiries}
 
     def revokes(self, receipt: Receipt) -> bool:
@@ -227,8 +207,7 @@ def make_context(
 
     `cert` holds our certificate and then any authorities below the root, `ca` the roots that a
     peer's chain may end in, `crl` a revocation list of every authority in a chain. `verify_name` is
-    the host or address that the server's certificate must name: a client has one, a server None.
-    Raises TlsConfigError; it is NotYetValid where time may mend it.
+    the host or address that the server's certificate must name. Raises TlsConfigError.
     """
     if (role == "client") != (verify_name is not None):
         raise ValueError("a client verifies the server's name, and only a client does")
@@ -240,14 +219,21 @@ def make_context(
         with _told("the server's name"):
             peer_name = parse_name(verify_name)
             _set_peer_name(context, peer_name)
-    roots = _load_roots(context, profile, ca)
+    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
+    with _told(f"--tls-ca {ca}", remedy):
+        roots, store = _load_certificates(ca), cast(crypto.X509Store, context.get_cert_store())
+        _check_chain(roots, profile)
+        for root in roots:
+            if "authority" not in _roles(root):
+                raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
+            store.add_cert(crypto.X509.from_cryptography(root))
     chain = _load_own(context, profile, role, cert, key)
-    lists = [] if crl is None else _load_lists(context, profile, crl, [*chain[1:], *roots])
+    lists = [] if crl is None else _load_lists(store, profile, crl, [*chain[1:], *roots])
     keylog = os.environ.get("SSLKEYLOGFILE") or None
     if keylog is not None:
         _log_secrets(context, keylog)
     ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
-    ends += [(str(crl), _end(each)) for each in lists]
+    ends += [(str(crl), each.next_update_utc) for each in lists if each.next_update_utc]
     expiries = tuple(dict(sorted(ends, reverse=True)).items())  # of a file's ends the first stays
     return TlsContext(role, profile, peer_name, expiries, keylog, context, tuple(lists))
 
@@ -278,8 +264,8 @@ def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
     """Admit these groups, or signature algorithms, and no others; pyOpenSSL 26.4 has no setters."""
     if getattr(lib, binding)(context._context, ":".join(names).encode()) != 1:
         lib.ERR_clear_error()
-        version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
-        raise SSL.Error([("", "", f"{version} lacks one of {', '.join(names)}")])
+        lacks = f"{SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()} lacks one of {', '.join(names)}"
+        raise SSL.Error([("", "", lacks)])
 
 
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
@@ -294,20 +280,6 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
     if applied != 1:
         lib.ERR_clear_error()
         raise SSL.Error([("", "", "OpenSSL cannot verify such a name")])
-
-
-def _load_roots(context: SSL.Context, profile: Profile, file: PathLike) -> list[Certificate]:
-    """The roots that a peer's chain may end in."""
-    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
-    with _told(f"--tls-ca {file}", remedy):
-        roots = _load_certificates(file)
-        _check_chain(roots, profile)
-        store: Any = context.get_cert_store()
-        for root in roots:
-            if "authority" not in _roles(root):
-                raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
-            store.add_cert(crypto.X509.from_cryptography(root))
-        return roots
 
 
 def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike, key: PathLike) -> list[Certificate]:
@@ -328,21 +300,20 @@ def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike
             raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
         # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
         context.use_privatekey_file(str(key))
-        context.check_privatekey()
         return chain
 
 
 def _load_lists(
-    context: SSL.Context, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
+    store: crypto.X509Store, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
 ) -> list[CertificateRevocationList]:
     """By a list that is forged, or out of time, OpenSSL would refuse everybody."""
     remedy = f"copy crl.pem from the authority's folder, where a new one is made by: {PROGRAM} pki revoke"
     with _told(f"--tls-crl {file}", remedy):
-        store: Any = context.get_cert_store()
         lists = _load_revocations(file)
         for each in lists:
             _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
-            _check_time("the list", each.last_update_utc, _end(each))
+            # One that names no end has ended: nobody could tell when it grew stale.
+            _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
             named = [authority for authority in authorities if authority.subject == each.issuer]
             issuer = each.issuer.rfc4514_string()
             if named and not any(_has_signed(authority, each) for authority in named):
@@ -373,6 +344,8 @@ def _log_secrets(context: SSL.Context, file: str) -> None:
 # ---- names, files, certificates ----------------------------------------------------------------
 
 _private = functools.partial(os.open, mode=0o600)  # an opener
+_now = functools.partial(datetime.datetime.now, datetime.timezone.utc)
+_iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
 
 
 def parse_name(name: str) -> str | Address:
@@ -389,22 +362,18 @@ def parse_name(name: str) -> str | Address:
     return host
 
 
-def _load(file: PathLike, label: bytes, parse: Callable[[bytes], list[Any]]) -> list[Any]:
+def _load(label: str, parse: Callable[[bytes], Any], file: PathLike) -> list[Any]:
     """All PEM blocks of that label: whole ones, and one at least. Raises OSError, ValueError."""
     content = Path(file).read_bytes()
+    blocks = re.findall(rf"-----BEGIN [^-]*{label}-----.+?-----END [^-]*{label}-----".encode(), content, re.DOTALL)
     with contextlib.suppress(ValueError):
-        if (found := parse(content)) and content.count(label + b"-----") == 2 * len(found):
-            return found
-    raise ValueError(f"{file} holds no {label.decode()} (PEM), or a broken one")
+        if blocks and content.count(f"{label}-----".encode()) == 2 * len(blocks):
+            return [parse(block) for block in blocks]
+    raise ValueError(f"{file} holds no {label} (PEM), or a broken one")
 
 
-def _load_certificates(file: PathLike) -> list[Certificate]:
-    return _load(file, b"CERTIFICATE", x509.load_pem_x509_certificates)
-
-
-def _load_revocations(file: PathLike) -> list[CertificateRevocationList]:
-    blocks = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
-    return _load(file, b"X509 CRL", lambda content: [*map(x509.load_pem_x509_crl, blocks.findall(content))])
+_load_certificates = functools.partial(_load, "CERTIFICATE", x509.load_pem_x509_certificate)
+_load_revocations = functools.partial(_load, "X509 CRL", x509.load_pem_x509_crl)
 
 
 def _load_key(file: PathLike) -> Any:
@@ -412,7 +381,7 @@ def _load_key(file: PathLike) -> Any:
     if b"ENCRYPTED" in Path(file).read_bytes():  # OpenSSL would ask for the password and wait
         raise ValueError("the key is encrypted, and rtunnel cannot ask for a password")
     _refuse_readable(file)
-    return _load(file, b"PRIVATE KEY", lambda content: [serialization.load_pem_private_key(content, None)])[0]
+    return _load("PRIVATE KEY", functools.partial(serialization.load_pem_private_key, password=None), file)[0]
 
 
 def _refuse_readable(file: PathLike) -> None:
@@ -429,7 +398,7 @@ def _extension(source: Certificate | CertificateRevocationList, kind: type[Any])
 
 
 def _algorithm(identifier: ObjectIdentifier) -> str:
-    return _MLDSA.get(identifier.dotted_string, identifier._name)
+    return identifier._name.replace("ML-DSA-", "mldsa")  # of a key and of its signatures: RFC 9881, 2
 
 
 def _has_signed(authority: Certificate, item: Certificate | CertificateRevocationList) -> bool:
@@ -454,22 +423,8 @@ def _names(certificate: Certificate) -> list[str | Address]:
     return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, str | Address)]
 
 
-def _end(revocations: CertificateRevocationList) -> datetime.datetime:
-    """One that names no end has ended: nobody could tell when it grew stale."""
-    return revocations.next_update_utc or revocations.last_update_utc
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
-
-
-def _iso(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _days_left(end: datetime.datetime) -> int:
-    """Whole days, rounded down: negative once it is past."""
-    return (end - _now()).days
+    return (end - _now()).days  # rounded down: negative once it is past
 
 
 # ---- peer check and receipt --------------------------------------------------------------------
@@ -516,7 +471,10 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     leaf, wanted = chain[0], context.peer_name
     identity = _check_leaf(leaf, "client" if context.role == "server" else "server", profile)
     _check_chain(chain, profile)
-    if wanted is not None and not any(_matches(name, wanted) for name in _names(leaf)):
+    accepted = {wanted}
+    if isinstance(wanted, str) and wanted.count(".") > 1:  # RFC 9525, 6.3: `*` is one label of three or more
+        accepted.add("*." + wanted.partition(".")[2])
+    if wanted is not None and accepted.isdisjoint(_names(leaf)):
         raise HandshakeError("name", _misnamed(leaf, wanted))
     signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
     issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
@@ -557,14 +515,7 @@ def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> 
         raise HandshakeError("validity", f"{what} expired on {_iso(end)}")
 
 
-def _matches(pattern: str | Address, name: str | Address) -> bool:
-    """RFC 9525, 6.3: the same name, or `*` for the first label of a name that has three or more."""
-    if isinstance(pattern, str) and isinstance(name, str) and pattern.startswith("*."):
-        return name.partition(".")[2] == pattern[2:] and "." in pattern[2:]
-    return pattern == name
-
-
-def _misnamed(leaf: Certificate, wanted: str | Address) -> str:
+def _misnamed(leaf: Certificate, wanted: str | Address | None) -> str:
     names = [str(name) for name in _names(leaf)]
     if len(names) > MAX_NAMES_TOLD:
         names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
@@ -577,8 +528,8 @@ def _misnamed(leaf: Certificate, wanted: str | Address) -> str:
 class Carrier(Protocol):
     """The plain transport below. All but `set_timeout` raise OSError when the connection fails."""
 
-    @property
-    def peer(self) -> str: ...  # `203.0.113.7:51234`, for messages
+    peer: str  # `203.0.113.7:51234`, for messages
+
     def receive_into(self, buffer: memoryview) -> int: ...  # waits; 0 at the end of file
     def send(self, data: Readable) -> None: ...  # all of it; waits
     def set_timeout(self, seconds: float | None) -> None: ...  # of each wait; in the handshake only
@@ -607,12 +558,12 @@ class _Ssl:
 
     Threads: one at a time, which the caller sees to.
     The calls that move bytes go to OpenSSL directly: pyOpenSSL's own allocate, copy and raise once
-    or twice for each record, and take 2.2 times as long. The length that each is given is that of
-    the buffer that it is given.
+    or twice for each record, and take 2.2 times as long.
     """
 
     def __init__(self, context: TlsContext) -> None:
         self._connection = SSL.Connection(context.ssl_context, None)
+        self.close_notify = self._connection.shutdown  # makes the alert; SSL.Error after a failure
         if context.role == "server":
             self._connection.set_accept_state()
         else:
@@ -633,7 +584,7 @@ class _Ssl:
         chain = self._connection.get_verified_chain(as_cryptography=True)
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def refusal(self, error: SSL.Error, wanted: Any) -> HandshakeError:
+    def refusal(self, error: SSL.Error, wanted: str | Address | None) -> HandshakeError:
         """Why OpenSSL ended the handshake, by the rule's name: for messages only."""
         reason = _reason(error)
         if reason.startswith(_FROM_PEER):
@@ -660,10 +611,9 @@ class _Ssl:
         count: int = lib.SSL_read(ssl, ffi.from_buffer(view, require_writable=True), len(view))
         if count > 0:
             return count
-        if lib.SSL_get_error(ssl, count) == lib.SSL_ERROR_WANT_READ:
-            return 0
-        self._connection._raise_ssl_error(ssl, count)
-        raise SSL.Error([("", "", "SSL_read failed")])
+        if lib.SSL_get_error(ssl, count) != lib.SSL_ERROR_WANT_READ:
+            self._connection._raise_ssl_error(ssl, count)
+        return 0
 
     def write(self, plaintext: Readable) -> None:
         """Encrypt all of it. Raises SSL.Error.
@@ -673,13 +623,8 @@ class _Ssl:
         """
         ssl = self._connection._ssl
         count = lib.SSL_write(ssl, ffi.from_buffer(plaintext), len(plaintext))
-        if count != len(plaintext):
+        if count <= 0:  # it writes all or nothing: see `_bare_context`
             self._connection._raise_ssl_error(ssl, count)
-            raise SSL.Error([("", "", "SSL_write was cut short")])
-
-    def close_notify(self) -> None:
-        """Make the alert that says that no more comes. Raises SSL.Error after a failure."""
-        self._connection.shutdown()
 
     def unsent(self) -> int:
         """Bytes of records that wait to be taken."""
@@ -701,12 +646,10 @@ class TlsTransport:
     the writer's turn; `shutdown` from any; `close` from the reader, after all others have left.
     Locking: `_lock` guards `_ssl`; it is held while OpenSSL computes, never while anything waits.
     Invariant: where the lock is free, the records that wait in `_ssl` are such as reading has
-    caused, for a writer takes all in the step that makes them. It sends them before anybody takes
-    more, for it has the turn.
+    caused: a writer takes all in the step that makes them, and sends them while it has the turn.
     """
 
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
-        """By `handshake` only."""
         self.peer, self.receipt, self.identity = carrier.peer, receipt, receipt.identity
         self.wants_flush: Callable[[], None] = lambda: None  # the session's; not under the lock
         self.limit_write, self.shutdown, self.close = carrier.limit_write, carrier.shutdown, carrier.close
@@ -884,6 +827,8 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 # A rotation without a pause, each step on all machines before the next: make an authority in a new
 # folder; put its ca.crt and crl.pem behind the old ones, in the same files, and reload; give each
 # machine a pair of the new authority, and reload; take the old ca.crt and crl.pem out, and reload.
+#
+# The five commands raise TlsConfigError. All but `show` return the file that they have made.
 
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _SIGNS_HANDSHAKES = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
@@ -895,12 +840,8 @@ _RESTORE = "put a copy of it back, for a new one would forget what was in it"
 def init_authority(
     folder: PathLike, *, algorithm: str = "mldsa65", name: str = "rtunnel CA", years: int = 10, force: bool = False
 ) -> Path:
-    """Make an authority and its empty revocation list; returns ca.crt. Raises TlsConfigError.
-
-    With `force` it replaces another, whose certificates are void from then on.
-    """
-    where = Path(folder)
-    most = datetime.MAXYEAR - _now().year
+    """Make an authority and its empty revocation list. What a replaced one has issued is void."""
+    where, most = Path(folder), datetime.MAXYEAR - _now().year
     if not 1 <= years <= most:
         raise ValueError(f"--years: 1 to {most}, for no certificate can end after the year {datetime.MAXYEAR}")
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -919,10 +860,9 @@ def issue(
     folder: PathLike, name: str, *, hosts: Sequence[str] | None,
     days: int = LEAF_DAYS, algorithm: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Issue NAME.crt and NAME.key: for a server that is dialled by one of `hosts`, or for a client.
+    """Issue NAME.crt and NAME.key, for a server that is dialled by one of `hosts`, or for a client.
 
-    Returns NAME.crt. The algorithm is the authority's where none is given. With `force` a new pair
-    replaces the old one, which stays valid until it ends or is revoked. Raises TlsConfigError.
+    A pair that is replaced stays valid until it ends or is revoked.
     """
     where = Path(folder)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
@@ -937,11 +877,11 @@ def issue(
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
         purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
-        extensions: dict[Any, bool] = {_SIGNS_HANDSHAKES: True, purpose: False}
+        extensions: dict[Any, bool] = {_SIGNS_HANDSHAKES: True, purpose: False, _identifier(authority): False}
         if hosts is not None:
             extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
-        certificate, pem, _ = _make(name, kind, days, extensions, (authority, signer))
+        certificate, pem, _ = _make(name, kind, days, extensions, authority, signer)
         files = {f"{name}.crt": _pem(certificate), f"{name}.key": pem}
         _replace(where, files | {"issued.pem": _pem(authority, *issued, certificate)})
     return where / f"{name}.crt"
@@ -949,10 +889,7 @@ def issue(
 
 @_told()
 def renew(folder: PathLike, name: str) -> Path:
-    """Issue another pair to NAME, with the last one's role, hosts, algorithm and days.
-
-    Returns NAME.crt. The old pair stays valid until it ends or is revoked. Raises TlsConfigError.
-    """
+    """Issue another pair to NAME, with the last one's role, hosts, algorithm and days."""
     with _authority(Path(folder)) as (authority, _, issued):
         named = [each for each in issued if each.subject.rfc4514_string() == f"CN={name}"]
     if not named:
@@ -966,11 +903,10 @@ def renew(folder: PathLike, name: str) -> Path:
 
 @_told()
 def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | None = None) -> Path:
-    """Write crl.pem anew, with one more certificate or several; returns it. Raises TlsConfigError.
+    """Write crl.pem anew, for another LIST_DAYS, with what was on it and more.
 
     `target` is a NAME, of which all are revoked that are still valid, or a certificate's file;
-    `serial` is in hex, as the log tells it, and need not be on record. Without either the list says
-    what it said. It is valid for another LIST_DAYS.
+    `serial` is in hex, as the log tells it, and need not be on record.
     """
     where, file = Path(folder), Path(folder, "crl.pem")
     if serial is not None and not re.fullmatch(r"0*(?!0)[0-9a-fA-F]{1,40}", serial := serial.replace(":", "")):
@@ -1007,10 +943,9 @@ def show(target: PathLike) -> list[str]:
     files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: {PROGRAM} pki init")
-    record, listed, lists = path / "issued.pem", files[0].with_name("crl.pem"), []
-    if listed.exists():
-        with _told(str(listed), _RESTORE):
-            lists = _load_revocations(listed)
+    listed, record = files[0].with_name("crl.pem"), path / "issued.pem"
+    with _told(str(listed), _RESTORE):
+        lists = _load_revocations(listed) if listed.exists() else []
     shown: dict[Certificate, list[str]] = {}
     for file in [*files, record] if record.exists() else files:
         for certificate in _load_certificates(file):
@@ -1018,28 +953,27 @@ def show(target: PathLike) -> list[str]:
     return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> list[str]:
+def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> Iterator[str]:
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    revoked = "unknown, for there is no list of its issuer"
-    issuer = _extension(certificate, x509.AuthorityKeyIdentifier)
+    revoked, issuer = (
+        "unknown, for there is no list of its issuer",
+        _extension(certificate, x509.AuthorityKeyIdentifier),
+    )
     for each in lists:
         own = _extension(each, x509.AuthorityKeyIdentifier)
         if each.issuer == certificate.issuer and (issuer is None or own in (None, issuer)):
             entry = each.get_revoked_certificate_by_serial_number(certificate.serial_number)
             revoked = f"YES, on {_iso(entry.revocation_date_utc)}" if entry else "no"
-    facts = {
-        "subject": certificate.subject.rfc4514_string(),
-        "issuer": certificate.issuer.rfc4514_string(),
-        "role": " and ".join(_roles(certificate)) or "none",
-        "names": ", ".join(map(str, _names(certificate))) or "none",
-        "algorithm": _algorithm(certificate.public_key_algorithm_oid),
-        "signed by": _algorithm(certificate.signature_algorithm_oid),
-        "valid": f"{_iso(begin)} to {_iso(end)}, {_days_left(end)} days left",
-        "serial": f"{certificate.serial_number:x}",
-        "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
-        "revoked": revoked,
-    }
-    return [f"  {key:<11}{value}" for key, value in facts.items()]
+    yield f"  subject    {certificate.subject.rfc4514_string()}"
+    yield f"  issuer     {certificate.issuer.rfc4514_string()}"
+    yield f"  role       {' and '.join(_roles(certificate)) or 'none'}"
+    yield f"  names      {', '.join(map(str, _names(certificate))) or 'none'}"
+    yield f"  algorithm  {_algorithm(certificate.public_key_algorithm_oid)}"
+    yield f"  signed by  {_algorithm(certificate.signature_algorithm_oid)}"
+    yield f"  valid      {_iso(begin)} to {_iso(end)}, {_days_left(end)} days left"
+    yield f"  serial     {certificate.serial_number:x}"
+    yield f"  sha256     {certificate.fingerprint(hashes.SHA256()).hex()}"
+    yield f"  revoked    {revoked}"
 
 
 @contextlib.contextmanager
@@ -1070,10 +1004,9 @@ def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple
         authority, key = _load_certificates(folder / "ca.crt")[0], _load_key(folder / "ca.key")
         if key.public_key() != authority.public_key():
             raise ValueError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}")
-        record, issued = folder / "issued.pem", list[Certificate]()
-        if record.exists():
-            with _told(str(record), _RESTORE):
-                issued = _load_certificates(record)
+        record = folder / "issued.pem"
+        with _told(str(record), _RESTORE):
+            issued = _load_certificates(record) if record.exists() else []
         for file in sorted(folder.glob("*.crt")):  # of before there was a record
             with contextlib.suppress(OSError, *_UNFIT):
                 issued += _load_certificates(file)[:1]
@@ -1084,15 +1017,14 @@ def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple
 def _replace(folder: Path, files: dict[str, bytes]) -> None:
     """Write all of these files, or none, whatever happens in between.
 
-    They are made in a folder of their own, and from its renaming on they count. A crash after that
-    leaves them there, and the next command moves them on. Who reloads meanwhile can meet a
-    certificate without its key: it refuses that, and keeps what it has.
+    They are made in a folder of their own, and from its renaming on they count. Who reloads
+    meanwhile can meet a certificate without its key: it refuses that, and keeps what it has.
     """
     making = folder / ".making"
     try:
         making.mkdir(mode=0o700)
-        for name, content in files.items():  # a key's mode holds from its first byte
-            opener = _private if name.endswith(".key") else functools.partial(os.open, mode=0o644)
+        for name, content in files.items():
+            opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)  # from its first byte
             with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
                 stream.write(content)
                 stream.flush()
@@ -1103,10 +1035,9 @@ def _replace(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Finish a `_replace` that was cut short after its moment, or undo one from before."""
+    """Finish a `_replace` from its renaming on, or undo it; after a crash the next command does."""
     shutil.rmtree(folder / ".making", ignore_errors=True)
-    ready = folder / ".ready"
-    if ready.exists():
+    if (ready := folder / ".ready").exists():
         for file in sorted(ready.iterdir()):
             file.replace(folder / file.name)
         ready.rmdir()
@@ -1123,7 +1054,7 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _make(
-    name: str, algorithm: str, days: int, extensions: dict[Any, bool], by: tuple[Certificate, Any] | None = None
+    name: str, algorithm: str, days: int, extensions: dict[Any, bool], by: Certificate | None = None, signer: Any = None
 ) -> tuple[Certificate, bytes, Any]:
     """A certificate, of itself or of an authority, its key as PEM, and its key."""
     if algorithm not in ALGORITHMS:
@@ -1131,14 +1062,12 @@ def _make(
     key: Any = ALGORITHMS[algorithm]()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
-    builder = x509.CertificateBuilder(by[0].subject if by else subject, subject, key.public_key(), serial, begin, end)
+    builder = x509.CertificateBuilder(by.subject if by else subject, subject, key.public_key(), serial, begin, end)
     extensions = extensions | {x509.SubjectKeyIdentifier.from_public_key(key.public_key()): False}
-    if by:
-        extensions[_identifier(by[0])] = False
     for extension, critical in extensions.items():
         builder = builder.add_extension(extension, critical)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return builder.sign(by[1] if by else key, None), pem, key
+    return builder.sign(signer or key, None), pem, key
 
 
 def _identifier(authority: Certificate) -> x509.AuthorityKeyIdentifier:
