@@ -2267,9 +2267,12 @@ class Program:
     Locking: `_lock` guards everything below the marker, and what the server adds there.
     """
 
-    def __init__(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
-        self.settings = settings  # this and the next are replaced by main's reload, whole
-        self._context = context
+    def __init__(
+        self, settings: Settings, context: rtunnel_tls.TlsContext | None,
+        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
+    ) -> None:  # fmt: skip
+        # Main's reload replaces these three, whole. The last reads the files anew.
+        self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
         self.pool = Pool()
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -2295,7 +2298,7 @@ class Program:
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
     def secure(self, carrier: PlainTransport, deadline: Deadline, **about: object) -> Transport:
-        """A new connection's transport: the carrier, or TLS over it. Raises HandshakeError, SessionEnded."""
+        """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
         if self._context is None:
             return carrier
         with self.registered(carrier):
@@ -2338,10 +2341,7 @@ class Program:
             session.retire("stopping")
 
     def stop(self) -> None:
-        """Nothing new, and all that is there ends. Never waits: `has_connections` tells.
-
-        The streams' sockets are reset by their pumps or, where the process is faster, by the kernel.
-        """
+        """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
         self.stop_asked.set()
         self.take_nothing_new()
         with self._lock:
@@ -2358,8 +2358,8 @@ class Program:
         return sum(session.stream_count() for session in self.sessions())
 
     def reload(self, fresh: Program) -> None:
-        """New handshakes and ports go by the settings of `fresh`; what they forbid is cut, the rest stays."""
-        self.settings, self._context = fresh.settings, fresh._context
+        """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
+        self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
         for session in self.sessions():
             self.check_allowed(session)
 
@@ -2393,21 +2393,16 @@ class ServerSession(Session):
 
     def __init__(self, transport: Transport, server: Server, carrier: PlainTransport, deadline: Deadline) -> None:
         super().__init__(transport, server)
-        self._server = server
-        self._deadline = deadline
+        self._server, self._deadline = server, deadline
         self.carrier = carrier  # whose place among the strangers it has
         self._heard = False  # what no original says that has nothing to say; the reader's
-        self.init: Init | None = None  # this and the next are the reader's
+        self.init: Init | None = None  # this and the next two are the reader's
         self.instance = ""  # INIT's
+        self.holder = ""  # whom a lease belongs to: the certificate's name, in plain mode the instance
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
         self.lease: Lease | None = None
         self.visitors = 0  # streams, and those about to be
-
-    @property
-    def holder(self) -> str:
-        """Whom a lease belongs to: the certificate's name, in plain mode the instance."""
-        return self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
 
     def may_open(self) -> bool:
         """By the rules of now. The global port is open to all clients."""
@@ -2427,6 +2422,7 @@ class ServerSession(Session):
             raise ProtocolError("a second INIT")
         self.init = Init.parse(frame.payload)
         self.instance = self.init.instance
+        self.holder = self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
@@ -2436,8 +2432,7 @@ class ServerSession(Session):
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
     def on_goaway(self, frame: Frame) -> None:
-        reason = "client: " + quoted(frame.payload.decode("ascii", "replace"))
-        self._server.leave_lease(self, reason, linger=False)
+        self._server.leave_lease(self, "client: " + quoted(frame.payload.decode("ascii", "replace")), linger=False)
 
     def check_may_send(self, name: str) -> None:
         # An original's streams of before a reconnect may speak first (O-5).
@@ -2463,10 +2458,9 @@ class ServerSession(Session):
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
             stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
-            # Both in one locked step: ids rise on the wire too, and the answer, be it faster than
-            # this thread, finds the stream (defect 10).
-            payload = self.ways.visitor_payload(visitor)
-            self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
+            # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
+            frame = encode(FrameType.NEW_CONN, stream.number, self.ways.visitor_payload(visitor))
+            self.writer.post(frame, wake=False)
             self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
@@ -2485,7 +2479,7 @@ class Lease:
     """A public port, and the sessions that serve it. Guarded by Server._lock."""
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
-        """Of the session's holder, or the global port: all serve it. It accepts nobody yet. Raises OSError."""
+        """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
         serve = functools.partial(server.serve_visitor, self)
         self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left)
         self.is_global = session is None
@@ -2519,12 +2513,6 @@ class Lease:
             self.sessions.remove(session)
             self.sessions.append(session)
         return session
-
-    def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
-        peers = ",".join(session.transport.peer for session in self.sessions)
-        about = {"address": self.listener.address, "identity": self.identity}
-        return about | {"sessions": peers, "lingers": self.lingers}
 
 
 class Server(Program):
@@ -2563,7 +2551,7 @@ class Server(Program):
             if self._public_address is not None:
                 option, address = "public", self._public_address
                 self.global_lease = lease = Lease(self, address)
-                self._leases[lease.listener.address.port] = lease  # without the lock: nobody else is here
+                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone yet
                 lease.listener.start()
                 log_event(INFO, "listening", kind=option, address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2588,7 +2576,13 @@ class Server(Program):
         deadline, carrier, session = Deadline(HELLO_TIMEOUT_S), None, None
         try:
             carrier = PlainTransport(sock)
-            self._add_stranger(carrier, address.site)
+            with self._lock:
+                self._strangers[carrier] = address.site
+                if len(self._strangers) > MAX_STRANGERS:  # the oldest of the site that has most goes
+                    largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
+                    oldest = next(each for each, site in self._strangers.items() if site == largest)
+                    del self._strangers[oldest]
+                    oldest.shutdown()  # its reader wakes, and leaves
             session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
             with self.registered(session):
                 reason = session.run()
@@ -2596,7 +2590,7 @@ class Server(Program):
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         finally:
-            with self._lock:
+            with self._lock:  # one that is neither a stranger nor a client has given way
                 gave_way = carrier is not None and self._strangers.pop(carrier, None) is None
         if session is not None and session.is_client:
             log_event(INFO, "session-closed", peer=address, level=session.level, reason=reason, **session.rtt())
@@ -2604,16 +2598,6 @@ class Server(Program):
         if gave_way:
             reason = f"over {MAX_STRANGERS} connections are no clients yet, most of its site"
         log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
-
-    def _add_stranger(self, carrier: PlainTransport, site: str) -> None:
-        """Until it is a client. Where no place is free, the oldest of the site that has most goes."""
-        with self._lock:
-            self._strangers[carrier] = site
-            if len(self._strangers) > MAX_STRANGERS:
-                largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
-                oldest = next(each for each, its in self._strangers.items() if its == largest)
-                del self._strangers[oldest]
-                oldest.shutdown()  # its reader wakes, and leaves
 
     def _client_count_locked(self) -> int:
         """Sessions, those too that have left their lease, but have streams."""
@@ -2627,12 +2611,11 @@ class Server(Program):
         peer = session.transport.peer
         try:
             with self._lock:
-                # The server's first frame fixes the level. No visitor is given to the session while
-                # WELCOME is on its way.
+                # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
                     session.ways, session.peer_window = LEVEL_1, init.window
                 found = self._find_lease_locked(session, init)
-                lease = found or self._bind_locked(session, init)
+                lease = found or self._bind_free_locked(session, init)
                 address = lease.listener.address
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
@@ -2682,7 +2665,7 @@ class Server(Program):
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
         return lease
 
-    def _bind_locked(self, session: ServerSession, init: Init) -> Lease:
+    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
         assert self._lock.locked()
         key = (session.holder, init.instance)
@@ -2762,7 +2745,8 @@ class Server(Program):
 
     def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
-        deadline, ended = Deadline(LEASE_LINGER_S), list[ServerSession]()
+        deadline = Deadline(LEASE_LINGER_S)
+        ended: list[ServerSession] = []
         try:
             tune(sock)
             while session := self._choose(lease, ended, deadline):
@@ -2795,18 +2779,16 @@ class Server(Program):
     def log_state(self) -> None:
         super().log_state()
         with self._lock:
-            lines = [lease.state() for lease in self._leases.values()]
-        for line in lines:
-            log_event(INFO, "state-lease", **line)
+            leases = [(lease, [each.transport.peer for each in lease.sessions]) for lease in self._leases.values()]
+        for lease, peers in leases:
+            about = {"address": lease.listener.address, "identity": lease.identity}
+            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
 
     def limits_used(self) -> dict[str, str]:
         with self._lock:
-            used = {
-                "strangers": f"{len(self._strangers)}/{MAX_STRANGERS}",
-                "clients": f"{self._client_count_locked()}/{MAX_CLIENTS}",
-                "leases": str(len(self._leases)),
-                "visitors": f"{self._visitors}/{MAX_STREAMS}",
-            }
+            clients = f"{self._client_count_locked()}/{MAX_CLIENTS}"
+            used = {"strangers": f"{len(self._strangers)}/{MAX_STRANGERS}", "clients": clients}
+            used |= {"leases": str(len(self._leases)), "visitors": f"{self._visitors}/{MAX_STREAMS}"}
         return super().limits_used() | used
 
 
@@ -2819,7 +2801,7 @@ class Mapping:
 
     remote_port: int  # 0: the server chooses
     local: Address
-    # 128 random bits in hex, kept over reconnects; never logged: in plain mode a lease belongs to it.
+    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     def about(self) -> dict[str, object]:
@@ -2868,8 +2850,7 @@ class ClientSession(Session):
         self.goaway: str | None = None  # the server's reason; the reader's
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
-        self._client = client
-        self._mapping = mapping
+        self._client, self._mapping = client, mapping
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
@@ -2924,13 +2905,13 @@ class ClientSession(Session):
             log_event(INFO, "session-opened", public=self._public or f"port {self._mapping.remote_port}", **about)
 
     def on_goaway(self, frame: Frame) -> None:
-        """This session's streams go on; the mapping's thread connects anew, unless a clone is there."""
+        """The streams go on; the mapping connects anew: now, or where replaced, after the end."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
         about = {"server": self.transport.peer, **self._mapping.about(), "level": self.level}
         log_event(INFO, "goaway", **about, reason=reason)
-        if reason != REPLACED and self._client.has_too_many_sessions():
+        if reason != REPLACED and len(self._client.sessions()) >= self._client.max_sessions:
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
         self.goaway = reason
         if reason != REPLACED:
@@ -2978,9 +2959,9 @@ class Client(Program):
         self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
         context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(settings, context)
-        self._load_context = load_context or (lambda: context)
+        super().__init__(settings, context, load_context)
         self._server, self._mappings, self._reconnect_max_s = server, mappings, reconnect_max_s
+        self.max_sessions = len(mappings) + MAX_RETIRED
         self._opening = threading.BoundedSemaphore(MAX_OPENING)
         self.expects_welcome = False  # the server is of level 1: its silence is the network's; any reader's
         # guarded by _lock
@@ -2991,14 +2972,6 @@ class Client(Program):
         super().start()
         for mapping in self._mappings:
             self.pool.run(f"mapping {mapping.local}", functools.partial(self._run_mapping, mapping))
-
-    def reload(self, fresh: Program) -> None:
-        assert isinstance(fresh, Client)
-        super().reload(fresh)
-        self._load_context = fresh._load_context
-
-    def has_too_many_sessions(self) -> bool:
-        return len(self.sessions()) >= len(self._mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
         with self._lock:
@@ -3046,7 +3019,14 @@ class Client(Program):
         """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
         with self._opening:
             log_event(DEBUG, "connecting", **about)
-            self._renew_context()
+            load = self._load_context
+            try:  # the certificate that is there now; where it is broken, the old one
+                context = load()
+                with self._lock:
+                    if load is self._load_context:  # else main has reloaded meanwhile
+                        self._context = context
+            except rtunnel_tls.TlsConfigError as error:
+                log_event(ERROR, "reload-failed", reason=error)
             sock = dial(self._server, CONNECT_TIMEOUT_S)
             try:
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), **mapping.about())
@@ -3062,18 +3042,6 @@ class Client(Program):
         reason = session.run()
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
             log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
-
-    def _renew_context(self) -> None:
-        """Take the certificate that is there now; where it is broken, go on with the old one."""
-        load = self._load_context
-        try:
-            context = load()
-        except rtunnel_tls.TlsConfigError as error:
-            log_event(ERROR, "reload-failed", reason=error)
-            return
-        with self._lock:
-            if load is self._load_context:  # else main has reloaded meanwhile
-                self._context = context
 
     def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
