@@ -2138,26 +2138,27 @@ class Session:
 class Program:
     """Threads, the TLS context, and what the stop has to end.
 
-    Threads: main calls `drain`, `stop`, `reload` and `log_state`; the rest is any thread's.
+    Threads: main calls `start`, `retire_all`, `stop`, `reload`, `log_state`; the rest is any's.
     Locking: `_lock` guards everything below the marker, and what the server adds there.
     """
 
-    def __init__(self, settings: Settings, context: rtunnel_tls.TlsContext | None) -> None:
-        self.settings = settings  # this and the next are replaced by main's reload, whole
-        self._context = context
+    def __init__(
+        self, settings: Settings, context: rtunnel_tls.TlsContext | None,
+        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
+    ) -> None:  # fmt: skip
+        # Main's reload replaces these three, whole. The last reads the files anew.
+        self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
         self.pool = Pool()
-        # Main's post: names of signals, a final refusal, that the last connection has ended. A
-        # signal's handler may put into it whatever main is doing, as its `put` is re-entrant.
+        # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.stop_asked = threading.Event()
         self.status = 0  # the process's exit status
         self._lock = threading.Lock()
-        # The stop has begun; on the server also: a session has joined or left a lease, a stranger
-        # has left.
+        # The stop has begun; at the server also: a session has joined or left a lease.
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
-        self._stopping = False
+        self._stopping = False  # a drain or the stop has begun
 
     def start(self) -> None:
         """Begin to serve. Raises RtunnelError."""
@@ -2166,21 +2167,21 @@ class Program:
 
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
-        if self._context is not None and not self.stop_asked.is_set():
+        if self._context is not None:
             for file, _, days_left in self._context.expiring():
-                warn_of_expiry(file, days_left)
-            self._expiry_check = CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
+                log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
+            CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
-    def secure(self, carrier: PlainTransport, deadline: Deadline) -> Transport:
-        """The transport of a new control connection: the carrier itself, or TLS over it.
-
-        Raises HandshakeError, OSError, SessionEnded.
-        """
-        context = self._context
-        if context is None:
+    def secure(self, carrier: PlainTransport, deadline: Deadline, **about: object) -> Transport:
+        """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
+        if self._context is None:
             return carrier
         with self.registered(carrier):
-            return rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
+            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
+        if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
+            log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
+        return transport
 
     @contextlib.contextmanager
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
@@ -2196,8 +2197,7 @@ class Program:
         finally:
             with self._lock:
                 self._connections.remove(connection)
-                last = not self._connections
-            if last:
+            if not self.has_connections():
                 self.words.put("ended")  # main listens to that in its stop
 
     def has_connections(self) -> bool:
@@ -2216,10 +2216,7 @@ class Program:
             session.retire("stopping")
 
     def stop(self) -> None:
-        """Nothing new, and all that is there ends. Never waits: `has_connections` tells.
-
-        The streams' sockets are reset by their pumps or, where the process is faster, by the kernel.
-        """
+        """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
         self.stop_asked.set()
         self.take_nothing_new()
         with self._lock:
@@ -2227,8 +2224,6 @@ class Program:
         for connection in connections:
             connection.stop()
         self.pool.close()
-        if self._context is not None:
-            CLOCK.cancel(self._expiry_check)
 
     def sessions(self) -> list[Session]:
         with self._lock:
@@ -2238,45 +2233,29 @@ class Program:
         return sum(session.stream_count() for session in self.sessions())
 
     def reload(self, fresh: Program) -> None:
-        """New handshakes and ports go by the settings of `fresh`; what they forbid is cut.
-
-        Sessions, streams and listening addresses stay.
-        """
-        self.settings, self._context = fresh.settings, fresh._context
+        """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
+        self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
         for session in self.sessions():
             self.check_allowed(session)
 
     def check_allowed(self, session: Session) -> None:
         """End a session that is no longer allowed."""
-        context, receipt = self._context, session.transport.receipt
-        if context is not None and receipt is not None and context.revokes(receipt):
+        receipt = session.transport.receipt
+        if self._context is not None and receipt is not None and self._context.revokes(receipt):
             session.expel("its certificate is revoked")
 
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
-        context = self._context
-        days = {"certificate_days_left": min(context.days_left().values())} if context else {}
+        days = {"certificate_days_left": min(self._context.days_left().values())} if self._context else {}
         log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
-                peer = session.transport.peer
-                log_event(INFO, "state-stream", session=peer, **stream.state())
+                log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
 
     def limits_used(self) -> dict[str, str]:
         """Of what is limited, `used/limit`."""
         return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
-
-
-def log_receipt(transport: Transport, **about: object) -> None:
-    if transport.receipt is not None:
-        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
-        if transport.receipt.days_left <= rtunnel_tls.WARN_DAYS:
-            warn_of_expiry(transport.identity, transport.receipt.days_left)
-
-
-def warn_of_expiry(certificate: str, days_left: int) -> None:
-    log_event(WARNING, "certificate-expires", certificate=certificate, days_left=days_left)
 
 
 # ---- server: strangers, leases, visitors ------------------------------------------------------
@@ -2289,48 +2268,46 @@ class ServerSession(Session):
 
     def __init__(self, transport: Transport, server: Server, carrier: PlainTransport, deadline: Deadline) -> None:
         super().__init__(transport, server)
-        self._server = server
-        self._deadline = deadline
+        self._server, self._deadline = server, deadline
         self.carrier = carrier  # whose place among the strangers it has
         self._heard = False  # what no original says that has nothing to say; the reader's
-        self.init: Init | None = None  # the reader's
+        self.init: Init | None = None  # this and the next two are the reader's
+        self.instance = ""  # INIT's
+        self.holder = ""  # whom a lease belongs to: the certificate's name, in plain mode the instance
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
         self.lease: Lease | None = None
         self.visitors = 0  # streams, and those about to be
 
-    @property
-    def holder(self) -> str | None:
-        """Whom a lease belongs to: the certificate's name, in plain mode the instance."""
-        if self.transport.identity != ANONYMOUS:
-            return f"identity {self.transport.identity}"
-        return f"instance {self.init.instance}" if self.init and self.init.instance else None
+    def may_open(self) -> bool:
+        """By the rules of now. The global port is open to all clients."""
+        if self.init is None or self._server.global_lease is not None:
+            return True
+        return self.program.settings.allow.allow(self.transport.identity, self.init.port)
 
     def run(self) -> str:
-        if self._server.has_global_port:
+        if self._server.global_lease is not None:
             self.after(SILENT_CLIENT_S, self._join_silent)
         self.after(self._deadline.remaining(), self._check_hello)
         return super().run()
 
     def on_init(self, frame: Frame) -> None:
-        self._check_unknown_frames()
+        self.on_received()  # what came in front of it
         if self.init is not None:
             raise ProtocolError("a second INIT")
         self.init = Init.parse(frame.payload)
+        self.instance = self.init.instance
+        self.holder = self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
-        self._check_unknown_frames()
-
-    def _check_unknown_frames(self) -> None:
         unknown = self.decoder.unknown_frames
         self._heard |= unknown > 0 or self.decoder.is_inside_control()
         if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
     def on_goaway(self, frame: Frame) -> None:
-        reason = "client: " + quoted(frame.payload.decode("ascii", "replace"))
-        self._server.leave_lease(self, reason, linger=False)
+        self._server.leave_lease(self, "client: " + quoted(frame.payload.decode("ascii", "replace")), linger=False)
 
     def check_may_send(self, name: str) -> None:
         # An original's streams of before a reconnect may speak first (O-5).
@@ -2340,8 +2317,7 @@ class ServerSession(Session):
     def refuse(self, refused: Refused) -> None:
         # A bad request comes before the level is fixed, and only from a client of level 1.
         bad = refused.code == "bad-request" and not self.has_had_streams()
-        ways = LEVEL_1 if bad else self.ways
-        self.end(str(refused), ways.refusal(refused))
+        self.end(str(refused), (LEVEL_1 if bad else self.ways).refusal(refused))
 
     def _join_silent(self) -> None:
         if not self.is_client and not self._heard:
@@ -2351,20 +2327,15 @@ class ServerSession(Session):
         if not self.is_client:
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
-    def has_room(self) -> bool:
-        """Whether it takes one more visitor. Called with Server._lock."""
-        return self.visitors < MAX_SESSION_STREAMS and not self.writer.is_behind()
-
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
         """Open a stream for a visitor and be its pump. Raises SessionEnded where none opens."""
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
             stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
-            # Both in one locked step: ids rise on the wire too, and the answer, be it faster than
-            # this thread, finds the stream (defect 10).
-            payload = self.ways.visitor_payload(visitor)
-            self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
+            # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
+            frame = encode(FrameType.NEW_CONN, stream.number, self.ways.visitor_payload(visitor))
+            self.writer.post(frame, wake=False)
             self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
@@ -2380,194 +2351,133 @@ class ServerSession(Session):
 
 
 class Lease:
-    """A public port, and the session that serves it: the newest of its holder.
+    """A public port, and the sessions that serve it. Guarded by Server._lock."""
 
-    Guarded by Server._lock.
-    """
-
-    shared = False
-
-    def __init__(self, listener: Listener, session: ServerSession | None = None) -> None:
-        self.listener = listener
-        self.holder = session.holder if session else None
+    def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
+        """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
+        serve = functools.partial(server.serve_visitor, self)
+        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left)
+        self.is_global = session is None
+        self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
-        self.lingers_until: float | None = None  # visitors wait so long for the holder's return
+        self.lingers_until = 0.0  # visitors wait so long for the holder's return
 
-    def belongs_to(self, session: ServerSession) -> bool:
-        """Whether the session may take it over; at level 0 nobody may."""
-        return session.level > 0 and self.holder is not None and self.holder == session.holder
+    @property
+    def lingers(self) -> bool:
+        return time.monotonic() < self.lingers_until
 
     def join(self, session: ServerSession) -> list[ServerSession]:
-        """Returns the sessions that this one replaces."""
-        others = [other for other in self.sessions if other is not session]
-        replaced = [other for other in others if self._replaces(session, other)]
-        self.sessions = [*(other for other in others if other not in replaced), session]
+        """Returns those that it replaces: all, at the global port its own of before a reconnect."""
+        others = [each for each in self.sessions if each is not session]
+        replaced = [each for each in others if not self.is_global or session.instance == each.instance != ""]
         for other in replaced:
             other.lease = None
-        session.lease = self
-        self.lingers_until = None
+        self.sessions = [*(each for each in others if each not in replaced), session]
+        session.lease, session.is_client, self.lingers_until = self, True, 0.0
         return replaced
-
-    def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
-        return True
 
     def choose(self, ended: Sequence[ServerSession]) -> ServerSession | None:
         """For a visitor, the session with the fewest; from now on it counts there."""
-        alive = [each for each in self.sessions if each not in ended and each.has_room()]
-        asked = [each for each in alive if each.init is not None]  # the silent serve without them
-        session = min(asked or alive, key=lambda each: each.visitors, default=None)
+        alive = (each for each in self.sessions if each not in ended and not each.writer.is_behind())
+        able = [each for each in alive if each.visitors < MAX_SESSION_STREAMS]
+        asked = [each for each in able if each.init is not None]  # the silent serve without them
+        session = min(asked or able, key=lambda each: each.visitors, default=None)
         if session is not None:
             session.visitors += 1
             self.sessions.remove(session)
             self.sessions.append(session)
         return session
 
-    def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
-        peers = ",".join(session.transport.peer for session in self.sessions)
-        about = {"address": self.listener.address, "identity": self.identity}
-        return about | {"sessions": peers, "lingers": self.lingers_until is not None}
-
-
-class GlobalLease(Lease):
-    """The port of `--public-listen`: all sessions serve it, and none keeps another out."""
-
-    shared = True
-
-    def belongs_to(self, session: ServerSession) -> bool:
-        return True
-
-    def _replaces(self, session: ServerSession, other: ServerSession) -> bool:
-        """Its own of before a reconnect."""
-        mine, its = session.init, other.init
-        return bool(mine and its and mine.instance and mine.instance == its.instance)
-
 
 class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
-    Threads: `serve_control` is each session's reader, `_serve_visitor` each stream's pump; main
-    calls `start`, `stop`; the clock `_end_linger`; the acceptors what `admit` is.
+    Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; main
+    calls `start`, the clock `_close_unused`, the acceptors `admit_visitor`.
     Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
-    session and writer may be taken, and ports be bound at addresses, not names: bind and listen
-    wait for nobody, and two who want one port come one after the other.
+    session, writer and clock may be taken, and ports be bound at addresses, not names: that waits
+    for nobody, and two who want one port come one after the other.
     """
 
     def __init__(
-        self,
-        control: Address,
-        public: Address | None,
-        public_bind: str,
-        settings: Settings,
+        self, control: Address, public: Address | None, public_bind: str, settings: Settings,
         context: rtunnel_tls.TlsContext | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(settings, context)
-        self._control_address = control
-        self._public_address = public
-        self._public_bind = public_bind
+        self._control_address, self._public_address, self._public_bind = control, public, public_bind
         self._control: Listener | None = None  # main's
+        self.global_lease: Lease | None = None  # set before the control port is open
         # guarded by _lock
         self._leases: dict[int, Lease] = {}  # by port
         self._strangers: dict[PlainTransport, str] = {}  # with their sites, the oldest first
-        self._gone: set[PlainTransport] = set()  # strangers that gave way, and have yet to leave
         self._visitors = 0  # that are accepted and not closed
         self._assigned: dict[tuple[str, str], int] = {}  # ports that we chose, the oldest first
-
-    @property
-    def has_global_port(self) -> bool:
-        return self._public_address is not None
 
     def start(self) -> None:
         """Open the ports. Raises RtunnelError where one cannot be bound."""
         super().start()
-        self._warn_of_bind()
+        try:  # an address that this machine does not have may come later, at boot
+            if self._public_bind:
+                Lease(self, Address(self._public_bind, 0)).listener.server_close()
+        except OSError as error:
+            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
         try:
             if self._public_address is not None:
                 option, address = "public", self._public_address
-                lease = self._bind(address, GlobalLease)
-                with self._lock:
-                    self._leases[lease.listener.address.port] = lease
-                self._open(lease.listener, option)
+                self.global_lease = lease = Lease(self, address)
+                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone yet
+                lease.listener.start()
+                log_event(INFO, "listening", kind=option, address=lease.listener.address)
             option, address = "control", self._control_address
             self._control = Listener(address, self.pool, self.serve_control)
-            self._open(self._control, option)
+            self._control.start()
+            log_event(INFO, "listening", kind=option, address=self._control.address)
         except OSError as error:
             self.stop()
             raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
 
-    def _warn_of_bind(self) -> None:
-        """An address that this machine does not have may come later, at boot."""
-        try:
-            if self._public_bind:
-                self._bind(Address(self._public_bind, 0), Lease).listener.socket.close()
-        except OSError as error:
-            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-
-    def _open(self, listener: Listener, kind: str) -> None:
-        listener.start()
-        log_event(INFO, "listening", kind=kind, address=listener.address)
-
-    def retire_all(self) -> None:
-        self._stop_listening()
-        super().retire_all()
-
-    def stop(self) -> None:
-        self._stop_listening()
-        super().stop()
-
-    def _stop_listening(self) -> None:
+    def take_nothing_new(self) -> None:
+        super().take_nothing_new()
         with self._lock:
             listeners = [lease.listener for lease in self._leases.values()]
-        for listener in listeners + ([self._control] if self._control else []):
+        for listener in [*listeners, *([self._control] if self._control else [])]:
             listener.stop()
 
     # -- control connections
 
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
-        deadline, session = Deadline(HELLO_TIMEOUT_S), None
+        deadline, carrier, session = Deadline(HELLO_TIMEOUT_S), None, None
         try:
             carrier = PlainTransport(sock)
-            with self._stranger(carrier, address.site):
-                transport = self.secure(carrier, deadline)
-                log_receipt(transport)
-                session = ServerSession(transport, self, carrier, deadline)
-                with self.registered(session):
-                    reason = session.run()
-                    self.leave_lease(session, reason, linger=session.ways.lingers)
+            with self._lock:
+                self._strangers[carrier] = address.site
+                if len(self._strangers) > MAX_STRANGERS:  # the oldest of the site that has most goes
+                    largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
+                    oldest = next(each for each, site in self._strangers.items() if site == largest)
+                    del self._strangers[oldest]
+                    oldest.shutdown()  # its reader wakes, and leaves
+            session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
+            with self.registered(session):
+                reason = session.run()
+                self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
-        about = {"peer": address, "level": session.level if session else 0, "reason": reason}
-        if session is not None and session.is_client:
-            log_event(INFO, "session-closed", **about, **session.rtt())
-        else:
-            log_limit("refused", **about)
-
-    @contextlib.contextmanager
-    def _stranger(self, carrier: PlainTransport, site: str) -> Iterator[None]:
-        """While it lasts the connection has a place among the strangers, until it is a client.
-
-        Where no place is free, the oldest of the site that has most gives way. Raises SessionEnded
-        in the end for one that has.
-        """
-        with self._lock:
-            self._strangers[carrier] = site
-            if len(self._strangers) > MAX_STRANGERS:
-                largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
-                oldest = next(each for each, its in self._strangers.items() if its == largest)
-                del self._strangers[oldest]
-                self._gone.add(oldest)
-                oldest.shutdown()  # its reader wakes, and leaves
-        try:
-            yield
         finally:
-            with self._lock:
-                self._strangers.pop(carrier, None)
-                gave_way = carrier in self._gone
-                self._gone.discard(carrier)
-            if gave_way:
-                raise SessionEnded(f"over {MAX_STRANGERS} connections are no clients yet, most of its site")
+            with self._lock:  # one that is neither a stranger nor a client has given way
+                gave_way = carrier is not None and self._strangers.pop(carrier, None) is None
+        if session is not None and session.is_client:
+            log_event(INFO, "session-closed", peer=address, level=session.level, reason=reason, **session.rtt())
+            return
+        if gave_way:
+            reason = f"over {MAX_STRANGERS} connections are no clients yet, most of its site"
+        log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
+
+    def _client_count_locked(self) -> int:
+        """Sessions, those too that have left their lease, but have streams."""
+        assert self._lock.locked()
+        return sum(isinstance(each, ServerSession) and each.is_client for each in self._connections)
 
     # -- leases
 
@@ -2576,108 +2486,71 @@ class Server(Program):
         peer = session.transport.peer
         try:
             with self._lock:
-                known = set(self._leases)
-                lease, replaced = self._join_lease_locked(session, init)
+                # The first frame fixes the level. No visitor comes while WELCOME is on its way.
+                if init.version and not session.visitors and not session.has_had_streams():
+                    session.ways, session.peer_window = LEVEL_1, init.window
+                found = self._find_lease_locked(session, init)
+                lease = found or self._bind_free_locked(session, init)
+                address = lease.listener.address
+                # Before WELCOME, which fails where the session has ended: its end leaves the lease.
+                replaced = lease.join(session)
+                self._strangers.pop(session.carrier, None)
+                self._changed.notify_all()
+                if session.level:
+                    with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
+                        session.writer.post(encode(FrameType.WELCOME, 0, Welcome(address.port).payload()))
         except OSError as error:
-            about = {"port": init.port, "peer": peer, "level": session.level}
-            log_event(ERROR, "lease-failed", **about, reason=reason_of(error))
+            reason = reason_of(error)
+            log_event(ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason)
             code = "port-in-use" if error.errno == errno.EADDRINUSE else "unavailable"
             if error.errno in OUT_OF_RESOURCES:
                 code = "too-many-clients"
-            sentence = f"port {init.port} cannot be opened: {reason_of(error)}"
-            raise Refused(code, sentence) from error
-        address = lease.listener.address
-        if address.port not in known:
+            raise Refused(code, f"port {init.port} cannot be opened: {reason}") from error
+        if found is None:
             self._start(lease)
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
-        log_event(
-            INFO, "session-opened", peer=peer, identity=session.transport.identity,
-            level=session.level, port=address.port, local=init.local[:MAX_MESSAGE_CHARACTERS],
-        )  # fmt: skip
+        about = {"peer": peer, "identity": session.transport.identity, "level": session.level, "port": address.port}
+        log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
         for other in replaced:
-            about = {"peer": other.transport.peer, "by": peer, "level": other.level}
-            log_event(INFO, "session-replaced", **about)
+            log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.goodbye(REPLACED)
         if session.level:
             session.start_timers()
 
-    def _join_lease_locked(self, session: ServerSession, init: Init) -> tuple[Lease, list[ServerSession]]:
-        """The session's lease, and the sessions that it replaces. Raises Refused, OSError."""
-        # The server's first frame fixes the level. No visitor is given to the session while WELCOME
-        # is on its way.
-        if init.version and not session.visitors and not session.has_had_streams():
-            session.ways, session.peer_window = LEVEL_1, init.window
-        if self._stopping:
-            raise Refused("shutting-down", "the server stops")
-        if not self._may_open(session):
-            identity = session.transport.identity
-            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
-        lease = self._find_lease_locked(session, init)
-        self._check_limits_locked(session, lease)
-        lease = lease or self._bind_free_locked(session, init)
-        # Before WELCOME, which fails where the session has ended: its end leaves the lease.
-        replaced = lease.join(session)
-        if session.level:
-            welcome = Welcome(lease.listener.address.port).payload()
-            with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
-                session.writer.post(encode(FrameType.WELCOME, 0, welcome))
-        session.is_client = True
-        self._strangers.pop(session.carrier, None)
-        self._changed.notify_all()
-        return lease, replaced
-
     def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
-        if self.has_global_port:
-            return self._global_lease_locked()
-        port = init.port or self._assigned.get((session.holder or "", init.instance), 0)
-        lease = self._leases.get(port)
-        if lease is not None and lease.belongs_to(session):
-            if lease.sessions and not init.takeover:
-                raise Refused("port-in-use", f"another session of yours serves port {port}")
-            return lease
-        if lease is not None and init.port:
-            raise Refused("port-in-use", f"port {port} belongs to another client")
-        return None
-
-    def _global_lease_locked(self) -> Lease | None:
-        assert self._lock.locked()
-        return next((lease for lease in self._leases.values() if lease.shared), None)
-
-    def _check_limits_locked(self, session: ServerSession, lease: Lease | None) -> None:
-        """Raises Refused."""
         assert self._lock.locked()
         identity = session.transport.identity
-        replaces = lease is not None and not lease.shared and lease.sessions
+        if self._stopping:
+            raise Refused("shutting-down", "the server stops")
+        if not session.may_open():
+            raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
+        port = init.port or self._assigned.get((session.holder, init.instance), 0)
+        lease = self.global_lease or self._leases.get(port)
+        if lease and not lease.is_global and (not session.level or session.holder != lease.holder):
+            if init.port:
+                raise Refused("port-in-use", f"port {port} belongs to another client")
+            lease = None
+        replaces = lease is not None and not lease.is_global and bool(lease.sessions)
+        if replaces and not init.takeover:
+            raise Refused("port-in-use", f"another session of yours serves port {port}")
         if not replaces and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
-        held = sum(other.identity == identity for other in self._leases.values())
-        if lease is None and held >= MAX_LEASES:
+        if lease is None and sum(each.identity == identity for each in self._leases.values()) >= MAX_LEASES:
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
-
-    def _may_open(self, session: ServerSession) -> bool:
-        """By the rules of now. The global port is open to all clients."""
-        init, identity = session.init, session.transport.identity
-        if init is None or self.has_global_port:
-            return True
-        return self.settings.allow.allow(identity, init.port)
-
-    def _client_count_locked(self) -> int:
-        """Sessions, those too that have left their lease, but have streams."""
-        assert self._lock.locked()
-        sessions = (each for each in self._connections if isinstance(each, ServerSession))
-        return sum(session.is_client for session in sessions)
+        return lease
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
         assert self._lock.locked()
-        key = (session.holder or "", init.instance)
-        lease: Lease | None = None
-        if not init.port and (port := self._assigned.get(key)):
-            with contextlib.suppress(OSError):
-                lease = self._bind(Address(self._public_bind, port), Lease, session)
-        if lease is None:
-            lease = self._bind(Address(self._public_bind, init.port), Lease, session)
+        key = (session.holder, init.instance)
+        port = init.port or self._assigned.get(key, 0)
+        try:
+            lease = Lease(self, Address(self._public_bind, port), session)
+        except OSError:
+            if port == init.port:
+                raise
+            lease = Lease(self, Address(self._public_bind, 0), session)
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
             self._assigned[key] = lease.listener.address.port
@@ -2685,23 +2558,12 @@ class Server(Program):
                 del self._assigned[next(iter(self._assigned))]
         return lease
 
-    def _bind(self, address: Address, kind: type[Lease], *holder: ServerSession) -> Lease:
-        """A lease that accepts nobody yet. Raises OSError."""
-
-        def serve(sock: socket.socket, visitor: Address) -> None:
-            self._serve_visitor(lease, sock, visitor)
-
-        lease = kind(Listener(address, self.pool, serve, self._admit_visitor, self._visitor_left), *holder)
-        return lease
-
     def _start(self, lease: Lease) -> None:
         """Start its acceptor; not under the lock, for that waits. Raises SessionEnded."""
         try:
             lease.listener.start()
         except OSError as error:
-            with self._lock:
-                sessions = list(lease.sessions)  # nearly always one
-            for session in sessions:
+            for session in list(lease.sessions):  # nearly always one
                 self.leave_lease(session, reason_of(error), linger=False)
                 session.end(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
@@ -2709,15 +2571,12 @@ class Server(Program):
     def join_silent(self, session: ServerSession) -> None:
         """A connection without INIT becomes a client of the global port, where there is a place."""
         with self._lock:
-            lease = self._global_lease_locked()
-            full = self._client_count_locked() >= MAX_CLIENTS
+            lease, full = self.global_lease, self._client_count_locked() >= MAX_CLIENTS
             if lease is None or full or session.lease is not None:  # its INIT was faster
                 return
             lease.join(session)
-            session.is_client = True
             self._strangers.pop(session.carrier, None)
-        about = {"peer": session.transport.peer, "level": 0, "port": lease.listener.address.port}
-        log_event(INFO, "session-opened", **about)
+        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
         """No more visitors for it. Without another session its port closes, or lingers for 5 s."""
@@ -2726,41 +2585,25 @@ class Server(Program):
             if lease is None:
                 return
             lease.sessions.remove(session)
-            self._changed.notify_all()
-            if lease.sessions or (lease.shared and not linger):
-                return
-            linger = linger and not self._stopping
-            if linger:
+            if linger and not lease.sessions and not self._stopping:
                 lease.lingers_until = time.monotonic() + LEASE_LINGER_S
-            else:
-                self._drop_locked(lease)
-        if linger:
-            CLOCK.after(LEASE_LINGER_S, lambda: self._end_linger(lease))
-        else:
-            log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
+                CLOCK.after(LEASE_LINGER_S, lambda: self._close_unused(lease, "its client did not come back"))
+        self._close_unused(lease, reason)
 
-    def _end_linger(self, lease: Lease) -> None:
-        """The clock's: its client has not come back; the global port refuses visitors again."""
+    def _close_unused(self, lease: Lease, reason: str) -> None:
+        """Close its port, unless it is served or lingers; the global one only refuses visitors."""
         with self._lock:
-            until = lease.lingers_until
-            if until is None or time.monotonic() < until or self._stopping:  # it came, and left again
+            self._changed.notify_all()  # those who wait for a session
+            port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers
+            if not unused or lease.is_global or self._leases.get(port) is not lease:  # closed already
                 return
-            lease.lingers_until = None
-            self._changed.notify_all()  # those who wait for it
-            if lease.shared:
-                return
-            self._drop_locked(lease)
-        reason = "its client did not come back"
+            del self._leases[port]
+            lease.listener.stop()
         log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
-
-    def _drop_locked(self, lease: Lease) -> None:
-        assert self._lock.locked()
-        del self._leases[lease.listener.address.port]
-        lease.listener.stop()
 
     # -- visitors
 
-    def _admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
+    def admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
         """In the acceptor: before a byte is read, and before there is a thread."""
         reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
         with self._lock:
@@ -2768,15 +2611,14 @@ class Server(Program):
             full = self._visitors > MAX_STREAMS
         if not full and self.settings.visitors.admit(visitor):
             return True
-        reason = "too many are here" if full else "not of --visitors"
-        log_limit("visitor-refused", peer=visitor, reason=reason)
+        log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
         return False
 
-    def _visitor_left(self, sock: socket.socket) -> None:
+    def visitor_left(self, sock: socket.socket) -> None:
         with self._lock:
             self._visitors -= 1
 
-    def _serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
+    def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
@@ -2799,33 +2641,29 @@ class Server(Program):
         with self._lock:
             while (session := lease.choose(ended)) is None and not self._stopping:
                 full = any(each not in ended for each in lease.sessions)
-                may_return = lease.sessions or lease.lingers_until is not None
+                may_return = lease.sessions or lease.lingers
                 if full or not may_return or not self._changed.wait(deadline.remaining()):
                     break
             return session
 
-    # -- what is said and checked of all
-
     def check_allowed(self, session: Session) -> None:
         super().check_allowed(session)
-        if isinstance(session, ServerSession) and not self._may_open(session):
+        if isinstance(session, ServerSession) and not session.may_open():
             session.expel("its port is no longer allowed")
 
     def log_state(self) -> None:
         super().log_state()
         with self._lock:
-            lines = [lease.state() for lease in self._leases.values()]
-        for line in lines:
-            log_event(INFO, "state-lease", **line)
+            leases = [(lease, [each.transport.peer for each in lease.sessions]) for lease in self._leases.values()]
+        for lease, peers in leases:
+            about = {"address": lease.listener.address, "identity": lease.identity}
+            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
 
     def limits_used(self) -> dict[str, str]:
         with self._lock:
-            used = {
-                "strangers": f"{len(self._strangers)}/{MAX_STRANGERS}",
-                "clients": f"{self._client_count_locked()}/{MAX_CLIENTS}",
-                "leases": str(len(self._leases)),
-                "visitors": f"{self._visitors}/{MAX_STREAMS}",
-            }
+            clients = f"{self._client_count_locked()}/{MAX_CLIENTS}"
+            used = {"strangers": f"{len(self._strangers)}/{MAX_STRANGERS}", "clients": clients}
+            used |= {"leases": str(len(self._leases)), "visitors": f"{self._visitors}/{MAX_STREAMS}"}
         return super().limits_used() | used
 
 
@@ -2838,8 +2676,7 @@ class Mapping:
 
     remote_port: int  # 0: the server chooses
     local: Address
-    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it is what a lease
-    # belongs to.
+    # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     def about(self) -> dict[str, object]:
@@ -2856,11 +2693,12 @@ class Mapping:
 
 
 class Backoff:
-    """Seconds to wait before the next attempt: 1 s, doubled up to a maximum.
+    """Seconds to wait before a mapping's next attempt: 1 s, doubled up to a maximum.
 
-    Up to a quarter is taken off at random, so that the clients of a restarted server do not all
-    come at once.
+    Up to a quarter is taken off at random: the clients of a restarted server come one by one.
     """
+
+    takeover = True  # the next attempt may replace a session of the same holder
 
     def __init__(self, maximum_s: float) -> None:
         self._maximum_s = maximum_s
@@ -2882,14 +2720,12 @@ class ClientSession(Session):
 
     def __init__(self, transport: Transport, client: Client, mapping: Mapping, takeover: bool = True) -> None:
         super().__init__(transport, client)
-        self.over = threading.Event()  # no more visitors come: a GOAWAY has come, or its end
-        self.has_ended = threading.Event()
+        self.over = threading.Event()  # the mapping may go on: a GOAWAY has come, or the end
         self.reason = ""  # of its end
         self.goaway: str | None = None  # the server's reason; the reader's
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
-        self._client = client
-        self._mapping = mapping
-        self._began = time.monotonic()
+        self.began = time.monotonic()
+        self._client, self._mapping = client, mapping
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
@@ -2904,76 +2740,65 @@ class ClientSession(Session):
             self.transport.close()
             self.reason = str(error)
         finally:
-            self.has_ended.set()
             self.over.set()
         return self.reason
 
-    def is_young(self) -> bool:
-        return time.monotonic() < self._began + FIRST_RETRY_S
-
     def on_frame(self, frame: Frame) -> None:
+        heard, self._heard = self._heard, True
         if frame.type != FrameType.WELCOME:
-            self._hear()
+            self._open()
+        elif heard:
+            raise ProtocolError("WELCOME behind another frame")
         super().on_frame(frame)
 
     def on_welcome(self, frame: Frame) -> None:
-        if self._heard:
-            raise ProtocolError("WELCOME behind another frame")
         welcome = Welcome.parse(frame.payload)
         self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
         self.ways, self.peer_window = LEVEL_1, welcome.window
         self._client.expects_welcome = True
         self.start_timers()
-        self._hear()
-
-    def _hear(self) -> None:
-        self._heard = True
         self._open()
 
     def _check_lived(self) -> None:
         """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
         if not self._heard and self._client.expects_welcome:
-            # Once: the server may have become an original.
-            self._client.expects_welcome = False
+            self._client.expects_welcome = False  # once: the server may have become an original
             self.end(f"no WELCOME within {LIVED_S:g} s")
         elif self._heard or self._mapping.remote_port:
             self._open()
         else:
+            about = {**self._mapping.about(), "server": self.transport.peer}
             meaning = "an original server serves it at its global port, if it has one"
-            log_event(
-                WARNING, "session-unanswered", **self._mapping.about(), server=self.transport.peer, meaning=meaning
-            )
+            log_event(WARNING, "session-unanswered", **about, meaning=meaning)
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
         if not self.is_open:
             self.is_open = True
             self._client.has_opened(self._mapping)
-            about = {"public": self._public or f"port {self._mapping.remote_port}", **self._mapping.about()}
-            log_event(INFO, "session-opened", **about, level=self.level, server=self.transport.peer)
+            about = {**self._mapping.about(), "level": self.level, "server": self.transport.peer}
+            log_event(INFO, "session-opened", public=self._public or f"port {self._mapping.remote_port}", **about)
 
     def on_goaway(self, frame: Frame) -> None:
-        """This session's streams go on; the mapping's thread connects anew."""
+        """The streams go on; the mapping connects anew: now, or where replaced, after the end."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
-        about = {"server": self.transport.peer, **self._mapping.about()}
-        log_event(INFO, "goaway", **about, level=self.level, reason=reason)
-        if reason != REPLACED and self._client.has_too_many_sessions():
+        about = {"server": self.transport.peer, **self._mapping.about(), "level": self.level}
+        log_event(INFO, "goaway", **about, reason=reason)
+        if reason != REPLACED and len(self._client.sessions()) >= self._client.max_sessions:
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
         self.goaway = reason
-        self.over.set()
+        if reason != REPLACED:
+            self.over.set()
 
     def on_new_conn(self, frame: Frame) -> None:
-        visitor = self.ways.visitor(frame.payload)
+        visitor, number = self.ways.visitor(frame.payload), frame.stream
         if self.writer.is_behind():
-            limit = f"over {MAX_UNSENT_BYTES} bytes that the server has not read"
-            raise ProtocolError(f"NEW_CONN, with {limit}")
+            raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
         full = self._client.stream_count() >= MAX_STREAMS
-        number = frame.stream
         with self._lock:
-            new = self.ways.is_new(number, self._last_stream)
-            if not number or number in self._streams or not new:
+            if not number or number in self._streams or not self.ways.is_new(number, self._last_stream):
                 raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
             stream = self.ways.stream(self, number, None, visitor)
             self.add_locked(stream)
@@ -2990,8 +2815,7 @@ class ClientSession(Session):
             sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
             if self._client.settings.proxy_protocol:
                 public = self._public or self._mapping.local  # at level 0 it is not said
-                # It fits into an empty socket buffer, so it does not wait.
-                sock.sendall(proxy_line(stream.visitor, public))
+                sock.sendall(proxy_line(stream.visitor, public))  # it fits into the empty buffer: no wait
             return sock
         except OSError as error:
             about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
@@ -3007,45 +2831,27 @@ class Client(Program):
     """
 
     def __init__(
-        self,
-        server: Address,
-        mappings: Sequence[Mapping],
-        reconnect_max_s: float,
-        settings: Settings,
-        context: rtunnel_tls.TlsContext | None,
-        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
-    ) -> None:
-        super().__init__(settings, context)
-        self._load_context = load_context or (lambda: context)
-        self._server = server
-        self._mappings = mappings
-        self._reconnect_max_s = reconnect_max_s
+        self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
+        context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(settings, context, load_context)
+        self._server, self._mappings, self._reconnect_max_s = server, mappings, reconnect_max_s
+        self.max_sessions = len(mappings) + MAX_RETIRED
         self._opening = threading.BoundedSemaphore(MAX_OPENING)
-        # The server is of level 1: its silence is the network's. Any reader sets it.
-        self.expects_welcome = False
+        self.expects_welcome = False  # the server is of level 1: its silence is the network's; any reader's
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
-        self._replaced: set[Mapping] = set()  # by a clone, which they leave in peace while it lives
 
     def start(self) -> None:
         super().start()
         for mapping in self._mappings:
-            self.pool.run(f"mapping {mapping.local}", lambda m=mapping: self._run_mapping(m))  # type: ignore[misc]
-
-    def reload(self, fresh: Program) -> None:
-        assert isinstance(fresh, Client)
-        super().reload(fresh)
-        self._load_context = fresh._load_context
-
-    def has_too_many_sessions(self) -> bool:
-        return len(self.sessions()) >= len(self._mappings) + MAX_RETIRED
+            self.pool.run(f"mapping {mapping.local}", functools.partial(self._run_mapping, mapping))
 
     def has_opened(self, mapping: Mapping) -> None:
         with self._lock:
             self._has_served = True
             self._denied.pop(mapping, None)
-            self._replaced.discard(mapping)
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff = Backoff(self._reconnect_max_s)
@@ -3061,32 +2867,22 @@ class Client(Program):
         """One session, until it takes no more visitors; returns the seconds until the next."""
         about: dict[str, object] = {"server": self._server, **mapping.about()}
         try:
-            with self._lock:
-                takeover = mapping not in self._replaced
-            session = self._connect(mapping, takeover)
-            try:
-                self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
-            except NoThread:
-                session.transport.close()
-                raise
+            session = self._connect(mapping, backoff.takeover, about)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             if not self.stop_asked.is_set():
-                reason = reason_of(error)
-                log_event(WARNING, "connect-failed", **about, level=0, reason=reason, retry_s=wait)
+                log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
         session.over.wait()
         if session.is_open:
             backoff.reset()
+            backoff.takeover = session.goaway != REPLACED  # a clone's is left in peace while it lives
         if session.goaway == REPLACED:
-            session.has_ended.wait()
-            with self._lock:
-                self._replaced.add(mapping)
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
-            return FIRST_RETRY_S if session.is_young() else 0
+            return FIRST_RETRY_S if time.monotonic() < session.began + FIRST_RETRY_S else 0
         elif session.refused is not None and session.refused.code in FINAL_REFUSALS:
-            wait = self._take_denial(mapping, session.refused)
+            wait = self._take_denial(mapping, session.refused, about)
         else:
             wait = backoff.next_s()
         if not self.stop_asked.is_set():
@@ -3094,47 +2890,42 @@ class Client(Program):
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
 
-    def _connect(self, mapping: Mapping, takeover: bool) -> ClientSession:
-        """Raises OSError, HandshakeError, SessionEnded."""
+    def _connect(self, mapping: Mapping, takeover: bool, about: dict[str, object]) -> ClientSession:
+        """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
         with self._opening:
-            log_event(DEBUG, "connecting", server=self._server, **mapping.about())
-            self._renew_context()
+            log_event(DEBUG, "connecting", **about)
+            load = self._load_context
+            try:  # the certificate that is there now; where it is broken, the old one
+                context = load()
+                with self._lock:
+                    if load is self._load_context:  # else main has reloaded meanwhile
+                        self._context = context
+            except rtunnel_tls.TlsConfigError as error:
+                log_event(ERROR, "reload-failed", reason=error)
             sock = dial(self._server, CONNECT_TIMEOUT_S)
             try:
-                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S))
+                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), **mapping.about())
+                session = ClientSession(transport, self, mapping, takeover)
+                self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
             except BaseException:
                 sock.close()
                 raise
-        log_receipt(transport, **mapping.about())
-        return ClientSession(transport, self, mapping, takeover)
+        return session
 
     def _read(self, session: ClientSession, about: dict[str, object]) -> None:
         """The session reader."""
         reason = session.run()
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
-            about = about | {"level": session.level, "reason": reason}
-            log_event(INFO, "session-closed", **about, **session.rtt())
+            log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
 
-    def _renew_context(self) -> None:
-        """Take the certificate that is there now; where it is broken, go on with the old one."""
-        load = self._load_context
-        try:
-            context = load()
-        except rtunnel_tls.TlsConfigError as error:
-            log_event(ERROR, "reload-failed", reason=error)
-            return
-        with self._lock:
-            if load is self._load_context:  # else main has reloaded meanwhile
-                self._context = context
-
-    def _take_denial(self, mapping: Mapping, refused: Refused) -> float:
+    def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
         with self._lock:
             new = self._denied.get(mapping) != str(refused)
             self._denied[mapping] = str(refused)
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
         if new:
-            log_event(ERROR, "refused", server=self._server, **mapping.about(), reason=str(refused))
+            log_event(ERROR, "refused", **about, reason=str(refused))
         if hopeless:
             self.status = 3
             self.stop_asked.set()
