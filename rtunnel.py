@@ -1272,6 +1272,44 @@ class Writer:
 # ---- stream (PROTOCOL.md, sections 4, 6 and 7) ------------------------------------------------
 
 
+class ByteQueue:
+    """What waits for a socket, in blocks. One large buffer would cost up to twice its size.
+
+    It is copied whole as it grows, and what it leaves stays resident in malloc's arenas.
+    Locking: its stream's.
+    """
+
+    __slots__ = ("_blocks", "_count")
+
+    def __init__(self) -> None:
+        self._blocks: list[bytearray] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, part: memoryview) -> None:
+        self._count += len(part)
+        while part:
+            if not self._blocks or len(self._blocks[-1]) >= DRAIN_BYTES:
+                self._blocks.append(bytearray())
+            last = self._blocks[-1]
+            taken = part[: DRAIN_BYTES - len(last)]
+            last += taken
+            part = part[len(taken) :]
+
+    def first(self) -> bytearray:
+        """The block that goes next. There must be one."""
+        return self._blocks[0]
+
+    def drop(self, count: int) -> None:
+        """So many bytes of the first block have left."""
+        self._count -= count
+        del self._blocks[0][:count]
+        if not self._blocks[0]:
+            del self._blocks[0]
+
+
 class Receiving(enum.Enum):
     """The direction from the tunnel to the socket."""
 
@@ -1316,7 +1354,7 @@ class Stream:
         self._sending = Sending.OPEN
         self._cause: str | None = None  # of an end that is not clean; the first
         self._sock = sock
-        self._queue = bytearray()
+        self._queue = ByteQueue()
         self._draining = False  # a drainer is at work
         self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
         self._swept_at = self._opened_at
@@ -1350,7 +1388,7 @@ class Stream:
     def _enqueue_locked(self, part: memoryview) -> None:
         """The window has bounded it."""
         if self._receiving is Receiving.OPEN:
-            self._queue += part
+            self._queue.append(part)
 
     def close_received(self, reason: bytes) -> None:
         """The peer's CLOSE_CONN: a reset."""
@@ -1460,7 +1498,7 @@ class Stream:
         """Nothing more goes to the socket, neither what is queued nor FIN."""
         assert self._lock.locked()
         self._receiving = state
-        self._queue = bytearray()
+        self._queue = ByteQueue()
         self._changed.notify_all()
 
     def _wake_pump_locked(self) -> None:
@@ -1657,9 +1695,10 @@ class Stream:
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
-            with memoryview(self._queue) as view:
-                count = self._deliver_locked(view[:DRAIN_BYTES])
-            del self._queue[:count]
+            with memoryview(self._queue.first()) as view:
+                count = self._deliver_locked(view)
+            if count:
+                self._queue.drop(count)
         if self._receiving is Receiving.ENDING and not self._queue:
             self._receiving = Receiving.ENDED
             with contextlib.suppress(OSError):

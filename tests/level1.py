@@ -27,7 +27,7 @@ LOOPBACK = rtunnel.Address("127.0.0.1", 0)
 
 
 class Log(logging.Handler):
-    """What the program logs in this process, at debug level, while the block lasts."""
+    """What the program logs in this process, at debug level, while the block lasts; no line is held back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +60,7 @@ class Log(logging.Handler):
 
     def __enter__(self) -> Log:
         self._before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
+        self._burst, rtunnel.LOG_BURST = rtunnel.LOG_BURST, 1_000_000
         rtunnel.LOG.setLevel(logging.DEBUG)
         rtunnel.LOG.handlers[:] = [self]
         rtunnel.LOG.propagate = False
@@ -67,6 +68,7 @@ class Log(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = self._before
+        rtunnel.LOG_BURST = self._burst
         for record in self._records:  # shown where the test has failed
             print(record.level, record.event, *(f"{key}={value}" for key, value in record.fields.items()))
         assert not self.events("internal-error"), self.events("internal-error")

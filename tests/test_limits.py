@@ -168,10 +168,10 @@ def test_lines_about_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     is over, though no more come. Other events have their own few. Then it begins anew."""
     assert (rtunnel.LOG_EVERY_S, rtunnel.LOG_BURST) == (1.0, 2)
     monkeypatch.setattr(rtunnel, "LOG_EVERY_S", 0.2)
-    monkeypatch.setattr(rtunnel, "LOG_BURST", 10)
     log_limit = rtunnel.LimitLog()
     rtunnel.CLOCK.start()
-    with Log() as log:
+    with Log() as log, monkeypatch.context() as patch:
+        patch.setattr(rtunnel, "LOG_BURST", 10)
         for number in range(25):
             log_limit("full", number=number)
         for number in range(10):
@@ -337,7 +337,7 @@ def test_a_client_without_descriptors(limited: Callable[..., Program], server: F
         eventually(lambda: is_served(public))
 
 
-def test_out_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_threads() -> None:
     """A listener that can start no thread closes the connection, waits before it takes another, and recovers."""
 
     class Poor(rtunnel.Pool):
@@ -350,7 +350,6 @@ def test_out_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pool = Poor()
     rtunnel.CLOCK.start()
-    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     with Log() as log:
         loopback = rtunnel.Address("127.0.0.1", 0)
         listener = rtunnel.Listener(loopback, pool, lambda sock, peer: sock.sendall(b"hello"))
@@ -371,7 +370,6 @@ def test_out_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_visitors_for_whom_there_is_no_thread(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A visitor for whom the server has no thread is reset, which is no clean end; those that are there go on, and the
     next one is served when there are threads again."""
-    monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     with echo_service() as service, contextlib.ExitStack() as stack:
         public = ends.open_tunnel(service)
         first = stack.enter_context(served(public))
@@ -682,6 +680,7 @@ def test_refusals_are_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
     """A client that is refused, and comes again and again, costs a few lines a second; each refusal is counted."""
     monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 0)
     monkeypatch.setattr(rtunnel, "LOG_EVERY_S", 0.5)
+    monkeypatch.setattr(rtunnel, "LOG_BURST", 5)
     monkeypatch.setattr(rtunnel, "log_limit", rtunnel.LimitLog())
     control, started = ends.open_server(), time.monotonic()
     for _ in range(40):

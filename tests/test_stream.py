@@ -54,13 +54,15 @@ class Log(logging.Handler):
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """What the program logs in this process, at debug level."""
+    """What the program logs in this process, at debug level; no line is held back."""
     handler = Log()
     before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
     rtunnel.LOG.setLevel(logging.DEBUG)
     rtunnel.LOG.handlers[:] = [handler]
     rtunnel.LOG.propagate = False
+    burst, rtunnel.LOG_BURST = rtunnel.LOG_BURST, 1_000_000
     yield handler
+    rtunnel.LOG_BURST = burst
     rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = before
 
 
