@@ -1250,6 +1250,7 @@ class Writer:
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
+        assert self._lock.locked()
         fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
         return fits and len(self._queue) < QUEUE_FRAMES
 
@@ -1267,7 +1268,7 @@ class Writer:
             if wake:
                 self._wake_sender_locked()
 
-    def grant(self, stream: Outlet, count: int) -> None:
+    def grant(self, stream: Stream, count: int) -> None:
         """Queue credit for the peer: a WINDOW, summed with what is unsent of its stream."""
         with self._lock:
             if self._cause is None and not stream.silenced:
@@ -1286,9 +1287,10 @@ class Writer:
 
     def is_behind(self) -> bool:
         """Whether the peer reads too little for more streams: each leaves frames behind."""
-        return len(self._control) > MAX_UNSENT_BYTES  # read without the lock, as in the next one
+        return len(self._control) > MAX_UNSENT_BYTES  # read without the lock: a number is whole
 
     def unsent_bytes(self) -> int:
+        """For the log, read without the lock."""
         return self._queue_bytes + len(self._control)
 
     def flush(self) -> None:
@@ -1298,6 +1300,7 @@ class Writer:
             self._wake_sender_locked()
 
     def _wake_sender_locked(self) -> None:
+        assert self._lock.locked()
         if not self._writing:  # else who writes wakes it at the end
             self._work.notify()
 
@@ -1314,6 +1317,7 @@ class Writer:
                 self._write(batch)
 
     def _has_work_locked(self) -> bool:
+        assert self._lock.locked()
         return bool(self._control or self._queue or self._grants or self._flush)
 
     def close(self, cause: str, last_frame: bytes = b"") -> None:
@@ -1395,13 +1399,14 @@ def end_frame(kind: FrameType, number: int, reason: str) -> bytes:
     return encode(kind, number, reason.encode("ascii", "replace")[:MAX_REASON_BYTES])
 
 
-class Outlet:
-    """A stream's state, and its half from the tunnel to the socket. `Stream` has the other half.
+class Stream:
+    """One visitor's connection, carried by one session: its state, and the way to its socket.
 
-    Threads: fed and ended by the session reader, drained by its drainer, swept by the clock,
-    aborted by any.
+    Threads: fed and ended by the session reader, drained by its drainer, swept by the clock, closed
+    by its pump, aborted by any.
     Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of writer
-    and budget may be taken.
+    and budget may be taken. Only the pump closes the socket, when no drainer is at work: a
+    descriptor closed under another thread's call could carry its bytes to a stranger.
     Invariant: the queue never exceeds window + debt. While something is queued and there is a
     socket, a drainer is at work.
     """
@@ -1471,8 +1476,8 @@ class Outlet:
         It doubles then. What is owed goes back too, also where nothing can grow: up to half a
         window may be owed, and a peer that bursts would reach half its speed with it.
         """
-        window, session = self._receive_window, self._session
         with self._lock:
+            window, session = self._receive_window, self._session
             if self._queue or self._receiving is not Receiving.OPEN or window.debt:
                 return
             wanted = window.growth(window_limit(session.shortest_rtt_s))
@@ -1508,6 +1513,7 @@ class Outlet:
             self._abort_locked(cause)
 
     def _abort_locked(self, cause: str) -> None:
+        assert self._lock.locked()
         if self._cause is None:
             self._cause = cause
             self._stop_receiving_locked()
@@ -1515,6 +1521,7 @@ class Outlet:
 
     def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
         """Nothing more goes to the socket, neither what is queued nor FIN."""
+        assert self._lock.locked()
         self._receiving = state
         self._queue = bytearray()
         self._changed.notify_all()
@@ -1528,6 +1535,7 @@ class Outlet:
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
+        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             return True
         if self._receiving is not Receiving.BROKEN and not self._has_ended_locked():
@@ -1536,6 +1544,7 @@ class Outlet:
 
     def _has_ended_locked(self) -> bool:
         """For the wire: both ends have sent EOF, or one CLOSE_CONN, or one is about to."""
+        assert self._lock.locked()
         half = self._receiving is not Receiving.OPEN
         return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
@@ -1567,6 +1576,7 @@ class Outlet:
 
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
+        assert self._lock.locked()
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
@@ -1581,10 +1591,11 @@ class Outlet:
         self._changed.notify_all()
 
     def _fin_sent_locked(self) -> None:
-        """For level 0."""
+        """For level 0. Called with its lock held."""
 
     def _end_receiving_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
+        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             self._receiving = Receiving.ENDING
             self._moved_at = time.monotonic()
@@ -1624,24 +1635,42 @@ class Outlet:
             self._abort_locked(cause)
             self._changed.notify_all()
 
+    def refuse(self, cause: str) -> None:
+        """In place of `run`, where there is no thread for it. Raises SessionEnded."""
+        self.abort(cause)
+        self._session.forget(self)
+        self._session.writer.post(end_frame(FrameType.CLOSE_CONN, self.number, cause))
 
-class Stream(Outlet):
-    """One visitor's connection, carried by one session, at level 1.
+    def _close(self) -> None:
+        """The pump's last step. What it reads without the lock does not change any more."""
+        with self._lock:
+            while self._draining:
+                self._changed.wait()
+            sock, self._sock = self._sock, None
+            self._stop_receiving_locked()
+            self._session.budget.give(self._receive_window.grown)
+        if sock is not None:
+            reset_at_close(sock, self._cause is not None)
+            sock.close()
+        self._session.forget(self)
+        log_event(
+            DEBUG, "stream-closed", stream=self.number, peer=self.visitor,
+            level=self._session.level, received=self._received, sent=self._sent,
+            seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
+        )  # fmt: skip
 
-    Threads: run by its pump, who has all that is here; the others see `Outlet`.
-    Locking: `_lock`, as there. Only the pump closes the socket, when no drainer is at work: a
-    descriptor closed under another thread's call could carry its bytes to a stranger.
-    """
+
+class PumpedStream(Stream):
+    """The same with its pump, whose thread runs all that is here: from the socket to the tunnel."""
 
     _reset_behind_data = False  # CLOSE_CONN goes behind the DATA that is still here
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
         """The pump's life: dial (client), socket to DATA frames, the ends, close."""
-        level = self._session.level
-        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=level)
+        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
             self._session.writer.send(self)  # its NEW_CONN, if it is new
-            sock = self._dial(connect) if connect else self._sock
+            sock = self._dial(connect) if connect else self._sock  # without the lock: given by __init__
             if sock is not None:
                 self._pump(sock)
                 self._end_sending(sock)
@@ -1731,10 +1760,12 @@ class Stream(Outlet):
 
     def _watch_locked(self, sock: socket.socket) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
+        assert self._lock.locked()
         if not self._changed.wait(WATCH_S) and (self._receiving is Receiving.BROKEN or has_error(sock)):
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
+        assert self._lock.locked()
         self._sending = Sending.ENDED
         return FrameType.EOF
 
@@ -1750,40 +1781,14 @@ class Stream(Outlet):
         else:
             self._session.writer.post_last(self, frame)
 
-    def refuse(self, cause: str) -> None:
-        """In place of `run`, where there is no thread for it. Raises SessionEnded."""
-        self.abort(cause)
-        self._session.forget(self)
-        self._session.writer.post(end_frame(FrameType.CLOSE_CONN, self.number, cause))
-
-    def _close(self) -> None:
-        with self._lock:
-            while self._draining:
-                self._changed.wait()
-            sock, self._sock = self._sock, None
-            self._stop_receiving_locked()
-            self._session.budget.give(self._receive_window.grown)
-        if sock is not None:
-            reset_at_close(sock, self._cause is not None)
-            sock.close()
-        self._session.forget(self)
-        log_event(
-            DEBUG, "stream-closed", stream=self.number, peer=self.visitor,
-            level=self._session.level, received=self._received, sent=self._sent,
-            seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
-        )  # fmt: skip
-
 
 # ---- who may what -----------------------------------------------------------------------------
 
 
 class PortRules:
-    """Which identity may open which ports: those of `*`, unless it has rules of its own.
+    """Which identity may open which ports: those of `*`, unless it has rules of its own."""
 
-    Port 0 stands for one that the server chooses.
-    """
-
-    DEFAULT = "*=0,1024-65535"
+    DEFAULT = "*=0,1024-65535"  # 0: one that the server chooses
 
     def __init__(self, items: Sequence[tuple[str, list[range]]]) -> None:
         """`items` as `parse` gives them; none: DEFAULT. Raises ConfigError."""
@@ -1848,7 +1853,7 @@ class Level(NamedTuple):
     """What differs between the levels, beside their streams: the original says less, takes more."""
 
     number: int
-    stream: type[Stream]
+    stream: type[PumpedStream]
     window: int  # where a stream's begins
     lingers: bool  # a lease whose session ended waits for its holder's return
 
@@ -1877,14 +1882,12 @@ class Level(NamedTuple):
         return address
 
     def is_new(self, number: int, last: int) -> bool:
-        """Whether NEW_CONN may open this stream, after the highest so far.
-
-        At level 0 in any order: the original numbers its visitors before it queues their frames (S-2).
-        """
+        """Whether NEW_CONN may open this stream, after the highest so far."""
+        # At level 0 in any order: the original numbers visitors before it queues their frames (S-2).
         return number > last or not self.number
 
 
-LEVEL_1 = Level(1, Stream, WINDOW_BYTES, lingers=True)
+LEVEL_1 = Level(1, PumpedStream, WINDOW_BYTES, lingers=True)
 
 
 class Session:
@@ -1955,8 +1958,7 @@ class Session:
         self.transport.wants_flush = nothing
         with self._lock:
             self._cancel_timers_locked()
-        assert self._cause is not None
-        return self._cause
+            return self._cause or "ended"
 
     def _read(self) -> None:
         """Dispatch what comes, until the peer's end.
@@ -2098,8 +2100,7 @@ class Session:
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
-        peer, identity = self.transport.peer, self.transport.identity
-        log_event(WARNING, "expelled", peer=peer, identity=identity, reason=reason)
+        log_event(WARNING, "expelled", peer=self.transport.peer, identity=self.transport.identity, reason=reason)
         self.end(reason)
 
     def retire(self, reason: str) -> None:
@@ -2113,10 +2114,10 @@ class Session:
             return list(self._streams.values())
 
     def stream_count(self) -> int:
-        return len(self._streams)  # read without the lock, as in the next one
+        return len(self._streams)  # read without the lock: a number is whole
 
     def has_had_streams(self) -> bool:
-        return self._last_stream > 0
+        return self._last_stream > 0  # read without the lock, likewise
 
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
@@ -3170,7 +3171,7 @@ class Client(Program):
 # ---- the original's ways: level 0 (PROTOCOL.md, section 5) ------------------------------------
 
 
-class OriginalStream(Stream):
+class OriginalStream(PumpedStream):
     """A stream at level 0: one CLOSE_CONN each way ends both directions, and there is no credit.
 
     The window never runs out. What is queued is bounded by the reader, which waits.
@@ -3211,12 +3212,14 @@ class OriginalStream(Stream):
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""
+        assert self._lock.locked()
         self._sending = Sending.CLOSED
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
     def _fin_sent_locked(self) -> None:
         """A socket that does not answer our FIN is closed (E-7)."""
+        assert self._lock.locked()
         if self._peer_closed:
             CLOCK.after(LINGER_S, self._end_linger)
 
