@@ -1000,8 +1000,8 @@ class Listener(socketserver.ThreadingTCPServer):
 class PlainTransport:
     """What a session reads and writes: a TCP connection.
 
-    Threads: `receive_into` and `close` from the session reader; `send` and `finish` from whom
-    the writer lets write; `shutdown` from any, also when it is closed.
+    Threads: `receive_into` and `close` from the session reader; `send` and `finish` from whom the
+    writer lets write; `shutdown` from any, also when it is closed.
     The socket carries no Python timeout once the handshake is over. That would bound a whole
     `send`, be shared by reader and writer, and turn each receive into poll and receive.
     Locking: `_lock` is held in `shutdown` and `close`. Else the one could meet a descriptor that
@@ -1034,17 +1034,16 @@ class PlainTransport:
         """Of each wait: TimeoutError. In the handshake only, when one thread has the transport."""
         self._sock.settimeout(seconds)
 
-    def finish(self) -> None:
-        """No more will be sent; the peer sees a clean end. Raises OSError."""
-        self._sock.shutdown(socket.SHUT_WR)
-
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
-        whole, fraction = divmod(seconds, 1)
-        timeout = struct.pack("ll", int(whole), int(1e6 * fraction))
+        timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         if os.name == "nt":
             timeout = struct.pack("L", round(1000 * seconds))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    def finish(self) -> None:
+        """No more will be sent; the peer sees a clean end. Raises OSError."""
+        self._sock.shutdown(socket.SHUT_WR)
 
     def shutdown(self) -> None:
         """End it both ways; whoever waits in it wakes."""
@@ -1071,8 +1070,8 @@ class Writer:
     and waits only where that is full: that is the back-pressure. One TLS record then carries many
     small frames.
 
-    Threads: `send` from pumps; `serve`, `finish` from the control sender; `wait_unused`
-    from the reader; the others from any, they never wait.
+    Threads: `send` from pumps; `serve`, `finish` from the control sender; the others from
+    any, they never wait.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
     Invariant: where something is queued, somebody is writing or the control sender has been woken.
@@ -1085,12 +1084,11 @@ class Writer:
         self._transport = transport
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the control sender
-        self._room = threading.Condition(self._lock)  # for pumps, the first first
-        self._unused = LateCondition(self._lock)  # nobody writes any more
+        self._room = threading.Condition(self._lock)  # for pumps, the first first; behind the end
+        # for those who wait until nobody writes
         # guarded by _lock
         self._writing = False
-        self._control: list[bytes] = []
-        self._control_bytes = 0
+        self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
         self._queue_bytes = 0
@@ -1108,11 +1106,17 @@ class Writer:
         with self._lock:
             # Who comes later waits behind those who wait, or they would never get room.
             if self._writing and frame and (self._waiting or not self._has_room_locked(len(frame))):
-                self._wait_for_room_locked(stream, len(frame))
-            self._check_open_locked()
-            if stream.silenced:
+                self._waiting += 1
+                self._room.wait()
+                while not (self._has_room_locked(len(frame)) or stream.silenced or self._cause is not None):
+                    self._room.wait()
+                self._waiting -= 1
+                self._room.notify()  # there may be room for the next one, too
+            if self._cause is not None:
+                raise SessionEnded(self._cause)
+            if stream.silenced or not (frame or self._has_work_locked()):
                 return
-            if self._writing or not (frame or self._has_work_locked()):
+            if self._writing:
                 if frame:
                     self._queue.append((stream, bytes(frame)))
                     self._queue_bytes += len(frame)
@@ -1121,18 +1125,9 @@ class Writer:
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
+        assert self._lock.locked()
         fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
         return fits and len(self._queue) < QUEUE_FRAMES
-
-    def _wait_for_room_locked(self, stream: Stream, count: int) -> None:
-        self._waiting += 1
-        self._room.wait()
-        while self._writing and not stream.silenced and self._cause is None:
-            if self._has_room_locked(count):
-                break
-            self._room.wait()
-        self._waiting -= 1
-        self._room.notify()  # there may be room for the next one, too
 
     def post(self, frame: bytes, *, provoked: bool = False, wake: bool = True) -> None:
         """Queue a control frame, ahead of all DATA. Without `wake` the caller must `send`.
@@ -1140,11 +1135,11 @@ class Writer:
         Raises SessionEnded; ProtocolError where the peer provokes more than it reads.
         """
         with self._lock:
-            self._check_open_locked()
-            if provoked and self._control_bytes > MAX_UNSENT_BYTES:
+            if self._cause is not None:
+                raise SessionEnded(self._cause)
+            if provoked and self.is_behind():
                 raise ProtocolError(f"over {MAX_UNSENT_BYTES} bytes of answers are unsent")
-            self._control.append(frame)
-            self._control_bytes += len(frame)
+            self._control += frame
             if wake:
                 self._wake_sender_locked()
 
@@ -1167,12 +1162,11 @@ class Writer:
 
     def is_behind(self) -> bool:
         """Whether the peer reads too little for more streams: each leaves frames behind."""
-        with self._lock:
-            return self._control_bytes > MAX_UNSENT_BYTES
+        return len(self._control) > MAX_UNSENT_BYTES  # read without the lock: a number is whole
 
     def unsent_bytes(self) -> int:
-        with self._lock:
-            return self._queue_bytes + self._control_bytes
+        """For the log, read without the lock."""
+        return self._queue_bytes + len(self._control)
 
     def flush(self) -> None:
         """Have the control sender send what the transport itself has to say."""
@@ -1214,25 +1208,13 @@ class Writer:
 
         A WELCOME that is still queued goes first: without it the last frame is not understood.
         """
-        self.wait_unused()
         with self._lock:
-            rest = b"".join([*self._control, self._last_frame]) if self._last_frame else b""
-            self._control.clear()
+            while self._writing:  # the transport's shutdown ends that
+                self._room.wait()
         with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if rest:
-                self._transport.send(rest)
+            if self._last_frame:  # read without the lock: after the end all stays as it is
+                self._transport.send(self._control + self._last_frame)
             self._transport.finish()
-
-    def wait_unused(self) -> None:
-        """Wait until nobody is in the transport's `send`, which its shutdown ends."""
-        with self._lock:
-            while self._writing:
-                self._unused.wait()
-
-    def _check_open_locked(self) -> None:
-        assert self._lock.locked()
-        if self._cause is not None:
-            raise SessionEnded(self._cause)
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
@@ -1240,18 +1222,16 @@ class Writer:
         self._writing = True
         if not self._has_work_locked():
             return own  # without a copy
-        frames: list[bytes | memoryview] = [*self._control]
         grants = self._grants.items()
-        frames += [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
-        frames += [frame for _, frame in self._queue]
-        frames.append(own)
+        windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
+        batch = b"".join([self._control, *windows, *(frame for _, frame in self._queue), own])
         self._control.clear()
         self._grants.clear()
         self._queue.clear()
-        self._control_bytes = self._queue_bytes = 0
+        self._queue_bytes = 0
         self._flush = False  # each send takes along what the transport has to say
         self._room.notify()
-        return b"".join(frames)
+        return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
         """Raises SessionEnded."""
@@ -1264,7 +1244,7 @@ class Writer:
             with self._lock:
                 self._writing = False
                 if self._cause is not None:
-                    self._unused.notify_all()
+                    self._room.notify_all()
                 elif self._has_work_locked():
                     self._work.notify()
 
@@ -1327,11 +1307,16 @@ class Sending(enum.Enum):
     CLOSED = "closed"  # CLOSE_CONN has been said or has come: the peer has forgotten the stream
 
 
-class Stream:
-    """One visitor's connection, carried by one session, at level 1.
+def end_frame(kind: FrameType, number: int, reason: str) -> bytes:
+    """CLOSE_CONN or GOAWAY."""
+    return encode(kind, number, reason.encode("ascii", "replace")[:MAX_REASON_BYTES])
 
-    Threads: fed and ended by the session reader, run by its pump, drained by its drainer, swept by
-    the clock, aborted by any.
+
+class Stream:
+    """One visitor's connection, carried by one session: its state, and the way to its socket.
+
+    Threads: fed and ended by the session reader, drained by its drainer, swept by the clock, closed
+    by its pump, aborted by any.
     Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of writer
     and budget may be taken. Only the pump closes the socket, when no drainer is at work: a
     descriptor closed under another thread's call could carry its bytes to a stranger.
@@ -1346,29 +1331,24 @@ class Stream:
         self._opened_at = time.monotonic()
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
         self._sent_at = self._opened_at  # the last of them, or the end
-        self._read_all = False  # all that the socket had before its reset; the pump's
         self._lock = threading.Lock()
         self._changed = LateCondition(self._lock)  # more credit, a drainer gone, an end, room
         # guarded by _lock
         self._receiving = Receiving.OPEN
         self._sending = Sending.OPEN
         self._cause: str | None = None  # of an end that is not clean; the first
+        self._is_over = False  # the pump has nothing more to receive
         self._sock = sock
         self._queue = ByteQueue()
         self._draining = False  # a drainer is at work
         self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
-        self._swept_at = self._opened_at
         self._received = 0  # bytes from the tunnel
-        self._send_window, self._receive_window = self._windows()
+        self._send_window = SendWindow(session.peer_window)
+        self._receive_window = ReceiveWindow(session.ways.window)
         # guarded by Writer._lock
         self.silenced = False  # this side's last frame is queued
         if sock is not None and DONT_WAIT is None:
             sock.setblocking(False)
-
-    def _windows(self) -> tuple[SendWindow, ReceiveWindow]:
-        return SendWindow(self._session.peer_window), ReceiveWindow(WINDOW_BYTES)
-
-    # -- called by the session reader
 
     def feed(self, part: memoryview) -> None:
         """DATA for the socket: at once where it takes it, else queued. Raises ProtocolError."""
@@ -1380,27 +1360,21 @@ class Stream:
             if not self._queue and self._sock is not None:
                 part = part[self._deliver_locked(part) :]
             if part:
-                self._enqueue_locked(part)
-            drain = self._needs_drainer_locked()
-        if drain:
+                self._queue.append(part)
+        if self._queue:  # read without the lock
             self._start_drainer()
-
-    def _enqueue_locked(self, part: memoryview) -> None:
-        """The window has bounded it."""
-        if self._receiving is Receiving.OPEN:
-            self._queue.append(part)
-
-    def close_received(self, reason: bytes) -> None:
-        """The peer's CLOSE_CONN: a reset."""
-        with self._lock:
-            self._sending = Sending.CLOSED
-            self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
 
     def end_received(self, _: bytes = b"") -> None:
         """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
+
+    def close_received(self, reason: bytes) -> None:
+        """The peer's CLOSE_CONN: a reset."""
+        with self._lock:
+            self._sending = Sending.CLOSED
+            self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
 
     def window_received(self, payload: bytes) -> None:
         """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
@@ -1415,14 +1389,62 @@ class Stream:
         It doubles then. What is owed goes back too, also where nothing can grow: up to half a
         window may be owed, and a peer that bursts would reach half its speed with it.
         """
-        window, session = self._receive_window, self._session
         with self._lock:
+            window, session = self._receive_window, self._session
             if self._queue or self._receiving is not Receiving.OPEN or window.debt:
                 return
             wanted = window.growth(window_limit(session.shortest_rtt_s))
-            grant = window.grow(session.budget.take(wanted, window.grown))
-            if grant:
+            if grant := window.grow(session.budget.take(wanted, window.grown)):
                 session.writer.grant(self, grant)
+
+    def sweep(self) -> None:
+        """Called by the clock, every 5 s: take back the growth of a queue that has not moved since.
+
+        And end a stream of which one direction has ended and the other has been silent for long.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
+                self._receive_window.shrink()
+            half_open = self._sending is not Sending.OPEN or self._receiving is not Receiving.OPEN
+            if half_open and now - max(self._moved_at, self._sent_at) > STUCK_S:
+                self._abort_locked("stuck")
+
+    def state(self) -> dict[str, object]:
+        """What a line of the log says about it."""
+        with self._lock:
+            return {
+                "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
+                "queued": len(self._queue), "seconds": time.monotonic() - self._opened_at,
+                "window": self._receive_window.size, "credit": self._send_window.credit,
+                "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
+            }  # fmt: skip
+
+    def abort(self, cause: str) -> None:
+        """End both directions with a reset of the socket; the first cause stays. Never waits."""
+        with self._lock:
+            self._abort_locked(cause)
+
+    def _abort_locked(self, cause: str) -> None:
+        assert self._lock.locked()
+        if self._cause is None:
+            self._cause = cause
+            self._stop_receiving_locked()
+            self._end_pump_locked()
+
+    def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
+        """Nothing more goes to the socket, neither what is queued nor FIN."""
+        assert self._lock.locked()
+        self._receiving = state
+        self._queue = ByteQueue()
+        self._changed.notify_all()
+
+    def _end_pump_locked(self) -> None:
+        assert self._lock.locked()
+        self._is_over = True
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)  # SHUT_WR would send FIN, a clean end
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
@@ -1439,235 +1461,11 @@ class Stream:
         half = self._receiving is not Receiving.OPEN
         return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
-    # -- called by the clock
-
-    def sweep(self) -> None:
-        """Take back the growth of a queue that has not moved since the last sweep, 5 s ago.
-
-        And end a stream of which one direction has ended and the other has been silent for long.
-        """
-        now = time.monotonic()
-        with self._lock:
-            if self._queue and self._moved_at < self._swept_at and self._receive_window.grown:
-                self._receive_window.shrink()
-            half_open = self._sending is not Sending.OPEN or self._receiving is not Receiving.OPEN
-            if half_open and now - max(self._moved_at, self._sent_at) > STUCK_S:
-                self._abort_locked("stuck")
-            self._swept_at = now
-
-    # -- called by any thread
-
-    def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
-        with self._lock:
-            return {
-                "stream": self.number,
-                "peer": self.visitor,
-                "received": self._received,
-                "sent": self._sent,
-                "queued": len(self._queue),
-                "seconds": time.monotonic() - self._opened_at,
-                "window": self._receive_window.size,
-                "credit": self._send_window.credit,
-                "ended": self._receiving is Receiving.ENDED,
-                "outbound_ended": self._sending is not Sending.OPEN,
-            }
-
-    def abort(self, cause: str) -> None:
-        """End both directions with a reset of the socket; the first cause stays. Never waits."""
-        with self._lock:
-            self._abort_locked(cause)
-
-    def refuse(self, cause: str) -> None:
-        """In place of `run`, where there is no thread for it. Raises ProtocolError, SessionEnded."""
-        self.abort(cause)
-        self._session.forget(self)
-        reason = cause.encode("ascii", "replace")[:MAX_REASON_BYTES]
-        frame = encode(FrameType.CLOSE_CONN, self.number, reason)
-        self._session.writer.post(frame, provoked=True)
-
-    def _abort_locked(self, cause: str) -> None:
-        assert self._lock.locked()
-        if self._cause is not None:
-            return
-        self._cause = cause
-        self._stop_receiving_locked()
-        self._wake_pump_locked()
-
-    def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
-        """Nothing more goes to the socket, neither what is queued nor FIN."""
-        assert self._lock.locked()
-        self._receiving = state
-        self._queue = ByteQueue()
-        self._changed.notify_all()
-
-    def _wake_pump_locked(self) -> None:
-        assert self._lock.locked()
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RD)  # SHUT_WR would send FIN, a clean end
-
-    # -- the pump: socket to tunnel
-
-    def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
-        """The pump's life: dial (client), socket to DATA frames, the ends, close."""
-        level = self._session.level
-        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=level)
-        try:
-            self._session.writer.send(self)  # its NEW_CONN, if it is new
-            if connect is None or self._dial(connect):
-                self._pump()
-                self._end_sending()
-            self._report_abort()
-        except SessionEnded as ended:
-            self.abort(str(ended))
-        except BaseException:
-            self.abort("internal error")
-            raise
-        finally:
-            self._close()
-
-    def _dial(self, connect: Callable[[], socket.socket]) -> bool:
-        try:
-            sock = connect()
-        except OSError as error:
-            refused = isinstance(error, ConnectionRefusedError)
-            self.abort("refused" if refused else reason_of(error))
-            return False
-        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
-        if DONT_WAIT is None:
-            sock.setblocking(False)
-        with self._lock:
-            self._sock = sock
-            self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
-            drain = self._needs_drainer_locked()
-        if drain:
-            self._start_drainer()
-        return True
-
-    def _pump(self) -> None:
-        """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
-
-        Credit, cause and state are read without the lock: only this thread spends credit, and a
-        cause that is missed here shows at the next receive, since whoever sets it wakes the pump.
-        """
-        sock = self._sock
-        assert sock is not None
-        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        while not self._is_over() and (self._send_window.credit or self._wait_for_credit(sock)):
-            room = buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit]
-            try:
-                count = self._receive(sock, room)
-            except OSError as error:
-                self._read_all = True
-                self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
-                return
-            if not count or self._is_over():
-                return
-            if self._sending is Sending.CLOSED:
-                continue  # discarded: the peer has forgotten the stream
-            with self._lock:
-                self._send_window.spend(count)
-            # The header stands in front of the payload: no copy on the way to the transport.
-            HEADER.pack_into(buffer, 0, DATA, self.number, count)
-            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
-            self._sent += count
-            self._sent_at = time.monotonic()
-            if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
-                buffer = memoryview(bytearray(4 * len(buffer)))
-
-    def _receive(self, sock: socket.socket, buffer: memoryview) -> int:
-        while True:
-            if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
-                if self._is_over():
-                    return 0
-                continue
-            try:
-                return sock.recv_into(buffer)
-            except BlockingIOError:
-                continue
-
-    def _is_over(self) -> bool:
-        """Whether the pump has nothing more to receive. Read without the lock, by the pump."""
-        return self._cause is not None
-
-    def _wait_for_credit(self, sock: socket.socket) -> bool:
-        """False at the end of the stream. With bytes to send and no credit says BLOCKED, once."""
-        said = False
-        while not self._send_window.credit and not self._is_over():
-            if not said and ready([sock], writing=False, seconds=0):
-                self._session.writer.post(encode(FrameType.BLOCKED, self.number))
-                said = True
-            self._watch(sock, lambda: self._send_window.credit > 0)
-            if self._receiving is Receiving.BROKEN:  # read without the lock: it stays so
-                self.abort("reset")
-        return not self._is_over()
-
-    def _watch(self, sock: socket.socket, done: Callable[[], bool]) -> None:
-        """Wait a second for what another thread does, and look whether the socket was reset."""
-        with self._lock:
-            if not done() and self._cause is None:
-                self._changed.wait(WATCH_S)
-            over = done()
-        if not over and has_error(sock):
-            self.abort("reset")
-
-    def _end_sending(self) -> None:
-        """The socket has no more: say so, and wait until the other direction has ended, too."""
-        with self._lock:
-            if self._receiving is Receiving.BROKEN:
-                self._read_all = True
-                self._abort_locked("reset")
-            if self._cause is not None or self._sending is not Sending.OPEN:
-                return
-            self._sent_at = time.monotonic()
-            last = self._end_sending_locked()
-            sock = self._sock
-        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
-        assert sock is not None
-        while self._receiving is not Receiving.ENDED and not self._is_over():
-            self._watch(sock, lambda: self._receiving is Receiving.ENDED)
-
-    def _end_sending_locked(self) -> FrameType:
-        self._sending = Sending.ENDED
-        return FrameType.EOF
-
-    def _report_abort(self) -> None:
-        """CLOSE_CONN with the reason, unless the peer has sent its own."""
-        with self._lock:
-            if self._cause is None or self._sending is Sending.CLOSED:
-                return
-            self._sending = Sending.CLOSED
-            reason = self._cause.encode("ascii", "replace")[:MAX_REASON_BYTES]
-        self._send_abort(encode(FrameType.CLOSE_CONN, self.number, reason))
-
-    def _send_abort(self, frame: bytes) -> None:
-        if self._read_all:  # behind it: often it is the answer that explains the reset
-            self._session.writer.send(self, frame)
-        else:
-            self._session.writer.post_last(self, frame)
-
-    def _close(self) -> None:
-        with self._lock:
-            while self._draining:
-                self._changed.wait()
-            sock, self._sock = self._sock, None
-            self._stop_receiving_locked()
-            self._session.budget.give(self._receive_window.grown)
-        if sock is not None:
-            reset_at_close(sock, self._cause is not None)
-            sock.close()
-        self._session.forget(self)
-        log_event(
-            DEBUG, "stream-closed", stream=self.number, peer=self.visitor,
-            level=self._session.level, received=self._received, sent=self._sent,
-            seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
-        )  # fmt: skip
-
-    # -- tunnel to socket
-
     def _deliver_locked(self, data: memoryview) -> int:
-        """Give the socket what it takes without waiting: the one place that writes to it."""
+        """Give the socket what it takes without waiting: the one place that writes to it.
+
+        Returns how much it took; all, where it will never take more.
+        """
         assert self._lock.locked()
         assert self._sock is not None
         try:
@@ -1680,7 +1478,7 @@ class Stream:
             self._stop_receiving_locked(Receiving.BROKEN)
             if self._sending is not Sending.OPEN:
                 self._abort_locked("reset")
-            return 0
+            return len(data)
         self._moved_at = time.monotonic()
         grant, paid = self._receive_window.drain(count)
         if paid:
@@ -1697,7 +1495,7 @@ class Stream:
         if self._queue:
             with memoryview(self._queue.first()) as view:
                 count = self._deliver_locked(view)
-            if count:
+            if self._queue:  # else the socket takes no more, and all was dropped
                 self._queue.drop(count)
         if self._receiving is Receiving.ENDING and not self._queue:
             self._receiving = Receiving.ENDED
@@ -1707,7 +1505,7 @@ class Stream:
         self._changed.notify_all()
 
     def _fin_sent_locked(self) -> None:
-        """For level 0."""
+        """For level 0. Called with its lock held."""
 
     def _end_receiving_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
@@ -1715,57 +1513,196 @@ class Stream:
         if self._receiving is Receiving.OPEN:
             self._receiving = Receiving.ENDING
             self._moved_at = time.monotonic()
-            if not self._draining:
-                self._write_queue_locked()
-
-    def _needs_drainer_locked(self) -> bool:
-        """True: the caller must start one; it counts as at work from now on."""
-        assert self._lock.locked()
-        needed = bool(self._queue) and not self._draining and self._sock is not None
-        self._draining |= needed
-        return needed
+            self._write_queue_locked()
 
     def _start_drainer(self) -> None:
-        """Not under the lock: it waits until the thread runs."""
+        """Where one is needed. Not under the lock: it waits until the thread runs."""
+        with self._lock:
+            sock = self._sock  # stays: the pump closes it only when no drainer is at work
+            if not self._queue or self._draining or sock is None:
+                return
+            self._draining = True
         try:
-            self._session.start_thread(f"drainer {self.number}", self._drain)
+            self._session.start_thread(f"drainer {self.number}", lambda: self._drain(sock))
         except NoThread as error:
-            with self._lock:
-                self._draining = False
-                self._abort_locked(reason_of(error))
+            self._drainer_failed(reason_of(error))
 
-    def _drain(self) -> None:
+    def _drain(self, sock: socket.socket) -> None:
         """The drainer: the queue to the socket, until the queue is empty."""
-        sock = self._sock  # stays: the pump closes it only when no drainer is at work
-        assert sock is not None
         try:
-            while self._drain_once():
+            while True:
+                with self._lock:
+                    self._write_queue_locked()
+                    # Cleared in the step that finds the queue empty: the reader starts another
+                    # drainer for what comes now.
+                    self._draining = bool(self._queue)
+                    if not self._draining:
+                        return
                 ready([sock], writing=True, seconds=DRAIN_STEP_S)
         except BaseException:
-            with self._lock:
-                self._draining = False
-                self._abort_locked("internal error")
+            self._drainer_failed("internal error")
             raise
 
-    def _drain_once(self) -> bool:
+    def _drainer_failed(self, cause: str) -> None:
         with self._lock:
-            self._write_queue_locked()
-            # Cleared in the step that finds the queue empty: the reader starts another drainer for
-            # what comes now.
-            self._draining = bool(self._queue)
-            return self._draining
+            self._draining = False
+            self._abort_locked(cause)
+            self._changed.notify_all()
+
+    def refuse(self, cause: str) -> None:
+        """In place of `run`, where there is no thread for it. Raises SessionEnded."""
+        self.abort(cause)
+        self._session.forget(self)
+        self._session.writer.post(end_frame(FrameType.CLOSE_CONN, self.number, cause))
+
+    def _close(self) -> None:
+        """The pump's last step. What it reads without the lock does not change any more."""
+        with self._lock:
+            while self._draining:
+                self._changed.wait()
+            sock, self._sock = self._sock, None
+            self._stop_receiving_locked()
+            self._session.budget.give(self._receive_window.grown)
+        if sock is not None:
+            reset_at_close(sock, self._cause is not None)
+            sock.close()
+        self._session.forget(self)
+        log_event(
+            DEBUG, "stream-closed", stream=self.number, peer=self.visitor,
+            level=self._session.level, received=self._received, sent=self._sent,
+            seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
+        )  # fmt: skip
+
+
+class PumpedStream(Stream):
+    """The same with its pump, whose thread runs all that is here: from the socket to the tunnel."""
+
+    _reset_behind_data = False  # CLOSE_CONN goes behind the DATA that is still here
+
+    def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
+        """The pump's life: dial (client), socket to DATA frames, the ends, close."""
+        log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
+        try:
+            self._session.writer.send(self)  # its NEW_CONN, if it is new
+            sock = self._dial(connect) if connect else self._sock  # without the lock: given by __init__
+            if sock is not None:
+                self._pump(sock)
+                self._end_sending(sock)
+            self._report_abort()
+        except SessionEnded as ended:
+            self.abort(str(ended))
+        except BaseException:
+            self.abort("internal error")
+            raise
+        finally:
+            self._close()
+
+    def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket | None:
+        try:
+            sock = connect()
+        except OSError as error:
+            self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
+            return None
+        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
+        if DONT_WAIT is None:
+            sock.setblocking(False)
+        with self._lock:
+            self._sock = sock
+            self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
+        self._start_drainer()
+        return sock
+
+    def _pump(self, sock: socket.socket) -> None:
+        """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
+
+        Credit and states are read without the lock: only this thread spends credit, and an abort
+        that is missed here shows at the next receive, since whoever aborts wakes the pump.
+        """
+        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
+        while not self._is_over:
+            if not self._send_window.credit:
+                self._wait_for_credit(sock)
+                continue
+            if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
+                continue
+            try:
+                count = sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._reset_behind_data = True
+                self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
+                return
+            if not count:
+                return
+            if self._is_over or self._sending is Sending.CLOSED:
+                continue  # discarded: the peer has forgotten the stream
+            with self._lock:
+                self._send_window.spend(count)
+            # The header stands in front of the payload: no copy on the way to the transport.
+            HEADER.pack_into(buffer, 0, DATA, self.number, count)
+            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
+            self._sent += count
+            self._sent_at = time.monotonic()
+            if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
+                buffer = memoryview(bytearray(4 * len(buffer)))
+
+    def _wait_for_credit(self, sock: socket.socket) -> None:
+        """With bytes to send and no credit says BLOCKED, once."""
+        said = False
+        with self._lock:
+            while not self._send_window.credit and not self._is_over:
+                if not said and ready([sock], writing=False, seconds=0):
+                    self._session.writer.post(encode(FrameType.BLOCKED, self.number))
+                    said = True
+                self._watch_locked(sock)
+
+    def _end_sending(self, sock: socket.socket) -> None:
+        """The socket has no more: say so, and wait until the other direction has ended, too."""
+        with self._lock:
+            if self._receiving is Receiving.BROKEN:
+                self._reset_behind_data = True
+                self._abort_locked("reset")
+            if self._cause is not None or self._sending is not Sending.OPEN:
+                return
+            self._sent_at = time.monotonic()
+            last = self._end_sending_locked()
+        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
+        with self._lock:
+            while self._receiving is not Receiving.ENDED and not self._is_over:
+                self._watch_locked(sock)
+
+    def _watch_locked(self, sock: socket.socket) -> None:
+        """Wait a second for what another thread does; then look whether the socket was reset."""
+        assert self._lock.locked()
+        if not self._changed.wait(WATCH_S) and (self._receiving is Receiving.BROKEN or has_error(sock)):
+            self._abort_locked("reset")
+
+    def _end_sending_locked(self) -> FrameType:
+        assert self._lock.locked()
+        self._sending = Sending.ENDED
+        return FrameType.EOF
+
+    def _report_abort(self) -> None:
+        """CLOSE_CONN with the reason, unless the peer has sent its own."""
+        with self._lock:
+            if self._cause is None or self._sending is Sending.CLOSED:
+                return
+            self._sending = Sending.CLOSED
+            frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
+        if self._reset_behind_data:  # often it is the answer that explains the reset
+            self._session.writer.send(self, frame)
+        else:
+            self._session.writer.post_last(self, frame)
 
 
 # ---- who may what -----------------------------------------------------------------------------
 
 
 class PortRules:
-    """Which identity may open which ports: those of `*`, unless it has rules of its own.
+    """Which identity may open which ports: those of `*`, unless it has rules of its own."""
 
-    Port 0 stands for one that the server chooses.
-    """
-
-    DEFAULT = "*=0,1024-65535"
+    DEFAULT = "*=0,1024-65535"  # 0: one that the server chooses
 
     def __init__(self, items: Sequence[tuple[str, list[range]]]) -> None:
         """`items` as `parse` gives them; none: DEFAULT. Raises ConfigError."""
@@ -1809,8 +1746,7 @@ class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
             raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
 
     def admit(self, visitor: Address) -> bool:
-        address = ipaddress.ip_address(visitor.shown_host)
-        return not self or any(address in network for network in self)
+        return not self or any(ipaddress.ip_address(visitor.shown_host) in network for network in self)
 
 
 # ---- session ----------------------------------------------------------------------------------
@@ -1827,28 +1763,31 @@ class Settings(NamedTuple):
     visitors: Networks = Networks()
 
 
-class Level1:
-    """What differs between the levels, as a session of level 1 does it. `Original` is level 0."""
+class Level(NamedTuple):
+    """What differs between the levels, beside their streams: the original says less, takes more."""
 
-    number = 1
-    lingers = True  # a lease whose session ended waits for its holder's return
-    stream: type[Stream] = Stream
+    number: int
+    stream: type[PumpedStream]
+    window: int  # where a stream's begins
+    lingers: bool  # a lease whose session ended waits for its holder's return
 
     def goaway(self, reason: str) -> bytes:
-        """The frame that says so."""
-        return encode(FrameType.GOAWAY, 0, reason.encode("ascii", "replace")[:MAX_REASON_BYTES])
+        """The frame that says so; at level 0 there is none, as in the next two."""
+        return end_frame(FrameType.GOAWAY, 0, reason) if self.number else b""
 
     def refusal(self, refused: Refused) -> bytes:
         """The server's last frame to a client that it does not serve."""
-        lines = f"error={refused.code}\nmessage={refused.message}"
-        return encode(FrameType.WELCOME, 0, lines.encode("ascii", "replace"))
+        text = f"error={refused.code}\nmessage={refused.message}"
+        return encode(FrameType.WELCOME, 0, text.encode("ascii", "replace")) if self.number else b""
 
     def visitor_payload(self, visitor: Address) -> bytes:
         """NEW_CONN's."""
-        return str(visitor).encode("ascii")
+        return str(visitor).encode("ascii") if self.number else b""
 
     def visitor(self, payload: bytes) -> Address | None:
-        """NEW_CONN's visitor. Raises ProtocolError."""
+        """NEW_CONN's visitor; None at level 0. Raises ProtocolError."""
+        if not self.number:
+            return None
         try:
             address = Address.parse(payload.decode("ascii"))
             ipaddress.ip_address(address.shown_host)
@@ -1858,15 +1797,11 @@ class Level1:
 
     def is_new(self, number: int, last: int) -> bool:
         """Whether NEW_CONN may open this stream, after the highest so far."""
-        return number > last
-
-    def check_id(self, number: int, last: int) -> None:
-        """Of a stream that is not open. Raises ProtocolError where it has never been."""
-        if number > last or not number:
-            raise ProtocolError(f"frame for stream {number}, which was never opened")
+        # At level 0 in any order: the original numbers visitors before it queues their frames (S-2).
+        return number > last or not self.number
 
 
-LEVEL_1 = Level1()
+LEVEL_1 = Level(1, PumpedStream, WINDOW_BYTES, lingers=True)
 
 
 class Session:
@@ -1890,26 +1825,25 @@ class Session:
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
         self.budget = Budget(program.settings.session_budget_bytes)
-        self.ways: Level1 = ORIGINAL  # until the level is fixed, before the first stream
-        self.peer_window = WINDOW_BYTES  # at level 1, where each stream's credit starts
+        self.ways = ORIGINAL  # until the level is fixed, before the first stream
+        self.peer_window = UNLIMITED  # where each stream's credit starts
         self.refused: Refused | None = None  # the reader's
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
         self._received_at = time.monotonic()  # the reader's; the clock looks at it
+        # Ours that is unanswered, and its time: the clock sets it, the reader clears it.
+        self._ping: tuple[bytes, float] | None = None
         self._farewell_said = threading.Event()
         self._lock = threading.Lock()
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0
-        self._ping: tuple[bytes, float] | None = None  # ours that is unanswered, and its time
         self._timers: dict[str, sched.Event] = {}  # by their actions' names
         self._cause: str | None = None
 
     @property
     def level(self) -> int:
         return self.ways.number
-
-    # -- the session reader
 
     def run(self) -> str:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
@@ -1930,47 +1864,38 @@ class Session:
         except Exception:  # the reader's safety net
             log_internal_error()
             self.end("internal error")
-        self._discard()
+        with contextlib.suppress(*TRANSPORT_ERRORS):
+            self._read()  # discards, until the peer's end, or until the clock shuts the transport
         self._farewell_said.wait()
-        self.writer.wait_unused()
         self.transport.close()
-        # It is garbage at once: in cycles its buffers, 400 kB with TLS, would wait for a collection.
+        # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
         self.transport.wants_flush = nothing
-        self._cancel_timers()
-        assert self._cause is not None
-        return self._cause
+        with self._lock:
+            self._cancel_timers_locked()
+            return self._cause or "ended"
 
     def _read(self) -> None:
-        """Until the peer's end, or ours."""
+        """Dispatch what comes, until the peer's end.
+
+        After this side's last word it is discarded: a close with unread bytes would send RST, which
+        swallows our last frame.
+        """
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
-            if self._cause is not None:  # read without the lock: this side has said its last word
-                return
+            if self._cause is not None:  # read without the lock
+                continue
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
-                    self._on_data(event)
+                    self.check_may_send("DATA")
+                    if stream := self._find(event.stream):
+                        stream.feed(event.part)
                 else:
                     check(event, level=self.level, role=self.role)
                     self.on_frame(event)
             self.on_received()
             if count == len(buffer) < READER_BUFFER_BYTES:
                 buffer = memoryview(bytearray(4 * len(buffer)))
-
-    def _discard(self) -> None:
-        """What still comes, until the peer's end, or until the clock shuts the transport.
-
-        A close with unread bytes would send RST and swallow our last frame.
-        """
-        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
-        with contextlib.suppress(*TRANSPORT_ERRORS):
-            while self.transport.receive_into(buffer):
-                pass
-
-    def _on_data(self, event: DataPart) -> None:
-        self.check_may_send("DATA")
-        if stream := self._find(event.stream):
-            stream.feed(event.part)
 
     def on_frame(self, frame: Frame) -> None:
         """A whole frame that `check` has passed. Raises ProtocolError."""
@@ -1985,8 +1910,7 @@ class Session:
         self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
 
     def on_pong(self, frame: Frame) -> None:
-        with self._lock:
-            sent, self._ping = self._ping, None
+        sent, self._ping = self._ping, None
         if sent is None or sent[0] != frame.payload:
             raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
@@ -2012,40 +1936,32 @@ class Session:
         if stream is None:
             with self._lock:
                 stream = self._streams.get(number)
-                if stream is None:
-                    self.ways.check_id(number, self._last_stream)
+                # At level 0 an original's streams of before a reconnect go on sending here (S-5).
+                if stream is None and self.level and not 0 < number <= self._last_stream:
+                    raise ProtocolError(f"frame for stream {number}, which was never opened")
         return stream
 
-    # -- the control sender
-
     def _send_control(self) -> None:
+        """The control sender."""
         try:
             self.end(self.writer.serve())
-        except BaseException:
-            self.end("internal error")
-            raise
         finally:
+            self.end("internal error")
             self.writer.finish()
             self._farewell_said.set()
             for stream in self.streams():
                 stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
 
-    # -- the clock
-
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         """Have the clock call it then, unless the session has ended."""
-        timer = CLOCK.after(seconds, action)  # not under the lock: it may start the clock's thread
         with self._lock:
             if self._cause is None:
-                self._timers[action.__name__] = timer
-                return
-        CLOCK.cancel(timer)
+                self._timers[action.__name__] = CLOCK.after(seconds, action)
 
-    def _cancel_timers(self) -> None:
-        with self._lock:
-            timers, self._timers = self._timers, {}
-        for timer in timers.values():
-            CLOCK.cancel(timer)
+    def _cancel_timers_locked(self) -> None:
+        assert self._lock.locked()
+        while self._timers:
+            CLOCK.cancel(self._timers.popitem()[1])
 
     def start_timers(self) -> None:
         """Level 1: heartbeat, a limit on each write."""
@@ -2059,12 +1975,9 @@ class Session:
         self.after(STALL_S, self._sweep)
 
     def _beat(self) -> None:
-        with self._lock:
-            # One at a time: an answer may be slower than the heartbeat.
-            due, ping = self._ping is None, os.urandom(8)
-            if due:
-                self._ping = ping, time.monotonic()
-        if due:
+        if self._ping is None:  # one at a time: an answer may be slower than the heartbeat
+            ping = os.urandom(8)
+            self._ping = ping, time.monotonic()
             with contextlib.suppress(SessionEnded):
                 self.writer.post(encode(FrameType.PING, 0, ping))
         self.after(self.program.settings.heartbeat_s, self._beat)
@@ -2078,8 +1991,6 @@ class Session:
         else:
             self.after(left, self._check_alive)
 
-    # -- any thread
-
     def end(self, cause: str, last_frame: bytes = b"") -> None:
         """End the session and reset its streams; the first cause stays. Never waits.
 
@@ -2090,10 +2001,8 @@ class Session:
             if self._cause is not None:
                 return
             self._cause = cause
-        self._cancel_timers()
-        timer = CLOCK.after(FAREWELL_S, self.transport.shutdown)
-        with self._lock:
-            self._timers["farewell"] = timer
+            self._cancel_timers_locked()
+            self._timers["farewell"] = CLOCK.after(FAREWELL_S, self.transport.shutdown)
         self.writer.close(cause, last_frame)
 
     def goodbye(self, reason: str) -> None:
@@ -2105,8 +2014,7 @@ class Session:
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
-        peer, identity = self.transport.peer, self.transport.identity
-        log_event(WARNING, "expelled", peer=peer, identity=identity, reason=reason)
+        log_event(WARNING, "expelled", peer=self.transport.peer, identity=self.transport.identity, reason=reason)
         self.end(reason)
 
     def retire(self, reason: str) -> None:
@@ -2120,26 +2028,19 @@ class Session:
             return list(self._streams.values())
 
     def stream_count(self) -> int:
-        with self._lock:
-            return len(self._streams)
+        return len(self._streams)  # read without the lock: a number is whole
 
     def has_had_streams(self) -> bool:
-        with self._lock:
-            return self._last_stream > 0
+        return self._last_stream > 0  # read without the lock, likewise
 
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
         receipt = self.transport.receipt
         state: dict[str, object] = {
-            "peer": self.transport.peer,
-            "identity": self.transport.identity,
-            "level": self.level,
-            "streams": self.stream_count(),
-            "unsent": self.writer.unsent_bytes(),
-            "budget_left": self.budget.left,
-        }
-        state |= self.rtt()
-        return state | ({"certificate_days_left": receipt.days_left} if receipt else {})
+            "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
+            "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
+        }  # fmt: skip
+        return state | self.rtt() | ({"certificate_days_left": receipt.days_left} if receipt else {})
 
     def rtt(self) -> dict[str, float]:
         """For a log line: the last round trip, where one is known."""
@@ -2975,7 +2876,7 @@ class Client(Program):
 # ---- the original's ways: level 0 (PROTOCOL.md, section 5) ------------------------------------
 
 
-class OriginalStream(Stream):
+class OriginalStream(PumpedStream):
     """A stream at level 0: one CLOSE_CONN each way ends both directions, and there is no credit.
 
     The window never runs out. What is queued is bounded by the reader, which waits.
@@ -2983,28 +2884,21 @@ class OriginalStream(Stream):
 
     # guarded by _lock
     _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
-    _lingered = False  # they have passed
 
-    def _windows(self) -> tuple[SendWindow, ReceiveWindow]:
-        return SendWindow(UNLIMITED), ReceiveWindow(UNLIMITED)
+    _reset_behind_data = True  # always
 
     def state(self) -> dict[str, object]:
-        state = super().state()
-        del state["window"], state["credit"]
-        return state
+        return {key: value for key, value in super().state().items() if key not in ("window", "credit")}
 
-    def _takes_locked(self, name: str) -> bool:
-        return self._receiving is Receiving.OPEN
-
-    def _enqueue_locked(self, part: memoryview) -> None:
+    def feed(self, part: memoryview) -> None:
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
-        deadline = Deadline(LEVEL_0_WAIT_S)
-        while self._receiving is Receiving.OPEN:
-            if len(self._queue) + len(part) <= LEVEL_0_QUEUE_BYTES:
-                break
-            if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
-                self._abort_locked("stalled")
-        super()._enqueue_locked(part)
+        if len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:  # read without the lock
+            deadline = Deadline(LEVEL_0_WAIT_S)
+            with self._lock:
+                while self._receiving is Receiving.OPEN and len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:
+                    if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
+                        self._abort_locked("stalled")
+        super().feed(part)
 
     def close_received(self, reason: bytes) -> None:
         """With a reason a reset; bare, a clean end behind the DATA. Answered once (E-1)."""
@@ -3012,69 +2906,34 @@ class OriginalStream(Stream):
             answer = self._peer_closed = self._sending is not Sending.CLOSED
             self._sending = Sending.CLOSED
             if reason:
-                cause = reason[:MAX_REASON_BYTES].decode("ascii", "replace")
-                self._abort_locked("peer: " + quoted(cause))
+                self._abort_locked("peer: " + quoted(reason[:MAX_REASON_BYTES].decode("ascii", "replace")))
             elif answer and not self._received and self._session.role == "server":
                 self._abort_locked("peer: refused")  # how the original's client says so (E-6)
             else:
                 self._end_receiving_locked()
         if answer:
             with contextlib.suppress(SessionEnded):
-                last = encode(FrameType.CLOSE_CONN, self.number)
-                self._session.writer.post_last(self, last)
+                self._session.writer.post_last(self, encode(FrameType.CLOSE_CONN, self.number))
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""
+        assert self._lock.locked()
         self._sending = Sending.CLOSED
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
-    def _send_abort(self, frame: bytes) -> None:
-        """Behind the stream's DATA."""
-        self._session.writer.send(self, frame)
-
     def _fin_sent_locked(self) -> None:
+        """A socket that does not answer our FIN is closed (E-7)."""
+        assert self._lock.locked()
         if self._peer_closed:
             CLOCK.after(LINGER_S, self._end_linger)
 
     def _end_linger(self) -> None:
-        """The clock's: a socket that has not answered our FIN is closed (E-7)."""
         with self._lock:
-            self._lingered = True
-            self._wake_pump_locked()
-
-    def _is_over(self) -> bool:
-        return self._lingered or super()._is_over()
+            self._end_pump_locked()
 
 
-class Original(Level1):
-    """What differs at level 0: the original says less, and takes more."""
-
-    number = 0
-    lingers = False
-    stream = OriginalStream
-
-    def goaway(self, reason: str) -> bytes:
-        return b""
-
-    def refusal(self, refused: Refused) -> bytes:
-        return b""
-
-    def visitor_payload(self, visitor: Address) -> bytes:
-        return b""
-
-    def visitor(self, payload: bytes) -> Address | None:
-        return None
-
-    def check_id(self, number: int, last: int) -> None:
-        """Dropped: an original's streams of before a reconnect go on sending here (S-5)."""
-
-    def is_new(self, number: int, last: int) -> bool:
-        """In any order: the original numbers its visitors before it queues their frames (S-2)."""
-        return True
-
-
-ORIGINAL = Original()
+ORIGINAL = Level(0, OriginalStream, UNLIMITED, lingers=False)
 
 
 # ---- command line -----------------------------------------------------------------------------

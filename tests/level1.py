@@ -243,7 +243,7 @@ def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
     """As if a thread were in the transport's send for as long as the block lasts."""
     with writer._lock:
         while writer._writing:
-            writer._unused.wait(0.01)
+            writer._room.wait(0.01)
         writer._writing = True
     try:
         yield
@@ -252,7 +252,6 @@ def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
             writer._writing = False
             writer._work.notify()
             writer._room.notify_all()
-            writer._unused.notify_all()
 
 
 def is_in_a_send(writer: rtunnel.Writer) -> bool:

@@ -429,7 +429,7 @@ def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTrans
             assert not sleeper.is_alive()
         assert [str(error) for error in started.errors] == ["the first cause"] * 5
         assert served == ["the first cause"]
-        waiter = started.start(writer.wait_unused)
+        waiter = started.start(writer.finish)
         assert len(transport.sends) == 1
         assert waiter.is_alive()
         transport.let_go()
@@ -453,7 +453,7 @@ def test_the_end_between_two_sends(writer: rtunnel.Writer, transport: FakeTransp
             transport.wait_entered(1)
             transport.let_go()
             writer.close("stopping")
-            writer.wait_unused()
+            writer.finish()
 
 
 def test_a_failed_send_ends_the_writer(writer: rtunnel.Writer, transport: FakeTransport) -> None:
@@ -465,7 +465,6 @@ def test_a_failed_send_ends_the_writer(writer: rtunnel.Writer, transport: FakeTr
     with pytest.raises(rtunnel.SessionEnded, match="Connection reset by peer"):
         writer.post(SMALL)
     assert writer.serve() == "Connection reset by peer"
-    writer.wait_unused()
     writer.finish()  # which says no more, and does not raise
 
 
