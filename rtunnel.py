@@ -1,6 +1,100 @@
 #!/usr/bin/env python3
 # ruff: noqa: E402  # signals are held back before the slow imports
-"""@@DOC@@"""
+"""rtunnel: a reverse TCP tunnel in blocking Python.
+
+A client behind NAT dials out to a public server and holds one control connection to it. The server
+opens public ports for the client. Each visitor's connection crosses the control connection as
+frames (PROTOCOL.md) and reaches a local service beside the client.
+
+The promise: from this file a reader can say which bytes may arrive, which thread handles them, how
+much memory they can cost, and which lock guards what; and from rtunnel_tls.py, why a peer that is
+not post-quantum, or not known, never gets past the handshake.
+
+Threads
+-------
+A thread is known by the function that it begins in. It waits in the functions of the last column
+and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
+
+    thread           how many        does (begins in)               may wait in
+    main             1               signals, reload, drain and     heard, tell_systemd,
+                                     stop (main)                    Listener.__init__,
+                                                                    Listener.start, Clock.start,
+                                                                    Pool.run, LogHandler.__init__,
+                                                                    LogHandler.finish
+    clock            1               what happens later; never      Clock._run
+                                     waits in an action
+                                     (Clock._run)
+    log              1               writes the log's lines         LogHandler._write
+                                     (LogHandler._write)
+    acceptor         1 a port        takes control connections,     Listener._accept,
+                                     or visitors                    Listener.get_request, Pool.run,
+                                     (Listener._accept)             Listener.process_request*
+    session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
+                                     and dispatches frames, writes  PlainTransport.send, Pool.run,
+                                     none, dials nobody             Listener.start, Session.run,
+                                     (Server.serve_control,         OriginalStream.feed
+                                     Client._read)
+    control sender   1 a session     control frames, and what       Writer.serve,
+                                     pumps left; the end            PlainTransport.send,
+                                     (Session._send_control)        Writer.finish*
+    mapping          1 a mapping,    dials the server, shakes       Client._run_mapping,
+                     at the client   hands, waits for the           Client._connect, dial,
+                                     session's end                  Client._serve, Pool.run,
+                                     (Client._run_mapping)          PlainTransport.receive_into,
+                                                                    PlainTransport.send
+    stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
+                                     frames; closes the socket      PumpedStream._pump, Writer.send,
+                                     (Server.serve_visitor,         PumpedStream._watch_locked,
+                                     PumpedStream.run)              PlainTransport.send, Pool.run*,
+                                                                    Server._choose, Stream._close
+    stream drainer   0 or 1 a        queue to socket                Stream._drain
+                     stream          (Stream._drain)
+    idle worker      what was        waits for the next task        Pool._work
+                     needed, 10 s    (Pool._work)
+
+Locks
+-----
+Each is held for a few statements, and nobody waits under one.
+
+    lock                    guards                            under it may be taken
+    Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
+                            strangers, visitors               PlainTransport._lock,
+                                                              Listener._closing, Event._cond
+    Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
+                            the cause of the end              Event._cond
+    Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
+                            and the calls on its socket       scheduler._lock, Event._cond
+    Writer._lock            what is queued, who writes        -
+    LogHandler.lock         a line on its way to the queue    Queue.mutex
+    TlsTransport._lock      the SSL object, while OpenSSL     _log_secrets.lock
+                            computes
+    Budget._lock,           a number; the idle; counts; that  -
+    Pool._lock,             no descriptor is shut when it is
+    LimitLog._lock,         closed; a line of the file that
+    PlainTransport._lock,   SSLKEYLOGFILE names
+    Listener._closing,
+    _log_secrets.lock
+    scheduler._lock,        the library's: the clock's heap;  -
+    Event._cond,            events; semaphores; the log's
+    Semaphore._cond,        queue
+    Queue.mutex
+
+A field below `# guarded by` is used under that lock. Where a read says `without the lock`, it reads
+one reference or number, which is whole with the GIL and without it; and that is final once it is
+set, or who sets it wakes the reader, or the reader looks again under the lock before it waits.
+
+Errors
+------
+    RtunnelError
+    +-- ConfigError      wrong usage, configuration or file: exit status 2
+    +-- ProtocolError    the peer broke a rule of PROTOCOL.md: its session ends
+    +-- Refused          the server will not serve this client: code and sentence
+    +-- SessionEnded     this session has ended; carries the first cause
+    +-- NoThread         no thread can be had, or the program stops
+
+Exit status: 0 stopped as asked; 1 failed; 2 wrong usage, configuration or file; 3 the server
+refused for good.
+"""
 
 from __future__ import annotations
 
@@ -1064,11 +1158,11 @@ TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
 class Writer:
     """Many threads' frames onto one transport, one send at a time, in groups.
 
-    A pump that finds nobody writing writes all that is queued and its own frame, once: so a lone
-    message needs no other thread. What has been queued meanwhile is the control sender's, which
-    writes until nothing is left. A pump that finds somebody writing leaves its frame in the queue,
-    and waits only where that is full: that is the back-pressure. One TLS record then carries many
-    small frames.
+    A pump that finds nobody writing writes all that is queued and its own frame: so a lone message
+    needs no other thread. Then it writes what has been queued meanwhile, once. The rest is the
+    control sender's, which writes until nothing is left. A pump that finds somebody writing leaves
+    its frame in the queue, and waits only where that is full: that is the back-pressure. One TLS
+    record then carries many small frames.
 
     Threads: `send` from pumps; `serve`, `finish` from the control sender; the others from
     any, they never wait.
@@ -1211,9 +1305,10 @@ class Writer:
         with self._lock:
             while self._writing:  # the transport's shutdown ends that
                 self._room.wait()
+            rest = self._control + self._last_frame if self._last_frame else b""
         with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if self._last_frame:  # read without the lock: after the end all stays as it is
-                self._transport.send(self._control + self._last_frame)
+            if rest:
+                self._transport.send(rest)
             self._transport.finish()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
@@ -1234,9 +1329,17 @@ class Writer:
         return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
-        """Raises SessionEnded."""
+        """And what has come meanwhile, once: so nobody is enslaved. Raises SessionEnded.
+
+        The second write spares a hand-over to the control sender: 7 % of short connections.
+        """
         try:
             self._transport.send(batch)
+            with self._lock:
+                more = self._cause is None and self._has_work_locked()
+                batch = self._take_all_locked() if more else b""
+            if more:
+                self._transport.send(batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
@@ -2036,6 +2139,7 @@ class Session:
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
         receipt = self.transport.receipt
+        # What is left of the budget is read without the lock: one number.
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
             "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
@@ -2241,9 +2345,11 @@ class ServerSession(Session):
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
+        if self.is_client:
+            return
         unknown = self.decoder.unknown_frames
         self._heard |= unknown > 0 or self.decoder.is_inside_control()
-        if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
+        if unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
     def on_goaway(self, frame: Frame) -> None:
@@ -2291,7 +2397,7 @@ class ServerSession(Session):
 
 
 class Lease:
-    """A public port, and the sessions that serve it. Guarded by Server._lock."""
+    """A public port, and the sessions that serve it. Called with Server._lock."""
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
@@ -2300,6 +2406,7 @@ class Lease:
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
+        # guarded by Server._lock
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until = 0.0  # visitors wait so long for the holder's return
 
@@ -2503,7 +2610,9 @@ class Server(Program):
         try:
             lease.listener.start()
         except OSError as error:
-            for session in list(lease.sessions):  # nearly always one
+            with self._lock:
+                sessions = list(lease.sessions)  # nearly always one
+            for session in sessions:
                 self.leave_lease(session, reason_of(error), linger=False)
                 session.end(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
