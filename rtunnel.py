@@ -1195,8 +1195,8 @@ class Writer:
     and waits only where that is full: that is the back-pressure. One TLS record then carries many
     small frames.
 
-    Threads: `send` from pumps; `serve`, `finish` from the control sender; the others from
-    any, they never wait.
+    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
+    any.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
     Invariant: where something is queued, somebody is writing or the control sender has been woken.
@@ -1209,8 +1209,7 @@ class Writer:
         self._transport = transport
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the control sender
-        self._room = threading.Condition(self._lock)  # for pumps, the first first; behind the end
-        # for those who wait until nobody writes
+        self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
         self._control = bytearray()  # frames
@@ -1305,16 +1304,25 @@ class Writer:
             self._work.notify()
 
     def serve(self) -> str:
-        """The control sender's work, until the end; returns the cause."""
+        """The control sender's work, until the end and its last frame; returns the cause.
+
+        A WELCOME that is still queued goes first: without it the last frame is not understood.
+        """
         while True:
             with self._lock:
-                while self._cause is None and (self._writing or not self._has_work_locked()):
+                while self._writing or not (self._has_work_locked() or self._cause):
                     self._work.wait()
                 if self._cause is not None:
-                    return self._cause
+                    cause, rest = self._cause, self._control + self._last_frame if self._last_frame else b""
+                    break
                 batch = self._take_all_locked()
             with contextlib.suppress(SessionEnded):  # then there is a cause
                 self._write(batch)
+        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
+            if rest:
+                self._transport.send(rest)
+            self._transport.finish()
+        return cause
 
     def _has_work_locked(self) -> bool:
         assert self._lock.locked()
@@ -1327,19 +1335,6 @@ class Writer:
                 self._cause, self._last_frame = cause, last_frame
             self._work.notify()
             self._room.notify_all()
-
-    def finish(self) -> None:
-        """For the control sender, after `close`: the last frame, and that no more comes.
-
-        A WELCOME that is still queued goes first: without it the last frame is not understood.
-        """
-        with self._lock:
-            while self._writing:  # the transport's shutdown ends that
-                self._room.wait()
-        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if self._last_frame:  # read without the lock: after the end all stays as it is
-                self._transport.send(self._control + self._last_frame)
-            self._transport.finish()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
@@ -1368,9 +1363,7 @@ class Writer:
         finally:
             with self._lock:
                 self._writing = False
-                if self._cause is not None:
-                    self._room.notify_all()
-                elif self._has_work_locked():
+                if self._has_work_locked() or self._cause:
                     self._work.notify()
 
 
@@ -1670,7 +1663,8 @@ class PumpedStream(Stream):
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
             self._session.writer.send(self)  # its NEW_CONN, if it is new
-            sock = self._dial(connect) if connect else self._sock  # without the lock: given by __init__
+            # Read without the lock: one that is not dialled has been there from the start.
+            sock = self._dial(connect) if connect else self._sock
             if sock is not None:
                 self._pump(sock)
                 self._end_sending(sock)
@@ -2032,8 +2026,7 @@ class Session:
         try:
             self.end(self.writer.serve())
         finally:
-            self.end("internal error")
-            self.writer.finish()
+            self.end("internal error")  # unless there is a cause
             self._farewell_said.set()
             for stream in self.streams():
                 stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
