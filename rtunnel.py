@@ -1141,6 +1141,7 @@ class PlainTransport:
         self._sock = sock
         self._lock = threading.Lock()
         self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
+        self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
 
@@ -1154,10 +1155,6 @@ class PlainTransport:
             self._sock.sendall(frames)
         except BlockingIOError:
             raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
-
-    def set_timeout(self, seconds: float | None) -> None:
-        """Of each wait: TimeoutError. In the handshake only, when one thread has the transport."""
-        self._sock.settimeout(seconds)
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
@@ -1445,7 +1442,7 @@ class Stream:
             self._start_drainer()
 
     def end_received(self, _: bytes = b"") -> None:
-        """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
+        """FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
@@ -1478,10 +1475,7 @@ class Stream:
                 session.writer.grant(self, grant)
 
     def sweep(self) -> None:
-        """Called by the clock, every 5 s: take back the growth of a queue that has not moved since.
-
-        And end a stream of which one direction has ended and the other has been silent for long.
-        """
+        """The clock's, every 5 s: take growth back from a queue that stands, end what is stuck."""
         now = time.monotonic()
         with self._lock:
             if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
@@ -1746,8 +1740,8 @@ class PumpedStream(Stream):
             if self._cause is not None or self._sending is not Sending.OPEN:
                 return
             self._sent_at = time.monotonic()
-            last = self._end_sending_locked()
-        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
+            frame = encode(self._end_sending_locked(), self.number)
+        self._session.writer.send(self, frame)  # behind its DATA
         with self._lock:
             while self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
@@ -1877,7 +1871,7 @@ class Level(NamedTuple):
 
     def is_new(self, number: int, last: int) -> bool:
         """Whether NEW_CONN may open this stream, after the highest so far."""
-        # At level 0 in any order: the original numbers visitors before it queues their frames (S-2).
+        # Level 0, in any order: the original numbers visitors before it queues their frames (S-2).
         return number > last or not self.number
 
 
@@ -1945,7 +1939,7 @@ class Session:
             log_internal_error()
             self.end("internal error")
         with contextlib.suppress(*TRANSPORT_ERRORS):
-            self._read()  # discards, until the peer's end, or until the clock shuts the transport
+            self._read()  # discards, until the peer's end or the clock's shutdown
         self._farewell_said.wait()
         self.transport.close()
         # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
@@ -1955,15 +1949,11 @@ class Session:
             return self._cause or "ended"
 
     def _read(self) -> None:
-        """Dispatch what comes, until the peer's end.
-
-        After this side's last word it is discarded: a close with unread bytes would send RST, which
-        swallows our last frame.
-        """
+        """Dispatch what comes, until the peer's end."""
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
             if self._cause is not None:  # read without the lock
-                continue
+                continue  # discarded: a close with unread bytes sends RST, which eats our last frame
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
