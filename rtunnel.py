@@ -1953,7 +1953,7 @@ class Session:
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
             if self._cause is not None:  # read without the lock
-                continue  # discarded: a close with unread bytes sends RST, which eats our last frame
+                continue  # discarded: a close with unread bytes sends RST; it eats our last frame
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
@@ -2103,7 +2103,7 @@ class Session:
         return self._last_stream > 0  # read without the lock, likewise
 
     def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
+        """What a line of the log says about it; its numbers are read without the lock."""
         receipt = self.transport.receipt
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
