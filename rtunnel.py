@@ -35,8 +35,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Server.serve_control,         OriginalStream.feed
                                      Client._read)
     control sender   1 a session     control frames, and what       Writer.serve,
-                                     pumps left; the end            PlainTransport.send,
-                                     (Session._send_control)        Writer.finish*
+                                     pumps left; the end            PlainTransport.send
+                                     (Session._send_control)
     mapping          1 a mapping,    dials the server, shakes       Client._run_mapping,
                      at the client   hands, waits for the           Client._connect, dial,
                                      session's end                  Client._serve, Pool.run,
@@ -1110,6 +1110,7 @@ class PlainTransport:
         self._sock = sock
         self._lock = threading.Lock()
         self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
+        self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
 
@@ -1123,10 +1124,6 @@ class PlainTransport:
             self._sock.sendall(frames)
         except BlockingIOError:
             raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
-
-    def set_timeout(self, seconds: float | None) -> None:
-        """Of each wait: TimeoutError. In the handshake only, when one thread has the transport."""
-        self._sock.settimeout(seconds)
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
@@ -1164,8 +1161,8 @@ class Writer:
     its frame in the queue, and waits only where that is full: that is the back-pressure. One TLS
     record then carries many small frames.
 
-    Threads: `send` from pumps; `serve`, `finish` from the control sender; the others from
-    any, they never wait.
+    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
+    any.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
     Invariant: where something is queued, somebody is writing or the control sender has been woken.
@@ -1178,8 +1175,7 @@ class Writer:
         self._transport = transport
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the control sender
-        self._room = threading.Condition(self._lock)  # for pumps, the first first; behind the end
-        # for those who wait until nobody writes
+        self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
         self._control = bytearray()  # frames
@@ -1274,16 +1270,25 @@ class Writer:
             self._work.notify()
 
     def serve(self) -> str:
-        """The control sender's work, until the end; returns the cause."""
+        """The control sender's work, until the end and its last frame; returns the cause.
+
+        A WELCOME that is still queued goes first: without it the last frame is not understood.
+        """
         while True:
             with self._lock:
-                while self._cause is None and (self._writing or not self._has_work_locked()):
+                while self._writing or not (self._has_work_locked() or self._cause):
                     self._work.wait()
                 if self._cause is not None:
-                    return self._cause
+                    cause, rest = self._cause, self._control + self._last_frame if self._last_frame else b""
+                    break
                 batch = self._take_all_locked()
             with contextlib.suppress(SessionEnded):  # then there is a cause
                 self._write(batch)
+        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
+            if rest:
+                self._transport.send(rest)
+            self._transport.finish()
+        return cause
 
     def _has_work_locked(self) -> bool:
         assert self._lock.locked()
@@ -1296,20 +1301,6 @@ class Writer:
                 self._cause, self._last_frame = cause, last_frame
             self._work.notify()
             self._room.notify_all()
-
-    def finish(self) -> None:
-        """For the control sender, after `close`: the last frame, and that no more comes.
-
-        A WELCOME that is still queued goes first: without it the last frame is not understood.
-        """
-        with self._lock:
-            while self._writing:  # the transport's shutdown ends that
-                self._room.wait()
-            rest = self._control + self._last_frame if self._last_frame else b""
-        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if rest:
-                self._transport.send(rest)
-            self._transport.finish()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
@@ -1346,9 +1337,7 @@ class Writer:
         finally:
             with self._lock:
                 self._writing = False
-                if self._cause is not None:
-                    self._room.notify_all()
-                elif self._has_work_locked():
+                if self._has_work_locked() or self._cause:
                     self._work.notify()
 
 
@@ -1468,7 +1457,7 @@ class Stream:
             self._start_drainer()
 
     def end_received(self, _: bytes = b"") -> None:
-        """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
+        """FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
@@ -1501,10 +1490,7 @@ class Stream:
                 session.writer.grant(self, grant)
 
     def sweep(self) -> None:
-        """Called by the clock, every 5 s: take back the growth of a queue that has not moved since.
-
-        And end a stream of which one direction has ended and the other has been silent for long.
-        """
+        """The clock's, every 5 s: take growth back from a queue that stands, end what is stuck."""
         now = time.monotonic()
         with self._lock:
             if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
@@ -1687,7 +1673,8 @@ class PumpedStream(Stream):
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
             self._session.writer.send(self)  # its NEW_CONN, if it is new
-            sock = self._dial(connect) if connect else self._sock  # without the lock: given by __init__
+            # Read without the lock: one that is not dialled has been there from the start.
+            sock = self._dial(connect) if connect else self._sock
             if sock is not None:
                 self._pump(sock)
                 self._end_sending(sock)
@@ -1769,8 +1756,8 @@ class PumpedStream(Stream):
             if self._cause is not None or self._sending is not Sending.OPEN:
                 return
             self._sent_at = time.monotonic()
-            last = self._end_sending_locked()
-        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
+            frame = encode(self._end_sending_locked(), self.number)
+        self._session.writer.send(self, frame)  # behind its DATA
         with self._lock:
             while self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
@@ -1900,7 +1887,7 @@ class Level(NamedTuple):
 
     def is_new(self, number: int, last: int) -> bool:
         """Whether NEW_CONN may open this stream, after the highest so far."""
-        # At level 0 in any order: the original numbers visitors before it queues their frames (S-2).
+        # Level 0, in any order: the original numbers visitors before it queues their frames (S-2).
         return number > last or not self.number
 
 
@@ -1968,7 +1955,7 @@ class Session:
             log_internal_error()
             self.end("internal error")
         with contextlib.suppress(*TRANSPORT_ERRORS):
-            self._read()  # discards, until the peer's end, or until the clock shuts the transport
+            self._read()  # discards, until the peer's end or the clock's shutdown
         self._farewell_said.wait()
         self.transport.close()
         # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
@@ -1978,15 +1965,11 @@ class Session:
             return self._cause or "ended"
 
     def _read(self) -> None:
-        """Dispatch what comes, until the peer's end.
-
-        After this side's last word it is discarded: a close with unread bytes would send RST, which
-        swallows our last frame.
-        """
+        """Dispatch what comes, until the peer's end."""
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
             if self._cause is not None:  # read without the lock
-                continue
+                continue  # discarded: a close with unread bytes sends RST; it eats our last frame
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
@@ -2049,8 +2032,7 @@ class Session:
         try:
             self.end(self.writer.serve())
         finally:
-            self.end("internal error")
-            self.writer.finish()
+            self.end("internal error")  # unless there is a cause
             self._farewell_said.set()
             for stream in self.streams():
                 stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
@@ -2137,7 +2119,7 @@ class Session:
         return self._last_stream > 0  # read without the lock, likewise
 
     def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
+        """What a line of the log says about it; its numbers are read without the lock."""
         receipt = self.transport.receipt
         # What is left of the budget is read without the lock: one number.
         state: dict[str, object] = {

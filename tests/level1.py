@@ -243,7 +243,7 @@ def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
     """As if a thread were in the transport's send for as long as the block lasts."""
     with writer._lock:
         while writer._writing:
-            writer._room.wait(0.01)
+            writer._work.wait(0.01)
         writer._writing = True
     try:
         yield
