@@ -757,10 +757,11 @@ class LogHandler(logging.Handler):
             self._dropped += 1
 
     def finish(self) -> None:
-        """Write the rest."""
+        """Write the rest, as far as it goes in LOG_FLUSH_S."""
+        deadline = Deadline(LOG_FLUSH_S)
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
-            self._thread.join(LOG_FLUSH_S)
+            self._lines.put(None, timeout=LOG_FLUSH_S)
+            self._thread.join(deadline.remaining())
 
     def _write(self) -> None:
         failed = told = 0
@@ -768,9 +769,9 @@ class LogHandler(logging.Handler):
             try:
                 sys.stderr.write(line)
                 if lost := self._dropped + failed - told:
-                    told += lost
                     about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
                     sys.stderr.write(self.format(about))
+                    told += lost
             except Exception:  # the line is lost
                 failed += 1
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,11 +70,13 @@ def no_leaks() -> Iterator[None]:
 
 @pytest.fixture
 def program(no_leaks: None) -> Iterator[Factory]:
-    """Starts `rtunnel.py ARGUMENTS`; all are ended after the test, and their logs shown where it failed."""
+    """Starts `rtunnel.py ARGUMENTS`; all are ended after the test, and their logs shown where it failed.
+
+    No line of the log is held back, unless `limits` says so."""
     started: list[Program] = []
 
-    def start(*arguments: str, **options: object) -> Program:
-        started.append(Program(*arguments, **options))  # type: ignore[arg-type]
+    def start(*arguments: str, limits: Mapping[str, Any] | None = None, **options: Any) -> Program:
+        started.append(Program(*arguments, limits={"LOG_BURST": 1_000_000, **(limits or {})}, **options))
         return started[-1]
 
     yield start

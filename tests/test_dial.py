@@ -161,13 +161,16 @@ def test_an_address_that_the_system_cannot_dial(resolve: Callable[..., rtunnel.A
             rtunnel.dial(resolve(broken, families=families[:1]), 5.0)
 
 
-def test_families_take_turns() -> None:
+def test_families_take_turns(resolve: Callable[..., rtunnel.Address]) -> None:
     """IPv6 and IPv4 are tried by turns, in the resolver's order otherwise: a family that does not work costs one step
     and not one for each of its addresses (RFC 8305, section 4)."""
-    six, four = (socket.AF_INET6,), (socket.AF_INET,)
-    rows = [(*six, 1), (*six, 2), (*six, 3), (*four, 4), (*four, 5)]
-    assert [row[1] for row in rtunnel.alternate_families(rows)] == [1, 4, 2, 5, 3]
-    assert rtunnel.alternate_families(rows[3:]) == rows[3:]
+    with closed_port() as closed:
+        four = [(f"127.0.0.{n}", closed[1]) for n in (2, 3)]
+        six = [(f"::ffff:127.0.0.{n}", closed[1], 0, 0) for n in (4, 5, 6)]
+        with pytest.raises(ConnectionRefusedError) as caught:
+            rtunnel.dial(resolve(*six, *four), 5.0)
+        tried = [each.split(": ")[0] for each in rtunnel.reason_of(caught.value).split("; ")]
+        assert tried == [six[0][0], four[0][0], six[1][0], four[1][0], six[2][0]]
 
 
 @linux_only

@@ -252,9 +252,10 @@ def test_streams_of_the_server(server: Factory, client: Factory) -> None:
 def test_streams_of_a_session(server: Factory, client: Factory) -> None:
     """One client has so many visitors; the next one is reset, and finds a place when one has left. Another client has
     room."""
-    with echo_service() as service, contextlib.ExitStack() as stack:
+    with echo_service() as service, echo_service() as other, contextlib.ExitStack() as stack:
         serving = server(limits={"MAX_SESSION_STREAMS": 2})
-        client("--server", text(serving.control_address), *2 * ("--forward", f"0:{service.text}"))
+        mappings = (f"--forward=0:{service.text}", f"--forward=0:{other.text}")
+        client("--server", text(serving.control_address), *mappings)
         full = serving.lease_address()
         visitor, _ = [stack.enter_context(served(full)) for _ in range(2)]
         assert visit(full) == "reset"

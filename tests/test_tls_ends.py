@@ -82,7 +82,7 @@ def test_refusals_and_protocol_errors(
     server: Factory, house: House, join: Callable[[Address], NaivePeer], reason: str, words: list[bytes]
 ) -> None:
     """A server that refuses, or meets a protocol error, before INIT or in a session."""
-    serving = server(*house.flags("server"), limits={"LOG_BURST": 1000})
+    serving = server(*house.flags("server"))
     assert ends_after(join, serving.control_address, *words) == ALL
     told = [line["reason"] for event in ("refused", "session-closed") for line in serving.events(event)]
     assert sum(reason in each or "at level 0" in each for each in told) >= TIMES - 1
@@ -91,7 +91,7 @@ def test_refusals_and_protocol_errors(
 def test_a_port_in_use(server: Factory, house: House, join: Callable[[Address], NaivePeer]) -> None:
     """A refusal that comes while another session serves."""
     port = free_port()
-    serving = server(*house.flags("server"), limits={"LOG_BURST": 1000})
+    serving = server(*house.flags("server"))
     holder = join(serving.control_address)
     holder.send(init(port))
     serving.wait_for("session-opened")
