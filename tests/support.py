@@ -20,6 +20,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tap import VARIABLE
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0  # what a test waits for an event that comes at once on an idle machine
 
@@ -78,6 +80,10 @@ m.Init.parse = lambda raw: understood(raw.split(b"\n")[0])
 """
 
 
+# Its sessions are recorded, for tests/judged.py.
+TAP = f"sys.path.append({str(ROOT / 'tests')!r})\nimport tap\ntap.start_in_program(sys.argv[1])\n"
+
+
 class Program:
     """A server or a client in a process of its own, and its log.
 
@@ -98,7 +104,8 @@ class Program:
         # The constants are the module's own; PROTOCOL.md's values are checked by another test. Imported, not run as a
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
-        start = ["-c", f"import sys, rtunnel as m\n{assignments}{OLD * old}sys.exit(m.main(sys.argv[1:]))"]
+        tap = TAP if VARIABLE in os.environ else ""
+        start = ["-c", f"import sys, rtunnel as m\n{tap}{assignments}{OLD * old}sys.exit(m.main(sys.argv[1:]))"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],

@@ -1,0 +1,118 @@
+"""Records what the transports of a program under test send and receive, frame by frame, for tests/judge.py.
+
+A program that tests/support.py starts is tapped where the environment says so: `TUNNEL_TAP=FILE`. Payloads of DATA are
+not kept. They are written to the file's end before they are sent and after they are received: so
+nothing is lost when the program is killed, and an answer never stands before its question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from judge import CLIENT, SERVER, Scanner, to_line
+
+VARIABLE = "TUNNEL_TAP"
+LINES_AT_ONCE = 64  # tests measure the memory of the programs that are tapped
+
+
+class Tap:
+    """Stands between the sessions of this process and their transports.
+
+    Threads: any. Locking: `_lock` guards the connections; each one's two scanners have one thread each.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._lock = threading.Lock()
+        self._connections: dict[int, tuple[int, Scanner, Scanner]] = {}  # by the transport's id(), until its close
+        self._carriers: set[int] = set()  # transports that carry TLS: their bytes are no frames
+        self._count = 0
+        self._restore: list[tuple[type, str, Any]] = []
+
+    def start(self, role: str = "") -> None:
+        """Tap all transports that are made from now on."""
+        import rtunnel
+        import rtunnel_tls
+
+        os.write(self._descriptor, f"recorded {role}\n".encode())
+        for transport in (rtunnel.PlainTransport, rtunnel_tls.TlsTransport):
+            for name in ("send", "receive_into", "close"):
+                self._replace(transport, name, getattr(self, f"_{name}"))
+        self._replace_handshake(rtunnel_tls.TlsTransport)
+
+    def stop(self) -> None:
+        """Leave the transports as they were."""
+        for owner, name, original in reversed(self._restore):
+            setattr(owner, name, original)
+        os.close(self._descriptor)
+
+    def _replace(self, owner: type, name: str, wrapper: Any) -> None:
+        original = vars(owner)[name]
+        self._restore.append((owner, name, original))
+        setattr(owner, name, lambda transport, *args: wrapper(original, transport, *args))
+
+    def _replace_handshake(self, owner: type) -> None:
+        original = vars(owner)["handshake"]
+        self._restore.append((owner, "handshake", original))
+
+        def handshake(cls: type, carrier: Any, *args: Any, **options: Any) -> Any:
+            with self._lock:
+                self._carriers.add(id(carrier))
+            return original.__func__(cls, carrier, *args, **options)
+
+        owner.handshake = classmethod(handshake)  # type: ignore[attr-defined]
+
+    def _send(self, original: Any, transport: Any, frames: Any) -> Any:
+        self._note(transport, frames, is_sent=True)
+        return original(transport, frames)
+
+    def _receive_into(self, original: Any, transport: Any, buffer: Any) -> Any:
+        count = original(transport, buffer)
+        self._note(transport, memoryview(buffer)[:count], is_sent=False)
+        return count
+
+    def _close(self, original: Any, transport: Any) -> Any:
+        with self._lock:
+            self._connections.pop(id(transport), None)
+            self._carriers.discard(id(transport))
+        return original(transport)
+
+    def _note(self, transport: Any, raw: Any, *, is_sent: bool) -> None:
+        if not raw or id(transport) in self._carriers:
+            return
+        known = self._connections.get(id(transport))
+        if known is None:
+            with self._lock:
+                if id(transport) not in self._connections:
+                    self._count += 1
+                    self._connections[id(transport)] = self._count, Scanner(CLIENT), Scanner(SERVER)
+                known = self._connections[id(transport)]
+        number, sent, received = known
+        frames = (sent if is_sent else received).feed(time.monotonic(), raw)
+        while lines := "".join(to_line(frame, number, is_sent) for frame in itertools.islice(frames, LINES_AT_ONCE)):
+            os.write(self._descriptor, lines.encode())
+
+
+def start_in_program(role: str) -> None:
+    """What a program under test does at its start."""
+    Tap(f"{os.environ[VARIABLE]}.{os.getpid()}").start(role)
+
+
+@contextlib.contextmanager
+def tapped() -> Iterator[None]:
+    """Tap the ends in this process while the block lasts, where the environment says so."""
+    if VARIABLE not in os.environ:
+        yield
+        return
+    tap = Tap(f"{os.environ[VARIABLE]}.{os.getpid()}")
+    tap.start()
+    try:
+        yield
+    finally:
+        tap.stop()
