@@ -137,7 +137,7 @@ class Session(NamedTuple):
     pings: tuple[tuple[Ping, ...], tuple[Ping, ...]] = ((), ())  # that are not answered yet
     pinged: tuple[bool, bool] = (False, False)
     grown: tuple[int, int] = (0, 0)  # by so much the credit that this end gave is above what it announced
-    welcomed: float = 0.0  # when level 1 began
+    welcomed: float | None = None  # when level 1 began
 
 
 class Broken(NamedTuple):
@@ -377,7 +377,7 @@ def _on_new_conn(session: Session, stream: Stream | None, frame: Frame) -> Verdi
 def _is_visitor(payload: bytes) -> bool:
     """[S-8]"""
     match = re.fullmatch(r"(\[([0-9a-fA-F:.]+)\]|([0-9.]+)):([0-9]{1,5})", payload.decode("latin-1"))
-    if match is None or int(match[4]) > 65535:
+    if match is None or not 0 < int(match[4]) < 65536:
         return False
     try:
         address = ipaddress.ip_address(match[2] or match[3])
@@ -495,7 +495,7 @@ def _unseemly(session: Session, stream: Stream | None, frame: Frame) -> Broken |
         return _wrong(frame, "F-2", f"a DATA frame of {frame.length} bytes of payload")
     if session.refused and frame.sender == SERVER:
         return _wrong(frame, "N-6", "a frame behind the refusal")
-    if session.level != 1 or session.refused or frame.offset or not session.welcomed:
+    if session.welcomed is None or frame.offset:
         return None
     if not session.pinged[frame.sender] and frame.kind != PING and frame.at - session.welcomed > KNOWN_S:
         return _wrong(frame, "H-1", "no PING since the session has its level")

@@ -97,15 +97,16 @@ class Program:
         limits: Mapping[str, float] | None = None,
         old: bool = False,
         env: Mapping[str, str] | None = None,
+        patch: str = "",
     ):
         """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits. An `old` program
-        neither announces level 1 nor understands that its peer does."""
+        neither announces level 1 nor understands that its peer does. `patch` is run before, with the module as `m`."""
         self.arguments = arguments
         # The constants are the module's own; PROTOCOL.md's values are checked by another test. Imported, not run as a
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
         tap = TAP if VARIABLE in os.environ else ""
-        start = ["-c", f"import sys, rtunnel as m\n{tap}{assignments}{OLD * old}sys.exit(m.main(sys.argv[1:]))"]
+        start = ["-c", f"import sys, rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nsys.exit(m.main(sys.argv[1:]))"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],
