@@ -125,7 +125,7 @@ class Ping(NamedTuple):
 class Session(NamedTuple):
     """What is certain of a session. Each pair: of the client, of the server."""
 
-    level: int | None = None  # fixed by the server's first frame
+    level: int | None = None  # fixed by the server's first frame, or by an INIT that knows level 0 only
     strange: int = 0  # frames of unknown types before INIT
     inits: int = 0
     version: int | None = None  # that INIT has announced; None: no such line
@@ -170,7 +170,7 @@ class _Offence(Exception):
 
 
 def step(session: Session, stream: Stream | None, frame: Frame, growth: int = MAX_GROWTH) -> Verdict:
-    """The judge. `stream` is that of the frame's id, None where no NEW_CONN has named it; `growth` the granter's budget.
+    """The judge. `stream` is that of the frame's id, None where no NEW_CONN has named it; `growth` the ends' budget.
 
     A frame that is a protocol error leaves the states as they were; one that is only wrong to send counts.
     """
@@ -228,6 +228,8 @@ def _fix_level(session: Session, frame: Frame) -> Session:
     if session.level is None and frame.sender == SERVER and frame.kind != WELCOME:
         session = session._replace(level=0)
     if session.level == 0 and frame.kind == WELCOME:
+        if session.inits and session.version is None:
+            raise _Offence("N-1", "WELCOME, and INIT has not announced level 1")
         raise _Offence("N-2", "WELCOME behind another frame")
     if session.level == 0 and kind.level > 0:
         raise _Offence("F-9", f"{kind.name} at level 0")
@@ -244,7 +246,8 @@ def _judge_opening(session: Session, frame: Frame) -> Verdict:
         raise _Offence("O-5", f"{KINDS[frame.kind].name} before INIT")
     if KINDS[frame.kind].on_stream:
         raise _Offence("S-5", "no stream has been opened")
-    return Verdict(session, None, _wrong(frame, "N-2", f"{KINDS[frame.kind].name} before the server's first frame"))
+    after = _on_ping(session, frame).session if frame.kind == PING else session  # it may be answered
+    return Verdict(after, None, _wrong(frame, "N-2", f"{KINDS[frame.kind].name} before the server's first frame"))
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -267,7 +270,7 @@ def _on_init(session: Session, frame: Frame) -> Verdict:
     lines = _lines(rest.decode("utf-8", "replace"))
     after = session._replace(inits=1)
     if "version" not in lines:
-        after = after._replace(bad_init=bad)
+        after = after._replace(bad_init=bad, level=0)
     else:
         version = _number(lines["version"], 1, 2_147_483_648)
         window = _number(lines.get("window"), 1, MAX_CREDIT)
@@ -297,8 +300,8 @@ def _on_welcome(session: Session, frame: Frame) -> Verdict:
     if lines.get("version") != "1" or not _number(lines.get("port"), 1, 65535) or not window:
         raise _Offence("N-7", "WELCOME's text")
     after = session._replace(level=1, welcomed=frame.at, window=_set(session.window, SERVER, window))
-    if session.version is None:
-        return Verdict(after, None, _wrong(frame, "N-1", "WELCOME, and no INIT has announced level 1"))
+    if not session.inits:
+        return Verdict(after, None, _wrong(frame, "N-1", "WELCOME, and no INIT has come"))
     if session.bad_init:
         return Verdict(after, None, _wrong(frame, session.bad_init, "an INIT that must be refused was taken"))
     return Verdict(after, None)
@@ -431,7 +434,8 @@ def _on_stream_1(session: Session, stream: Stream, frame: Frame, growth: int) ->
             broken = broken or _wrong(frame, "W-5", "BLOCKED again, and no WINDOW has come since")
         doubled = min(max(MAX_WINDOW, session.window[1 - end]), 2 * stream.window[1 - end])
         after = stream._replace(
-            blocked=_set(stream.blocked, end, stream.blocked[end] + 1), window=_set(stream.window, 1 - end, max(doubled, 1))
+            blocked=_set(stream.blocked, end, stream.blocked[end] + 1),
+            window=_set(stream.window, 1 - end, max(doubled, 1)),
         )
         return Verdict(session, after, broken)
     if frame.kind == EOF:
@@ -703,7 +707,9 @@ def read(file: Path, keylog: Path | None = None) -> list[Recording]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Judge recorded sessions by PROTOCOL.md.")
-    parser.add_argument("file", type=Path, help="a recording of tests/tap.py, or a capture (pcap, pcapng; needs tshark)")
+    parser.add_argument(
+        "file", type=Path, help="a recording of tests/tap.py, or a capture (pcap, pcapng; needs tshark)"
+    )
     parser.add_argument("--keylog", type=Path, help="the file of SSLKEYLOGFILE, for a capture of TLS")
     parser.add_argument("--budget", type=int, default=MAX_GROWTH, help="--session-budget of the ends, in bytes")
     parser.add_argument("--json", action="store_true", help="one object for each session")
@@ -714,7 +720,9 @@ def main() -> int:
         done = judge(frames, arguments.budget)
         broken += len(done.findings)
         if arguments.json:
-            found = [{"rule": each.broken.rule, "by": ENDS[each.broken.by], "frame": each.index} for each in done.findings]
+            found = [
+                {"rule": each.broken.rule, "by": ENDS[each.broken.by], "frame": each.index} for each in done.findings
+            ]
             print(json.dumps({"session": name, "level": done.session.level, "frames": done.frames, "broken": found}))
             continue
         print(f"{name}: level {done.session.level}, {done.frames} frames:", "" if done.findings else "conforms")

@@ -45,9 +45,7 @@ def judge_all(folder: Path, growth: int) -> list[str]:
             done = judge(recording.frames, growth)
             assert recording.recorded_at is not None
             COUNTS.add(done, recording.recorded_at)
-            found += [
-                f"{recording.name}: {each}" for each in done.findings if each.broken.by == recording.recorded_at
-            ]
+            found += [f"{recording.name}: {each}" for each in done.findings if each.broken.by == recording.recorded_at]
     return found
 
 

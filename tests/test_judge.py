@@ -18,9 +18,27 @@ import pytest
 import vector_files
 from conftest import Factory
 from judge import (
-    BLOCKED, CLIENT, CLOSE_CONN, DATA, EOF, GOAWAY, INIT, KINDS, MAY_SEND, NEW_CONN, PING, PONG, SERVER, WELCOME, WINDOW,
-    Broken, Frame, Judge, Scanner, read_recording,
-)  # fmt: skip
+    BLOCKED,
+    CLIENT,
+    CLOSE_CONN,
+    DATA,
+    EOF,
+    GOAWAY,
+    INIT,
+    KINDS,
+    MAY_SEND,
+    NEW_CONN,
+    PING,
+    PONG,
+    SERVER,
+    WELCOME,
+    WINDOW,
+    Broken,
+    Frame,
+    Judge,
+    Scanner,
+    read_recording,
+)
 from naive_peer import frame, init_text
 from support import ROOT, Service, connect, echo_service, eventually, read_all, read_exactly, reset
 from tls_peers import House
@@ -97,7 +115,7 @@ class Trace:
         self._scanners = (Scanner(CLIENT), Scanner(SERVER))
         level = 1 if "level 1" in after else 0
         if level or "level 0" in after or after == "INIT":
-            self.say(CLIENT, frame(INIT, 0, HELLO if level or after == "INIT" else b"8080:127.0.0.1:80"))
+            self.say(CLIENT, frame(INIT, 0, b"8080:127.0.0.1:80" if after == "level 0" else HELLO))
         if level:
             self.say(SERVER, frame(WELCOME, 0, WELCOMED))
         if "stream 1" in after:
@@ -198,7 +216,7 @@ def test_rows(rule: str, after: str, said: list[tuple[int, bytes, float]]) -> No
 
 
 def test_growth_over_the_budget() -> None:
-    """The credit that an end has given beyond what it announced is counted over its streams [W-8]; ended ones are not."""
+    """Credit beyond what an end has announced is counted over the streams that have not ended [W-8]."""
     trace = Trace("level 1")
     for stream in range(1, 7):
         trace.say(SERVER, frame(NEW_CONN, stream, VISITOR))
