@@ -675,31 +675,33 @@ def read_capture(file: Path, keylog: Path | None = None) -> list[Recording]:
     listed = subprocess.run(
         [*command, "-T", "fields", "-e", "tcp.stream"], capture_output=True, text=True, check=True
     ).stdout
-    recordings = []
-    for number in sorted({int(word) for word in listed.split()}):
-        followed = subprocess.run(
-            [*command, "-q", "-z", f"follow,{layer},yaml,{number}"], capture_output=True, text=True, check=True
-        ).stdout
-        frames = list(_from_follow(followed))
-        if frames and frames[0].kind == INIT:
-            recordings.append(Recording(f"TCP stream {number}", None, frames))
-    return recordings
+    numbers = sorted({int(word) for word in listed.split()})
+    wanted = [word for number in numbers for word in ("-z", f"follow,{layer},yaml,{number}")]
+    followed = subprocess.run([*command, "-q", *wanted], capture_output=True, text=True, check=True).stdout
+    sessions = [list(_from_follow(text)) for text in sorted(re.split(r"(?m)^peers:", followed)[1:], key=_first)]
+    found = [frames for frames in sessions if frames and frames[0].kind == INIT]
+    return [Recording(f"session {number}", None, frames) for number, frames in enumerate(found, 1)]
+
+
+def _first(text: str) -> float:
+    """When the first bytes have passed, in seconds since 1970."""
+    found = re.search(r"timestamp: ([\d.]+)", text)
+    return float(found[1]) if found else 0.0
 
 
 def _from_follow(text: str) -> Iterator[Frame]:
-    """tshark's `follow` in YAML: who has dialled is peer 0."""
-    scanners = (Scanner(CLIENT), Scanner(SERVER))
-    pattern = r"peer: (\d)\n.*?timestamp: ([\d.]+)\n\s+data: !!binary \|\n((?:    .+\n)+)"
-    first = None
+    """tshark's `follow` in YAML. The client speaks first."""
+    pattern = r"peer: (\d)\n.*?timestamp: ([\d.]+)\n\s+data: !!binary \|\n((?: {4,}[^ \n]+\n)+)"
+    scanners: dict[str, Scanner] = {}
     for match in re.finditer(pattern, text):
-        peer, at = int(match[1]), float(match[2])
-        first = at if first is None else first
-        yield from scanners[peer].feed(at - first, base64.b64decode(match[3]))
+        scanner = scanners.setdefault(match[1], Scanner(SERVER if scanners else CLIENT))
+        yield from scanner.feed(float(match[2]) - _first(text), base64.b64decode(match[3]))
 
 
 def read(file: Path, keylog: Path | None = None) -> list[Recording]:
     """The sessions of a recording or a capture."""
-    head = file.open("rb").read(4)
+    with file.open("rb") as opened:
+        head = opened.read(4)
     if head in (b"\x0a\x0d\x0d\x0a", b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\xc3\xd4", b"\x4d\x3c\xb2\xa1"):
         return read_capture(file, keylog)
     return read_recording(file.read_text())
