@@ -9,15 +9,16 @@
 -- one of the two ports: -o tcp.try_heuristic_first:TRUE. Filters: rtunnel.id == 3,
 -- rtunnel.type == "WINDOW", rtunnel.broken (a broken rule, by its number). Menu: Tools, rtunnel, Follow a stream.
 
-local NEW_CONN, DATA, CLOSE_CONN, INIT, WELCOME, WINDOW, EOF, PING, PONG, GOAWAY, BLOCKED = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+local NEW_CONN, DATA, CLOSE_CONN, INIT, WELCOME, WINDOW = 1, 2, 3, 4, 5, 6
+local EOF, PING, PONG, GOAWAY, BLOCKED = 7, 8, 9, 10, 11
 local CLIENT, SERVER = 1, 2
 local ENDS = { "client", "server" }
 local HEADER_BYTES = 9
 local MAX_CONTROL_BYTES, MAX_DATA_BYTES, MAX_SENT_BYTES = 4096, 1048576, 65536 - 9
 local MAX_CREDIT, MAX_STRANGE_FRAMES = 2147483647, 16
 
--- The table of frames (PROTOCOL.md, section 2): name, level, who sends it, whether its id is a stream's, the shortest and
--- the longest payload at level 1.
+-- The table of frames (PROTOCOL.md, section 2): name, level, who sends it, whether its id is a stream's, the
+-- shortest and the longest payload at level 1.
 local KINDS = {
     [NEW_CONN] = { name = "NEW_CONN", level = 0, only = SERVER, on_stream = true, least = 0, most = 64 },
     [DATA] = { name = "DATA", level = 0, on_stream = true, least = 0, most = MAX_DATA_BYTES },
@@ -61,7 +62,9 @@ local fields = {
     broken = ProtoField.string("rtunnel.broken", "Broken rule"),
 }
 rtunnel.fields = fields
-local broken_rule = ProtoExpert.new("rtunnel.rule", "A rule of PROTOCOL.md is broken", expert.group.PROTOCOL, expert.severity.ERROR)
+local broken_rule = ProtoExpert.new(
+    "rtunnel.rule", "A rule of PROTOCOL.md is broken", expert.group.PROTOCOL, expert.severity.ERROR
+)
 rtunnel.experts = { broken_rule }
 
 local tcp_stream = Field.new("tcp.stream")

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import judge
@@ -202,13 +201,13 @@ BEFORE["level 1, stream 1"] = [*BEFORE["level 1"], (SERVER, frame(NEW_CONN, 1, V
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture of all rows of the judge's test, one connection each."""
     file = tmp_path_factory.mktemp("rows") / "rows.pcap"
     with socket.create_server(("127.0.0.1", 0)) as listener, Capture(file, listener.getsockname()[1]):
         for _, after, said in SHOWN:
             converse(listener, [*BEFORE[after], *((end, raw) for end, raw, _ in said)])
-    yield file
+    return file
 
 
 def test_broken_rules(broken: Path) -> None:
