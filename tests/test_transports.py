@@ -144,7 +144,7 @@ def finishes(ends: Ends) -> None:
 
 
 def wakes_who_waits(ends: Ends) -> None:
-    """`shutdown`, from any thread, ends a receive and a send that wait; again, and after the peer's, it does nothing."""
+    """`shutdown`, from any thread, ends a receive and a send that wait; a second one does nothing."""
     outcomes: list[object] = []
 
     def receive() -> None:
@@ -173,9 +173,8 @@ def limits_a_write(ends: Ends) -> None:
     ends.near.send(BLOCK)
     assert slow.result() == BLOCK
     begun = time.monotonic()
-    with pytest.raises(OSError):
-        for _ in range(64):
-            ends.near.send(BLOCK)
+    with pytest.raises(OSError, match=r"no byte for|timed out"):
+        ends.near.send(64 * BLOCK)  # more than both kernels hold
     assert 0.2 < time.monotonic() - begun < 10
 
 

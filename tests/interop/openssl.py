@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,8 +114,7 @@ def server(folder: str, name: str, group: str) -> None:
     pair = ["-cert", f"{folder}/{name}.crt", "-key", f"{folder}/{name}.key"]
     checks = ["-CAfile", f"{folder}/ca.crt", "-Verify", "1", "-verify_return_error", "-naccept", "1"]
     link = Link("s_server", "-accept", f"127.0.0.1:{port}", "-groups", group, *checks, *pair)
-    time.sleep(0.3)  # s_server does not say when it listens; our client comes again in a second anyway
-    print("listening", port, flush=True)
+    print("listening", port, flush=True)  # soon: s_server does not say when, and our client comes again
     if link.read()[0] != INIT:
         raise ValueError("no INIT")
     print("init", flush=True)
