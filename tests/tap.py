@@ -12,6 +12,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,8 @@ class Tap:
     def __init__(self, file: str) -> None:
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._lock = threading.Lock()
-        self._connections: dict[int, tuple[int, Scanner, Scanner]] = {}  # by the transport's id(), until its close
-        self._carriers: set[int] = set()  # transports that carry TLS: their bytes are no frames
+        self._connections: weakref.WeakKeyDictionary[Any, tuple[int, Scanner, Scanner]] = weakref.WeakKeyDictionary()
+        self._carriers: weakref.WeakSet[Any] = weakref.WeakSet()  # that carry TLS: their bytes are no frames
         self._count = 0
         self._restore: list[tuple[type, str, Any]] = []
 
@@ -42,8 +43,8 @@ class Tap:
 
         os.write(self._descriptor, f"recorded {role}\n".encode())
         for transport in (rtunnel.PlainTransport, rtunnel_tls.TlsTransport):
-            for name in ("send", "receive_into", "close"):
-                self._replace(transport, name, getattr(self, f"_{name}"))
+            self._replace(transport, "send", self._send)
+            self._replace(transport, "receive_into", self._receive_into)
         self._replace_handshake(rtunnel_tls.TlsTransport)
 
     def stop(self) -> None:
@@ -63,7 +64,7 @@ class Tap:
 
         def handshake(cls: type, carrier: Any, *args: Any, **options: Any) -> Any:
             with self._lock:
-                self._carriers.add(id(carrier))
+                self._carriers.add(carrier)
             return original.__func__(cls, carrier, *args, **options)
 
         owner.handshake = classmethod(handshake)  # type: ignore[attr-defined]
@@ -77,22 +78,16 @@ class Tap:
         self._note(transport, memoryview(buffer)[:count], is_sent=False)
         return count
 
-    def _close(self, original: Any, transport: Any) -> Any:
-        with self._lock:
-            self._connections.pop(id(transport), None)
-            self._carriers.discard(id(transport))
-        return original(transport)
-
     def _note(self, transport: Any, raw: Any, *, is_sent: bool) -> None:
-        if not raw or id(transport) in self._carriers:
+        if not raw:
             return
-        known = self._connections.get(id(transport))
-        if known is None:
-            with self._lock:
-                if id(transport) not in self._connections:
-                    self._count += 1
-                    self._connections[id(transport)] = self._count, Scanner(CLIENT), Scanner(SERVER)
-                known = self._connections[id(transport)]
+        with self._lock:
+            if transport in self._carriers:
+                return
+            known = self._connections.get(transport)
+            if known is None:
+                self._count += 1
+                known = self._connections[transport] = self._count, Scanner(CLIENT), Scanner(SERVER)
         number, sent, received = known
         frames = (sent if is_sent else received).feed(time.monotonic(), raw)
         while lines := "".join(to_line(frame, number, is_sent) for frame in itertools.islice(frames, LINES_AT_ONCE)):
