@@ -19,12 +19,13 @@ import base64
 import ipaddress
 import json
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import scanner
 
 # ---- the tables of PROTOCOL.md -------------------------------------------------------------------------------------
 
@@ -579,49 +580,15 @@ def judge(frames: Iterable[Frame], growth: int = MAX_GROWTH) -> Judge:
 
 
 class Scanner:
-    """The bytes of one direction to frames; keeps no payload of DATA. After a length over its limit it is `dead`."""
+    """The bytes of one direction to frames; keeps no payload of DATA."""
 
     def __init__(self, sender: int) -> None:
         self._sender = sender
-        self._held = bytearray()  # of a frame that is not DATA, or of a header
-        self._data: tuple[int, int, int] | None = None  # stream, length and offset of the DATA frame that is open
-        self.dead = False
+        self._scanner = scanner.Scanner()
 
     def feed(self, at: float, raw: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        view = memoryview(raw).cast("B") if not isinstance(raw, memoryview) else raw
-        position, end = 0, len(view)
-        while position < end and not self.dead:
-            if self._data is not None:
-                stream, length, offset = self._data
-                count = min(length - offset, end - position)
-                self._data = (stream, length, offset + count) if offset + count < length else None
-                position += count
-                yield Frame(at, self._sender, DATA, stream, length, offset=offset, count=count)
-                continue
-            wanted = 9 if len(self._held) < 9 else 9 + struct.unpack_from(">I", self._held, 5)[0]
-            part = view[position : position + wanted - len(self._held)]
-            self._held += part
-            position += len(part)
-            yield from self._take_held(at, end - position)
-
-    def _take_held(self, at: float, more: int) -> Iterator[Frame]:
-        """The frame that is held, where it is whole; a DATA header only with the first bytes of its payload."""
-        if len(self._held) < 9:
-            return
-        kind, stream, length = struct.unpack_from(">BII", self._held)
-        if length > (MAX_DATA_BYTES if kind == DATA else MAX_CONTROL_BYTES):
-            self.dead = True
-            yield Frame(at, self._sender, kind, stream, length)
-        elif kind == DATA:
-            self._held.clear()
-            if length:
-                self._data = (stream, length, 0)
-            else:
-                yield Frame(at, self._sender, DATA, stream, 0)
-        elif len(self._held) == 9 + length:
-            payload = bytes(self._held[9:])
-            self._held.clear()
-            yield Frame(at, self._sender, kind, stream, length, payload)
+        for kind, stream, length, payload, offset, count in self._scanner.feed(raw):
+            yield Frame(at, self._sender, kind, stream, length, payload, offset, count)
 
 
 class Recording(NamedTuple):
@@ -633,11 +600,8 @@ class Recording(NamedTuple):
 
 
 def to_line(frame: Frame, connection: int, is_sent: bool) -> str:
-    """A frame as a line of a recording: time, connection, direction, type, id, length, then offset and count, or the
-    payload in hexadecimal."""
-    rest = f"{frame.offset} {frame.count}" if frame.kind == DATA else frame.payload.hex() or "-"
-    way = "out" if is_sent else "in"
-    return f"{frame.at:.6f} {connection} {way} {frame.kind} {frame.stream} {frame.length} {rest}\n"
+    """A frame as a line of a recording."""
+    return scanner.to_line(frame.at, connection, is_sent, frame[2:])
 
 
 def read_recording(text: str) -> list[Recording]:

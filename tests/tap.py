@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from judge import CLIENT, SERVER, Scanner, to_line
+from scanner import Scanner, to_line
 
 VARIABLE = "TUNNEL_TAP"
 LINES_AT_ONCE = 64  # tests measure the memory of the programs that are tapped
@@ -87,11 +87,12 @@ class Tap:
             known = self._connections.get(transport)
             if known is None:
                 self._count += 1
-                known = self._connections[transport] = self._count, Scanner(CLIENT), Scanner(SERVER)
+                known = self._connections[transport] = self._count, Scanner(), Scanner()
         number, sent, received = known
-        frames = (sent if is_sent else received).feed(time.monotonic(), raw)
-        while lines := "".join(to_line(frame, number, is_sent) for frame in itertools.islice(frames, LINES_AT_ONCE)):
-            os.write(self._descriptor, lines.encode())
+        at = time.monotonic()
+        frames = (sent if is_sent else received).feed(raw)
+        while lines := [to_line(at, number, is_sent, each) for each in itertools.islice(frames, LINES_AT_ONCE)]:
+            os.write(self._descriptor, "".join(lines).encode())
 
 
 def start_in_program(role: str) -> None:

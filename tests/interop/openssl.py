@@ -6,6 +6,7 @@ tests/interop/run.py says how it is called and what it prints. ML-KEM and ML-DSA
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -22,15 +23,27 @@ OWN_WINDOW = 2 * TOTAL  # so nothing has to be granted
 
 
 class Link:
-    """Frames over the pipes of one of OpenSSL's tools."""
+    """Frames over the pipes of one of OpenSSL's tools.
+
+    Threads: one reads frames, for a tool that cannot write does not read either; one reads what the tool complains of.
+    """
 
     def __init__(self, *arguments: str) -> None:
         command = ["openssl", *arguments, "-quiet", "-tls1_3", "-sigalgs", "mldsa65:mldsa87"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.complaint: list[bytes] = []
+        self._complaint: list[bytes] = []
+        self._frames: queue.SimpleQueue[tuple[int, int, bytes] | None] = queue.SimpleQueue()
         assert self.process.stderr is not None
-        self._errors = threading.Thread(target=self.complaint.extend, args=(self.process.stderr,))
+        self._errors = threading.Thread(target=self._complaint.extend, args=(self.process.stderr,), daemon=True)
         self._errors.start()
+        threading.Thread(target=self._read_all, daemon=True).start()
+
+    def _read_all(self) -> None:
+        assert self.process.stdout is not None
+        while len(header := self.process.stdout.read(9)) == 9:
+            payload = self.process.stdout.read(int.from_bytes(header[5:], "big"))
+            self._frames.put((header[0], int.from_bytes(header[1:5], "big"), payload))
+        self._frames.put(None)
 
     def send(self, kind: int, stream: int, payload: bytes = b"") -> None:
         assert self.process.stdin is not None
@@ -38,17 +51,18 @@ class Link:
         self.process.stdin.flush()
 
     def read(self) -> tuple[int, int, bytes]:
-        header = self._exactly(9)
-        return header[0], int.from_bytes(header[1:5], "big"), self._exactly(int.from_bytes(header[5:], "big"))
-
-    def _exactly(self, count: int) -> bytes:
-        assert self.process.stdout is not None
-        got = self.process.stdout.read(count)
-        if len(got) < count:
-            self.process.wait()
+        got = self._frames.get()
+        if got is None:
             self._errors.join()
-            raise EOFError(b"".join(self.complaint).decode("utf-8", "replace").strip().replace("\n", "; "))
+            raise EOFError(b"".join(self._complaint).decode("utf-8", "replace").strip().replace("\n", "; "))
         return got
+
+    def end(self) -> None:
+        """All that was sent has arrived; then the tool ends."""
+        self.send(PING, 0, b"the last")
+        while self.read() != (PONG, 0, b"the last"):
+            continue
+        self.process.kill()
 
     def echo(self, own: bytes | None) -> None:
         """Carry one stream: what comes goes back, or `own` goes out and comes back."""
@@ -106,7 +120,7 @@ def client(address: str, folder: str, name: str, group: str, times: str) -> None
         elif kind == NEW_CONN:
             break
     link.echo(None)
-    link.process.kill()
+    link.end()
 
 
 def server(folder: str, name: str, group: str) -> None:
@@ -122,7 +136,7 @@ def server(folder: str, name: str, group: str) -> None:
     link.send(PING, 0, b"12345678")
     link.send(NEW_CONN, 1, b"203.0.113.7:51234")
     link.echo(b"0123456789abcdef" * (TOTAL // 16))
-    link.process.kill()
+    link.end()
 
 
 def main(words: Sequence[str]) -> int:

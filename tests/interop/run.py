@@ -20,6 +20,7 @@ import datetime
 import os
 import queue
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -101,6 +102,7 @@ class Other:
         self._process = subprocess.Popen(
             [*stack.command, *arguments], cwd=HERE / stack.folder, env={**os.environ, **stack.env},
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True,
+            start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, name="lines of the other program")
         self._reader.start()
@@ -133,7 +135,8 @@ class Other:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
         self._process.wait()
         self._reader.join()
 
