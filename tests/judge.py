@@ -462,7 +462,7 @@ def _on_data_1(session: Session, stream: Stream, frame: Frame, broken: Broken | 
             raise _Offence("W-2", f"{-credit} bytes beyond the credit")
         credit, broken = 0, broken or _wrong(frame, "W-2", f"{-credit} bytes beyond the credit")
     after = stream._replace(credit=_set(stream.credit, end, credit))
-    if not stream.has_ended:
+    if stream.credit[end] > session.window[other] and not stream.has_ended:
         less = _grown(session, stream, other, -1)
         session = session._replace(grown=_set(session.grown, other, less))
         session = session._replace(grown=_set(session.grown, other, _grown(session, after, other, 1)))

@@ -114,6 +114,13 @@ func echo(conn io.ReadWriter, credit int, own []byte) {
 		check(fmt.Errorf("%d bytes came back", len(got)))
 	}
 	fmt.Println("echo", len(got))
+	// A close with bytes unread would be a reset: so only when all that was sent has arrived.
+	send(conn, ping, 0, []byte("the last"))
+	for {
+		if kind, _, payload := read(conn); kind == pong && string(payload) == "the last" {
+			return
+		}
+	}
 }
 
 func client(address, folder, name, group string, times int) {

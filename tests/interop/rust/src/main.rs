@@ -181,6 +181,9 @@ fn echo(conn: &mut (impl Read + Write), own: Option<Vec<u8>>) -> Outcome<()> {
         return Err(format!("{} bytes came back", got.len()).into());
     }
     println!("echo {}", got.len());
+    // A close with bytes unread would be a reset: so only when all that was sent has arrived.
+    send(conn, PING, 0, b"the last")?;
+    while read(conn)? != (PONG, 0, b"the last".to_vec()) {}
     Ok(())
 }
 

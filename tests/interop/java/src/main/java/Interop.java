@@ -110,6 +110,12 @@ public final class Interop {
                 throw new IllegalStateException(count + " bytes came back");
             }
             System.out.println("echo " + count);
+            // A close with bytes unread would be a reset: so only when all that was sent has arrived.
+            send(PING, 0, "the last".getBytes());
+            Frame answer = read();
+            while (answer.kind != PONG || !new String(answer.payload).equals("the last")) {
+                answer = read();
+            }
         }
     }
 
