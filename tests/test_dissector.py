@@ -170,6 +170,8 @@ def test_a_session(over: str, house: House, server: Factory, client: Factory, tm
     told, listed = judged_frames(file, keylog), next(iter(shown.values()))
     for end in judge.ENDS:
         assert [row for row in listed if row[3] == end] == [row for row in told if row[3] == end]
+    if over == "level 0":
+        return  # the rest is the same at both levels
     both = tshark(file, "-q", keylog=keylog, follow=1), tshark(file, "-q", keylog=keylog, follow=2)
     assert ("marco!" in both[0], "polo!!" in both[0]) == (True, False)
     assert ("marco!" in both[1], "polo!!" in both[1]) == (False, True)
