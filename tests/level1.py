@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from naive_peer import NaivePeer
 from support import Address, Fields, Record, Service, connect, eventually, parse_line
+from tap import tapped
 from tls_peers import House
 
 import rtunnel
@@ -86,6 +87,7 @@ class Ends:
 
     def __enter__(self) -> Ends:
         self._stack.enter_context(self.log)
+        self._stack.enter_context(tapped())
         return self
 
     def __exit__(self, *_: object) -> None:
