@@ -113,7 +113,7 @@ class Program:
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
         tap = TAP if VARIABLE in os.environ else ""
-        start = ["-c", f"{before}\nimport rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nm.entry()"]
+        start = ["-c", f"{before}\nimport sys, rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nm.entry()"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],
