@@ -113,11 +113,11 @@ def test_many_sites_share_the_places(server: Factory) -> None:
             source = f"127.0.1.{number // 20 + 1}"
             socks.append(stack.enter_context(stranger(serving.control_address, source)))
             eventually(lambda: count_open(socks) == min(len(socks), 64))
-            if number < 64:  # which is the older one the server says, whose threads take them in
-                eventually(lambda: serving.state()["strangers"] == f"{len(socks)}/64")
         sites = [socks[at : at + 20] for at in range(0, 160, 20)]
         assert [count_open(site) for site in sites] == [8] * 8
-        assert [is_open(sock) for sock in sites[0]] == [False] * 12 + [True] * 8
+        # Two that come in the same moment are taken in by two threads, in either order.
+        assert not any(is_open(sock) for sock in sites[0][:8])
+        assert all(is_open(sock) for sock in sites[0][16:])
         assert serving.threads() < 64 * 2 + 20
 
 
