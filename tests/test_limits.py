@@ -97,7 +97,10 @@ def test_one_site_cannot_drive_out_others(server: Factory) -> None:
         for _ in range(20):
             socks.append(stack.enter_context(stranger(serving.control_address)))
             eventually(lambda: count_open(socks) == min(len(socks), 13))
-        assert [is_open(sock) for sock in socks] == [False] * 7 + [True] * 13
+        # Two that come in the same moment are taken in by two threads, in either order.
+        assert count_open(socks) == 13
+        assert not any(is_open(sock) for sock in socks[:4])
+        assert all(is_open(sock) for sock in socks[11:])
         assert count_open(others) == 3
         told = serving.wait_for("refused")
         assert "no clients yet" in told["reason"]
