@@ -7,6 +7,7 @@
 # make faults  a network that cuts, stalls and truncates; processes that are killed, 450 s
 # make soak    mixed load with reconnects and reloads, 1,800 s: memory and descriptors stay flat
 # make fuzz    a coverage-guided fuzzer on all that is parsed, 600 s
+# make interop unrelated TLS stacks at the other end (Go, rustls, BouncyCastle, OpenSSL's tools): tests/interop/results.md
 # make clean   removes all that the others made
 #
 # Each sets up what it needs in $(VENV). Another Python: make clean, then make PYTHON=/path/to/python3 test
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: demo test check bench profile attack faults soak fuzz clean
+.PHONY: demo test check bench profile attack faults soak fuzz interop clean
 
 demo: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/demo.py
@@ -42,9 +43,12 @@ attack faults soak: $(VENV)/installed-test
 fuzz: $(VENV)/installed-fuzz
 	@$(IN_VENV) -u tests/fuzz.py $(ARGS)
 
+interop: $(VENV)/installed-test
+	@$(IN_VENV) -u tests/interop/run.py
+
 clean:
 	rm -rf .venv .venv-ci build dist rtunnel.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf __pycache__ tests/__pycache__
+	rm -rf __pycache__ tests/__pycache__ tests/interop/go/build tests/interop/rust/target tests/interop/java/target
 
 # Empty files that say what is done. A new setup.py installs again; an unfinished environment is made anew.
 

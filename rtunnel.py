@@ -1,6 +1,100 @@
 #!/usr/bin/env python3
 # ruff: noqa: E402  # signals are held back before the slow imports
-"""@@DOC@@"""
+"""rtunnel: a reverse TCP tunnel in blocking Python.
+
+A client behind NAT dials out to a public server and holds one control connection to it. The server
+opens public ports for the client. Each visitor's connection crosses the control connection as
+frames (PROTOCOL.md) and reaches a local service beside the client.
+
+The promise: from this file a reader can say which bytes may arrive, which thread handles them, how
+much memory they can cost, and which lock guards what; and from rtunnel_tls.py, why a peer that is
+not post-quantum, or not known, never gets past the handshake.
+
+Threads
+-------
+A thread is known by the function that it begins in. It waits in the functions of the last column
+and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
+
+    thread           how many        does (begins in)               may wait in
+    main             1               signals, reload, drain and     heard, tell_systemd,
+                                     stop (main)                    Listener.__init__,
+                                                                    Listener.start, Clock.start,
+                                                                    Pool.run, LogHandler.__init__,
+                                                                    LogHandler.finish
+    clock            1               what happens later; never      Clock._run
+                                     waits in an action
+                                     (Clock._run)
+    log              1               writes the log's lines         LogHandler._write
+                                     (LogHandler._write)
+    acceptor         1 a port        takes control connections,     Listener._accept,
+                                     or visitors                    Listener.get_request, Pool.run,
+                                     (Listener._accept)             Listener.process_request*
+    session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
+                                     and dispatches frames, writes  PlainTransport.send, Pool.run,
+                                     none, dials nobody             Listener.start, Session.run,
+                                     (Server.serve_control,         OriginalStream.feed
+                                     Client._read)
+    control sender   1 a session     control frames, and what       Writer.serve,
+                                     pumps left; the end            PlainTransport.send
+                                     (Session._send_control)
+    mapping          1 a mapping,    dials the server, shakes       Client._run_mapping,
+                     at the client   hands, waits for the           Client._connect, dial,
+                                     session's end                  Client._serve, Pool.run,
+                                     (Client._run_mapping)          PlainTransport.receive_into,
+                                                                    PlainTransport.send
+    stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
+                                     frames; closes the socket      PumpedStream._pump, Writer.send,
+                                     (Server.serve_visitor,         PumpedStream._watch_locked,
+                                     PumpedStream.run)              PlainTransport.send, Pool.run*,
+                                                                    Server._choose, Stream._close
+    stream drainer   0 or 1 a        queue to socket                Stream._drain
+                     stream          (Stream._drain)
+    idle worker      what was        waits for the next task        Pool._work
+                     needed, 10 s    (Pool._work)
+
+Locks
+-----
+Each is held for a few statements, and nobody waits under one.
+
+    lock                    guards                            under it may be taken
+    Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
+                            strangers, visitors               PlainTransport._lock,
+                                                              Listener._closing, Event._cond
+    Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
+                            the cause of the end              Event._cond
+    Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
+                            and the calls on its socket       scheduler._lock, Event._cond
+    Writer._lock            what is queued, who writes        -
+    LogHandler.lock         a line on its way to the queue    Queue.mutex
+    TlsTransport._lock      the SSL object, while OpenSSL     _log_secrets.lock
+                            computes
+    Budget._lock,           a number; the idle; counts; that  -
+    Pool._lock,             no descriptor is shut when it is
+    LimitLog._lock,         closed; a line of the file that
+    PlainTransport._lock,   SSLKEYLOGFILE names
+    Listener._closing,
+    _log_secrets.lock
+    scheduler._lock,        the library's: the clock's heap;  -
+    Event._cond,            events; semaphores; the log's
+    Semaphore._cond,        queue
+    Queue.mutex
+
+A field below `# guarded by` is used under that lock. Where a read says `without the lock`, it reads
+one reference or number, which is whole with the GIL and without it; and that is final once it is
+set, or who sets it wakes the reader, or the reader looks again under the lock before it waits.
+
+Errors
+------
+    RtunnelError
+    +-- ConfigError      wrong usage, configuration or file: exit status 2
+    +-- ProtocolError    the peer broke a rule of PROTOCOL.md: its session ends
+    +-- Refused          the server will not serve this client: code and sentence
+    +-- SessionEnded     this session has ended; carries the first cause
+    +-- NoThread         no thread can be had, or the program stops
+
+Exit status: 0 stopped as asked; 1 failed; 2 wrong usage, configuration or file; 3 the server
+refused for good.
+"""
 
 from __future__ import annotations
 
@@ -1017,6 +1111,7 @@ class PlainTransport:
         self._sock = sock
         self._lock = threading.Lock()
         self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
+        self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
 
@@ -1030,10 +1125,6 @@ class PlainTransport:
             self._sock.sendall(frames)
         except BlockingIOError:
             raise TimeoutError(f"the peer took no byte for {WRITE_TIMEOUT_S:g} s") from None
-
-    def set_timeout(self, seconds: float | None) -> None:
-        """Of each wait: TimeoutError. In the handshake only, when one thread has the transport."""
-        self._sock.settimeout(seconds)
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
@@ -1065,14 +1156,14 @@ TRANSPORT_ERRORS = (OSError, rtunnel_tls.TransportError)
 class Writer:
     """Many threads' frames onto one transport, one send at a time, in groups.
 
-    A pump that finds nobody writing writes all that is queued and its own frame, once: so a lone
-    message needs no other thread. What has been queued meanwhile is the control sender's, which
-    writes until nothing is left. A pump that finds somebody writing leaves its frame in the queue,
-    and waits only where that is full: that is the back-pressure. One TLS record then carries many
-    small frames.
+    A pump that finds nobody writing writes all that is queued and its own frame: so a lone message
+    needs no other thread. Then it writes what has been queued meanwhile, once. The rest is the
+    control sender's, which writes until nothing is left. A pump that finds somebody writing leaves
+    its frame in the queue, and waits only where that is full: that is the back-pressure. One TLS
+    record then carries many small frames.
 
-    Threads: `send` from pumps; `serve`, `finish` from the control sender; the others from
-    any, they never wait.
+    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
+    any.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
     Invariant: where something is queued, somebody is writing or the control sender has been woken.
@@ -1085,8 +1176,7 @@ class Writer:
         self._transport = transport
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # for the control sender
-        self._room = threading.Condition(self._lock)  # for pumps, the first first; behind the end
-        # for those who wait until nobody writes
+        self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
         self._control = bytearray()  # frames
@@ -1181,16 +1271,25 @@ class Writer:
             self._work.notify()
 
     def serve(self) -> str:
-        """The control sender's work, until the end; returns the cause."""
+        """The control sender's work, until the end and its last frame; returns the cause.
+
+        A WELCOME that is still queued goes first: without it the last frame is not understood.
+        """
         while True:
             with self._lock:
-                while self._cause is None and (self._writing or not self._has_work_locked()):
+                while self._writing or not (self._has_work_locked() or self._cause):
                     self._work.wait()
                 if self._cause is not None:
-                    return self._cause
+                    cause, rest = self._cause, self._control + self._last_frame if self._last_frame else b""
+                    break
                 batch = self._take_all_locked()
             with contextlib.suppress(SessionEnded):  # then there is a cause
                 self._write(batch)
+        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
+            if rest:
+                self._transport.send(rest)
+            self._transport.finish()
+        return cause
 
     def _has_work_locked(self) -> bool:
         assert self._lock.locked()
@@ -1203,19 +1302,6 @@ class Writer:
                 self._cause, self._last_frame = cause, last_frame
             self._work.notify()
             self._room.notify_all()
-
-    def finish(self) -> None:
-        """For the control sender, after `close`: the last frame, and that no more comes.
-
-        A WELCOME that is still queued goes first: without it the last frame is not understood.
-        """
-        with self._lock:
-            while self._writing:  # the transport's shutdown ends that
-                self._room.wait()
-        with contextlib.suppress(*TRANSPORT_ERRORS):  # it has failed, or was shut
-            if self._last_frame:  # read without the lock: after the end all stays as it is
-                self._transport.send(self._control + self._last_frame)
-            self._transport.finish()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
@@ -1235,18 +1321,24 @@ class Writer:
         return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
-        """Raises SessionEnded."""
+        """And what has come meanwhile, once: so nobody is enslaved. Raises SessionEnded.
+
+        The second write spares a hand-over to the control sender: 7 % of short connections.
+        """
         try:
             self._transport.send(batch)
+            with self._lock:
+                more = self._cause is None and self._has_work_locked()
+                batch = self._take_all_locked() if more else b""
+            if more:
+                self._transport.send(batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
         finally:
             with self._lock:
                 self._writing = False
-                if self._cause is not None:
-                    self._room.notify_all()
-                elif self._has_work_locked():
+                if self._has_work_locked() or self._cause:
                     self._work.notify()
 
 
@@ -1366,7 +1458,7 @@ class Stream:
             self._start_drainer()
 
     def end_received(self, _: bytes = b"") -> None:
-        """The peer's EOF: FIN for the socket behind what is queued. Raises ProtocolError."""
+        """FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
@@ -1399,10 +1491,7 @@ class Stream:
                 session.writer.grant(self, grant)
 
     def sweep(self) -> None:
-        """Called by the clock, every 5 s: take back the growth of a queue that has not moved since.
-
-        And end a stream of which one direction has ended and the other has been silent for long.
-        """
+        """The clock's, every 5 s: take growth back from a queue that stands, end what is stuck."""
         now = time.monotonic()
         with self._lock:
             if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
@@ -1585,7 +1674,8 @@ class PumpedStream(Stream):
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
             self._session.writer.send(self)  # its NEW_CONN, if it is new
-            sock = self._dial(connect) if connect else self._sock  # without the lock: given by __init__
+            # Read without the lock: one that is not dialled has been there from the start.
+            sock = self._dial(connect) if connect else self._sock
             if sock is not None:
                 self._pump(sock)
                 self._end_sending(sock)
@@ -1667,8 +1757,8 @@ class PumpedStream(Stream):
             if self._cause is not None or self._sending is not Sending.OPEN:
                 return
             self._sent_at = time.monotonic()
-            last = self._end_sending_locked()
-        self._session.writer.send(self, encode(last, self.number))  # behind its DATA
+            frame = encode(self._end_sending_locked(), self.number)
+        self._session.writer.send(self, frame)  # behind its DATA
         with self._lock:
             while self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
@@ -1798,7 +1888,7 @@ class Level(NamedTuple):
 
     def is_new(self, number: int, last: int) -> bool:
         """Whether NEW_CONN may open this stream, after the highest so far."""
-        # At level 0 in any order: the original numbers visitors before it queues their frames (S-2).
+        # Level 0, in any order: the original numbers visitors before it queues their frames (S-2).
         return number > last or not self.number
 
 
@@ -1866,7 +1956,7 @@ class Session:
             log_internal_error()
             self.end("internal error")
         with contextlib.suppress(*TRANSPORT_ERRORS):
-            self._read()  # discards, until the peer's end, or until the clock shuts the transport
+            self._read()  # discards, until the peer's end or the clock's shutdown
         self._farewell_said.wait()
         self.transport.close()
         # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
@@ -1876,15 +1966,11 @@ class Session:
             return self._cause or "ended"
 
     def _read(self) -> None:
-        """Dispatch what comes, until the peer's end.
-
-        After this side's last word it is discarded: a close with unread bytes would send RST, which
-        swallows our last frame.
-        """
+        """Dispatch what comes, until the peer's end."""
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
             if self._cause is not None:  # read without the lock
-                continue
+                continue  # discarded: a close with unread bytes sends RST; it eats our last frame
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
@@ -1947,8 +2033,7 @@ class Session:
         try:
             self.end(self.writer.serve())
         finally:
-            self.end("internal error")
-            self.writer.finish()
+            self.end("internal error")  # unless there is a cause
             self._farewell_said.set()
             for stream in self.streams():
                 stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
@@ -2035,8 +2120,9 @@ class Session:
         return self._last_stream > 0  # read without the lock, likewise
 
     def state(self) -> dict[str, object]:
-        """What a line of the log says about it."""
+        """What a line of the log says about it; its numbers are read without the lock."""
         receipt = self.transport.receipt
+        # What is left of the budget is read without the lock: one number.
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
             "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
@@ -2242,9 +2328,11 @@ class ServerSession(Session):
         self._server.open_lease(self, self.init)
 
     def on_received(self) -> None:
+        if self.is_client:
+            return
         unknown = self.decoder.unknown_frames
         self._heard |= unknown > 0 or self.decoder.is_inside_control()
-        if not self.is_client and unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
+        if unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
             raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
 
     def on_goaway(self, frame: Frame) -> None:
@@ -2292,7 +2380,7 @@ class ServerSession(Session):
 
 
 class Lease:
-    """A public port, and the sessions that serve it. Guarded by Server._lock."""
+    """A public port, and the sessions that serve it. Called with Server._lock."""
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
@@ -2301,6 +2389,7 @@ class Lease:
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
+        # guarded by Server._lock
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until = 0.0  # visitors wait so long for the holder's return
 
@@ -2504,7 +2593,9 @@ class Server(Program):
         try:
             lease.listener.start()
         except OSError as error:
-            for session in list(lease.sessions):  # nearly always one
+            with self._lock:
+                sessions = list(lease.sessions)  # nearly always one
+            for session in sessions:
                 self.leave_lease(session, reason_of(error), linger=False)
                 session.end(reason_of(error))
             raise SessionEnded(reason_of(error)) from error

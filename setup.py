@@ -16,7 +16,15 @@ def version() -> str:
     return found[1]
 
 
-TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3"]
+TEST = [
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    # A TLS stack in Python alone; the next two are its ML-DSA and ML-KEM.
+    "tlslite-ng==0.9.0b2",
+    "dilithium-py==1.5.1",
+    "kyber-py==1.2.0",
+]
 FUZZ = [*TEST, "atheris>=3"]
 DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9"]
 

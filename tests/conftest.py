@@ -17,9 +17,20 @@ from support import ROOT, Program, eventually
 
 sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
 
+from judged import judged as judged  # each test's sessions
+from judged import summary
 from tls_peers import House
 
 Factory = Callable[..., Program]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "unjudged(reason): the test changes what PROTOCOL.md says of our end")
+    config.addinivalue_line("markers", "session_budget(bytes): what the test's ends have, where it is not 64 MiB")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    summary(terminalreporter)
 
 
 def _descriptors() -> dict[int, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from naive_peer import NaivePeer
 from support import Address, Fields, Record, Service, connect, eventually, parse_line
+from tap import tapped
 from tls_peers import House
 
 import rtunnel
@@ -86,6 +87,7 @@ class Ends:
 
     def __enter__(self) -> Ends:
         self._stack.enter_context(self.log)
+        self._stack.enter_context(tapped())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -243,7 +245,7 @@ def writer_in_use(writer: rtunnel.Writer) -> Iterator[None]:
     """As if a thread were in the transport's send for as long as the block lasts."""
     with writer._lock:
         while writer._writing:
-            writer._room.wait(0.01)
+            writer._work.wait(0.01)
         writer._writing = True
     try:
         yield

@@ -17,10 +17,10 @@ that another thread gives by `release`, so it is a wait, and nobody holds that l
 
 from __future__ import annotations
 
-import atexit
 import ipaddress
 import json
 import linecache
+import os
 import queue
 import re
 import select
@@ -323,4 +323,10 @@ def install(file: str) -> None:
     import logging  # whose own work at the end is not recorded: `save` is done before it
 
     assert isinstance(logging._lock, Lock), "imported before the locks were replaced"  # type: ignore[attr-defined]
-    atexit.register(RECORD.save, file)
+    leave = os._exit
+
+    def save_and_leave(status: int) -> None:
+        RECORD.save(file)
+        leave(status)
+
+    os._exit = save_and_leave  # how the program ends

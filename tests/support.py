@@ -20,6 +20,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tap import VARIABLE
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 10.0  # what a test waits for an event that comes at once on an idle machine
 
@@ -83,6 +85,10 @@ m.Init.parse = lambda raw: understood(raw.split(b"\n")[0])
 """
 
 
+# Its sessions are recorded, for tests/judged.py.
+TAP = f"sys.path.append({str(ROOT / 'tests')!r})\nimport tap\ntap.start_in_program(sys.argv[1])\n"
+
+
 class Program:
     """A server or a client in a process of its own, and its log.
 
@@ -97,14 +103,17 @@ class Program:
         old: bool = False,
         env: Mapping[str, str] | None = None,
         before: str = "",
+        patch: str = "",
     ):
         """Start `rtunnel.py ARGUMENTS`. `limits` replaces constants of the module: shorter waits. An `old` program
-        neither announces level 1 nor understands that its peer does. `before` is run before the import."""
+        neither announces level 1 nor understands that its peer does. `before` is run before the import, `patch` after
+        it, with the module as `m`."""
         self.arguments = arguments
         # The constants are the module's own; PROTOCOL.md's values are checked by another test. Imported, not run as a
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
-        start = ["-c", f"{before}\nimport rtunnel as m\n{assignments}{OLD * old}m.entry()"]
+        tap = TAP if VARIABLE in os.environ else ""
+        start = ["-c", f"{before}\nimport sys, rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nm.entry()"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
         self.process = subprocess.Popen(
             [sys.executable, *start, *arguments],

@@ -302,7 +302,7 @@ def test_a_goaway_overtakes_no_welcome() -> None:
         writer = rtunnel.Writer(SocketTransport(near))  # type: ignore[arg-type]
         writer.post(b"WELCOME ")
         writer.close("replaced", b"GOAWAY")
-        writer.finish()
+        writer.serve()
         assert read_all(far) == b"WELCOME GOAWAY"
 
 

@@ -57,7 +57,6 @@ LIMITS: dict[str, Any] = {
     "POOL_IDLE_S": 0.5,
     "EXPIRY_CHECK_S": 0.2,
     "LOG_EVERY_S": 0.2,
-    "ABORTED_AT_ONCE": 0,
     "MAX_STRANGERS": 8,
 }
 POLLED = LIMITS | {"DONT_WAIT": None}  # the way of systems that lack MSG_DONTWAIT

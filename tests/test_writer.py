@@ -411,8 +411,8 @@ def test_nobody_is_enslaved(writer: rtunnel.Writer, transport: FakeTransport) ->
 
 
 def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Closing never waits; all who wait for room get the first cause, the control sender too, and so does who comes
-    later. Whoever is inside the transport's send is waited for."""
+    """Closing never waits; all who wait for room get the first cause, and so does who comes later. The control sender
+    waits for whoever is inside the transport's send, then gets it too."""
     served: list[str] = []
     transport.hold()
     with threads(expect=rtunnel.SessionEnded) as started:
@@ -420,7 +420,7 @@ def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTrans
         transport.wait_entered(1)
         fill(writer)
         sleepers = [started.start(send, writer, LARGE) for _ in range(5)]
-        sleepers.append(started.start(lambda: served.append(writer.serve())))
+        sender = started.start(lambda: served.append(writer.serve()))
         eventually(lambda: waiting_pumps(writer) == 5)
         writer.close("the first cause")
         writer.close("another")
@@ -428,11 +428,11 @@ def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTrans
             sleeper.join(10)
             assert not sleeper.is_alive()
         assert [str(error) for error in started.errors] == ["the first cause"] * 5
-        assert served == ["the first cause"]
-        waiter = started.start(writer.finish)
         assert len(transport.sends) == 1
-        assert waiter.is_alive()
+        assert sender.is_alive()
+        assert not transport.finished
         transport.let_go()
+    assert (served, transport.finished) == (["the first cause"], True)
     for late in (lambda: send(writer, SMALL), lambda: writer.post(SMALL), lambda: send(writer, b"")):
         with pytest.raises(rtunnel.SessionEnded, match="the first cause"):
             late()
@@ -453,7 +453,6 @@ def test_the_end_between_two_sends(writer: rtunnel.Writer, transport: FakeTransp
             transport.wait_entered(1)
             transport.let_go()
             writer.close("stopping")
-            writer.finish()
 
 
 def test_a_failed_send_ends_the_writer(writer: rtunnel.Writer, transport: FakeTransport) -> None:
@@ -464,8 +463,7 @@ def test_a_failed_send_ends_the_writer(writer: rtunnel.Writer, transport: FakeTr
     assert caught.value.__cause__ is transport.error
     with pytest.raises(rtunnel.SessionEnded, match="Connection reset by peer"):
         writer.post(SMALL)
-    assert writer.serve() == "Connection reset by peer"
-    writer.finish()  # which says no more, and does not raise
+    assert writer.serve() == "Connection reset by peer"  # which says no more
 
 
 def test_the_last_word(writer: rtunnel.Writer, transport: FakeTransport) -> None:
@@ -478,7 +476,7 @@ def test_the_last_word(writer: rtunnel.Writer, transport: FakeTransport) -> None
         send(writer, SMALL)
         writer.post(frame(NEW_CONN, 1))
         writer.close("done", frame(GOAWAY, 0, b"done"))
-        finisher = started.start(writer.finish)
+        finisher = started.start(writer.serve)
         assert finisher.is_alive()
         assert not transport.finished
         transport.let_go()
@@ -490,5 +488,5 @@ def test_an_end_without_a_last_word(writer: rtunnel.Writer, transport: FakeTrans
     """A writer that ends without a last frame sends nothing more, and the peer sees the end."""
     writer.post(frame(NEW_CONN, 1), wake=False)
     writer.close("done")
-    writer.finish()
+    assert writer.serve() == "done"
     assert (transport.sends, transport.finished) == ([], True)
