@@ -97,8 +97,7 @@ def test_one_site_cannot_drive_out_others(server: Factory) -> None:
         for _ in range(20):
             socks.append(stack.enter_context(stranger(serving.control_address)))
             eventually(lambda: count_open(socks) == min(len(socks), 13))
-        # The oldest have gone; whose threads came at the same time may have changed places.
-        assert (count_open(socks[:4]), count_open(socks), count_open(socks[-7:])) == (0, 13, 7)
+        assert [is_open(sock) for sock in socks] == [False] * 7 + [True] * 13
         assert count_open(others) == 3
         told = serving.wait_for("refused")
         assert "no clients yet" in told["reason"]
@@ -110,13 +109,15 @@ def test_many_sites_share_the_places(server: Factory) -> None:
     serving = server(limits={"MAX_STRANGERS": 64})
     with contextlib.ExitStack() as stack:
         socks = []
-        for number in range(128):
-            source = f"127.0.1.{number // 16 + 1}"
+        for number in range(160):
+            source = f"127.0.1.{number // 20 + 1}"
             socks.append(stack.enter_context(stranger(serving.control_address, source)))
             eventually(lambda: count_open(socks) == min(len(socks), 64))
-        sites = [socks[at : at + 16] for at in range(0, 128, 16)]
+        sites = [socks[at : at + 20] for at in range(0, 160, 20)]
         assert [count_open(site) for site in sites] == [8] * 8
-        assert count_open(sites[0][:6]) == 0  # the oldest; whose threads came at the same time may have changed places
+        # Two that come in the same moment are taken in by two threads, in either order.
+        assert not any(is_open(sock) for sock in sites[0][:8])
+        assert all(is_open(sock) for sock in sites[0][16:])
         assert serving.threads() < 64 * 2 + 20
 
 
@@ -661,8 +662,7 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
     """Who sends no INIT goes at the deadline, whatever it sends otherwise and does not read: in TLS KeyUpdates, whose
     answers keep the control sender in a send."""
-    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 1.5)
-    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.3)
+    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 2.0)
     with small_control_sockets(), Ends(house if tls else None) as ends, contextlib.ExitStack() as stack:
         control = ends.open_server()
         sock = stack.enter_context(connect_small(control))
@@ -675,8 +675,8 @@ def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(rtunnel_tls, "MAX_UNSENT_BYTES", 1 << 30)  # which ends another flood
             while not is_in_a_send(session.writer):
                 sock.sendall(b"".join(forger.key_update(request=True) for _ in range(300)))
-        assert "no INIT within" in ends.log.wait_for("refused", deadline=5.0)["reason"]
-        assert time.monotonic() - started < 1.5 + rtunnel.FAREWELL_S + 1.0
+        assert "no INIT within 2 s" in ends.log.wait_for("refused", deadline=5.0)["reason"]
+        assert time.monotonic() - started < 2.0 + rtunnel.FAREWELL_S + 1.0
 
 
 def test_refusals_are_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def test_a_pump_takes_the_queued_ones_along(writer: rtunnel.Writer, transport: F
         transport.wait_entered(1)
         send(writer, SMALL)
         transport.let_go(1)
-        transport.wait_entered(2)  # the same thread's second write; what comes now is left
+        transport.wait_entered(2)  # the second write of the pump, and its last
         send(writer, SMALL)
         send(writer, late)
         writer.post(control)
@@ -390,8 +390,7 @@ def test_who_waits_gets_room_in_order(writer: rtunnel.Writer, transport: FakeTra
 
 
 def test_nobody_is_enslaved(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A pump writes its own frame, and then at most one batch of what has come meanwhile; what comes during that is the
-    control sender's."""
+    """A pump writes at most one batch of others' frames; what comes during that is the control sender's."""
     transport.hold()
     with threads() as started:
         pump = started.start(send, writer, LARGE)
@@ -401,15 +400,17 @@ def test_nobody_is_enslaved(writer: rtunnel.Writer, transport: FakeTransport) ->
         transport.wait_entered(2)
         send(writer, SMALL)
         transport.let_go(1)
-        pump.join(10)  # although more is queued
+        pump.join(10)  # although something is queued
         assert not pump.is_alive()
         assert transport.sends == [LARGE, SMALL]
         sender = started.start(writer.serve)
         transport.wait_entered(3)
+        send(writer, SMALL)
         transport.let_go()
+        transport.wait_entered(4)
         writer.close("done")
-    assert transport.sends == [LARGE, SMALL, SMALL]
-    assert transport.threads == [pump.ident, pump.ident, sender.ident]
+    assert transport.sends == [LARGE, SMALL, SMALL, SMALL]
+    assert transport.threads == [pump.ident, pump.ident, sender.ident, sender.ident]
 
 
 # --- the end ------------------------------------------------------------------------------------------------
