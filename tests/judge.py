@@ -67,7 +67,7 @@ MAY_SEND = {
     "receiving ended": {DATA, EOF, CLOSE_CONN, BLOCKED},
     "ended": set(),
 }
-CODES = {"bad-request", "port-denied", "port-in-use", "too-many-clients", "shutting-down"}  # section 11
+CODES = {"bad-request", "port-denied", "port-in-use", "too-many-clients", "shutting-down", "unavailable"}  # section 11
 
 # Section 12.
 MAX_CONTROL_BYTES = 4096
@@ -243,6 +243,8 @@ def _judge_opening(session: Session, frame: Frame) -> Verdict:
         return _on_init(session, frame)
     if frame.kind == WELCOME:
         return _on_welcome(session, frame)
+    if frame.kind in (DATA, CLOSE_CONN):  # an original's streams of before a reconnect: dropped (O-5, S-5)
+        return Verdict(session, None)
     if not session.inits:
         raise _Offence("O-5", f"{KINDS[frame.kind].name} before INIT")
     if KINDS[frame.kind].on_stream:
@@ -354,6 +356,8 @@ _ON_CONTROL: Mapping[int, Callable[[Session, Frame], Verdict]] = {
 def _judge_stream(session: Session, stream: Stream | None, frame: Frame, growth: int) -> Verdict:
     if frame.kind == NEW_CONN:
         return _on_new_conn(session, stream, frame)
+    if not session.level and (not frame.stream or frame.stream > session.last):  # likewise
+        return Verdict(session, None)
     if not frame.stream or frame.stream > session.last:
         raise _Offence("S-5", f"no NEW_CONN has named stream {frame.stream}")
     if stream is None:  # an id that was left out: dropped

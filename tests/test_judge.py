@@ -353,7 +353,7 @@ MUTATIONS = [
     Mutation("H-3", "client", other("PONG", payload="payload[::-1]")),
     Mutation("H-6", "server", double("PING")),
     Mutation("O-9", "client", double("INIT")),
-    Mutation("G-1", "server", "m.Session.start_level_1 = lambda session: session.writer.post("
+    Mutation("G-1", "server", "m.Session.start_timers = lambda session: session.writer.post("
              "m.encode(m.FrameType.GOAWAY, 0, b'x'))"),
     Mutation("N-2", "server", double("WELCOME")),
 ]  # fmt: skip
