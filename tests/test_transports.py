@@ -122,10 +122,11 @@ def is_duplex(ends: Ends) -> None:
 
 
 def flushes(ends: Ends) -> None:
-    """`flush` sends what the transport has to say, if anything, and no byte of ours; `wants_flush` can be set."""
+    """A send of nothing sends what the transport has to say, if anything, and no byte of ours; `wants_flush` can be
+    set."""
     asked: list[int] = []
     ends.near.wants_flush = lambda: asked.append(1)
-    ends.near.flush()
+    ends.near.send(b"")
     ends.near.send(b"x")
     assert take(ends.far, 1) == b"x"
     assert not asked
