@@ -1881,7 +1881,9 @@ class Level(NamedTuple):
             return None
         try:
             address = Address.parse(payload.decode("ascii"))
-            ipaddress.ip_address(address.shown_host)
+            host = ipaddress.ip_address(address.host)
+            if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped or host.scope_id):
+                raise ValueError
         except (ConfigError, ValueError):
             raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
         return address

@@ -34,8 +34,8 @@ local KINDS = {
 }
 
 local CODES = {
-    ["bad-request"] = true, ["port-denied"] = true, ["port-in-use"] = true, ["too-many-clients"] = true,
-    ["shutting-down"] = true,
+    ["bad-request"] = true, ["port-denied"] = true, ["port-in-use"] = true, ["unavailable"] = true,
+    ["too-many-clients"] = true, ["shutting-down"] = true,
 }
 
 local rtunnel = Proto("rtunnel", "rtunnel, a reverse TCP tunnel")
@@ -54,6 +54,7 @@ local fields = {
     version = ProtoField.string("rtunnel.version", "Version"),
     window = ProtoField.string("rtunnel.window", "Window"),
     instance = ProtoField.string("rtunnel.instance", "Instance"),
+    takeover = ProtoField.string("rtunnel.takeover", "Takeover"),
     error = ProtoField.string("rtunnel.error", "Error"),
     message = ProtoField.string("rtunnel.message", "Message"),
     line = ProtoField.string("rtunnel.line", "Line"),
@@ -210,8 +211,11 @@ judge[PONG] = function(session, frame)
 end
 
 judge[GOAWAY] = function(session, frame)
+    local again = session.goaway[frame.sender]
     session.goaway[frame.sender] = true
-    if not is_reason(frame.text) then
+    if again and frame.text ~= "stopping" then
+        return "G-5", "a further GOAWAY"
+    elseif not is_reason(frame.text) then
         return "E-3", "a reason that is not printable ASCII"
     end
 end
@@ -227,8 +231,9 @@ judge[NEW_CONN] = function(session, frame)
     session.streams[frame.id] = {
         credit = { session.window[SERVER], session.window[CLIENT] }, eof = {}, closed = {}, blocked = { 0, 0 },
     }
-    local is_v4, is_v6 = frame.text:match("^[%d.]+:%d+$"), frame.text:match("^%[[%x:.]+%]:%d+$")
-    if session.level == 1 and (not (is_v4 or is_v6) or frame.text:match("^%[::ffff:[%d.]+%]")) then
+    local visitor = frame.text:lower()
+    local port = visitor:match("^[%d.]+:(%d+)$") or visitor:match("^%[[%x:.]+%]:(%d+)$")
+    if session.level == 1 and (not number_in(port, 1, 65535) or visitor:match("^%[::ffff:[%d.]+%]")) then
         return "S-8", "NEW_CONN without a visitor's address"
     elseif session.level == 1 and session.goaway[SERVER] then
         return "G-1", "NEW_CONN after GOAWAY"
@@ -239,10 +244,9 @@ end
 
 local function judge_stream(session, frame)
     local stream, own, other = session.streams[frame.id], frame.sender, 3 - frame.sender
-    if frame.id == 0 or frame.id > session.last then
-        return "S-5", "no NEW_CONN has named stream " .. frame.id
-    elseif stream == nil then
-        return
+    if stream == nil then
+        local is_error = session.level ~= 0 and (frame.id == 0 or frame.id > session.last)
+        return is_error and "S-5" or "S-1", "no NEW_CONN has named stream " .. frame.id
     elseif stream.closed[own] then
         return session.level == 1 and "T-4" or "E-1", "a frame behind its own CLOSE_CONN"
     elseif stream.eof[own] and (frame.kind == DATA or frame.kind == EOF) then
@@ -296,7 +300,8 @@ local function judge_frame(session, frame)
     elseif session.refused and frame.sender == SERVER then
         return "N-6", "a frame behind the refusal"
     elseif session.level == nil and frame.sender == CLIENT and session.inits == 0 and frame.kind ~= INIT then
-        return "O-5", kind.name .. " before INIT"
+        local is_dropped = frame.kind == DATA or frame.kind == CLOSE_CONN
+        return is_dropped and "O-1" or "O-5", kind.name .. " before INIT"
     end
     if session.level == nil and frame.sender == SERVER and frame.kind ~= WELCOME then
         session.level = 0
@@ -315,7 +320,9 @@ end
 
 -- ---- frames ---------------------------------------------------------------------------------------------------------
 
-local NAMED = { version = true, window = true, instance = true, error = true, message = true, port = true }
+local NAMED = {
+    version = true, window = true, instance = true, takeover = true, error = true, message = true, port = true,
+}
 
 local function add_lines(tree, payload, from)
     local text, at = payload:raw(), from

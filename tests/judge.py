@@ -67,7 +67,9 @@ MAY_SEND = {
     "receiving ended": {DATA, EOF, CLOSE_CONN, BLOCKED},
     "ended": set(),
 }
-CODES = {"bad-request", "port-denied", "port-in-use", "too-many-clients", "shutting-down", "unavailable"}  # section 11
+CODES = {  # section 11
+    "bad-request", "port-denied", "port-in-use", "unavailable", "too-many-clients", "shutting-down",
+}  # fmt: skip
 
 # Section 12.
 MAX_CONTROL_BYTES = 4096
@@ -78,8 +80,9 @@ MAX_MESSAGE = 256
 MAX_CREDIT = 2_147_483_647
 MAX_WINDOW = 16_777_216
 MAX_GROWTH = 67_108_864
+GROWTH_SHARE = 4  # [W-6]: a quarter
 
-MAX_PINGS = 4096  # of an end that asks on without an answer, the newest
+MAX_PINGS = 4096  # of an end that asks on without an answer, the oldest
 KNOWN_S = 5.0  # a frame that an end has been sent so long ago has reached it
 
 # ---- frames and states ---------------------------------------------------------------------------------------------
@@ -136,6 +139,7 @@ class Session(NamedTuple):
     last: int = 0  # the highest id that NEW_CONN has named
     goaway: tuple[bool, bool] = (False, False)
     pings: tuple[tuple[Ping, ...], tuple[Ping, ...]] = ((), ())  # that are not answered yet
+    forgotten: tuple[bool, bool] = (False, False)  # this end has sent more PINGs than are remembered
     pinged: tuple[bool, bool] = (False, False)
     grown: tuple[int, int] = (0, 0)  # by so much the credit that this end gave is above what it announced
     welcomed: float | None = None  # when level 1 began
@@ -243,10 +247,10 @@ def _judge_opening(session: Session, frame: Frame) -> Verdict:
         return _on_init(session, frame)
     if frame.kind == WELCOME:
         return _on_welcome(session, frame)
-    if frame.kind in (DATA, CLOSE_CONN):  # an original's streams of before a reconnect: dropped (O-5, S-5)
-        return Verdict(session, None)
     if not session.inits:
-        raise _Offence("O-5", f"{KINDS[frame.kind].name} before INIT")
+        if frame.kind not in (DATA, CLOSE_CONN):
+            raise _Offence("O-5", f"{KINDS[frame.kind].name} before INIT")
+        return Verdict(session, None, _wrong(frame, "O-1", f"{KINDS[frame.kind].name} before INIT, which is dropped"))
     if KINDS[frame.kind].on_stream:
         raise _Offence("S-5", "no stream has been opened")
     after = _on_ping(session, frame).session if frame.kind == PING else session  # it may be answered
@@ -312,10 +316,12 @@ def _on_welcome(session: Session, frame: Frame) -> Verdict:
 
 def _on_ping(session: Session, frame: Frame) -> Verdict:
     unanswered = session.pings[frame.sender]
-    more = (*unanswered[-MAX_PINGS:], Ping(frame.payload, frame.at))
-    after = session._replace(
-        pings=_set(session.pings, frame.sender, more), pinged=_set(session.pinged, frame.sender, True)
-    )
+    after = session._replace(pinged=_set(session.pinged, frame.sender, True))
+    if len(unanswered) < MAX_PINGS:
+        more = (*unanswered, Ping(frame.payload, frame.at))
+        after = after._replace(pings=_set(session.pings, frame.sender, more))
+    else:
+        after = after._replace(forgotten=_set(session.forgotten, frame.sender, True))
     if unanswered:
         return Verdict(after, None, _wrong(frame, "H-6", "PING, and the last one has not been answered"))
     return Verdict(after, None)
@@ -326,12 +332,17 @@ def _on_pong(session: Session, frame: Frame) -> Verdict:
     asked = session.pings[1 - frame.sender]
     at = next((at for at, ping in enumerate(asked) if ping.payload == frame.payload), None)
     if at is None:
+        if session.forgotten[1 - frame.sender]:
+            return Verdict(session, None)
         raise _Offence("H-3", "PONG without its PING")
     return Verdict(session._replace(pings=_set(session.pings, 1 - frame.sender, asked[at + 1 :])), None)
 
 
 def _on_goaway(session: Session, frame: Frame) -> Verdict:
+    """[G-4]: a further one does nothing. An end has a second one to say where it is stopped."""
     after = session._replace(goaway=_set(session.goaway, frame.sender, True))
+    if session.goaway[frame.sender] and frame.payload != b"stopping":
+        return Verdict(after, None, _wrong(frame, "G-5", f"a further GOAWAY, for the reason {frame.payload!r}"))
     return Verdict(after, None, _bad_reason(frame))
 
 
@@ -356,12 +367,11 @@ _ON_CONTROL: Mapping[int, Callable[[Session, Frame], Verdict]] = {
 def _judge_stream(session: Session, stream: Stream | None, frame: Frame, growth: int) -> Verdict:
     if frame.kind == NEW_CONN:
         return _on_new_conn(session, stream, frame)
-    if not session.level and (not frame.stream or frame.stream > session.last):  # likewise
-        return Verdict(session, None)
-    if not frame.stream or frame.stream > session.last:
-        raise _Offence("S-5", f"no NEW_CONN has named stream {frame.stream}")
-    if stream is None:  # an id that was left out: dropped
-        return Verdict(session, None)
+    if stream is None:
+        text = f"{KINDS[frame.kind].name}, and no NEW_CONN has named stream {frame.stream}"
+        if session.level and not 0 < frame.stream <= session.last:
+            raise _Offence("S-5", text)
+        return Verdict(session, None, _wrong(frame, "S-1", text))  # level 0, or an id that was left out: dropped
     return (_on_stream_1 if session.level else _on_stream_0)(session, stream, frame, growth)
 
 
@@ -437,12 +447,7 @@ def _on_stream_1(session: Session, stream: Stream, frame: Frame, growth: int) ->
     if frame.kind == BLOCKED:
         if stream.blocked[end] > 0:  # it may wait to be sent while a WINDOW comes: so they are counted
             broken = broken or _wrong(frame, "W-5", "BLOCKED again, and no WINDOW has come since")
-        doubled = min(max(MAX_WINDOW, session.window[1 - end]), 2 * stream.window[1 - end])
-        after = stream._replace(
-            blocked=_set(stream.blocked, end, stream.blocked[end] + 1),
-            window=_set(stream.window, 1 - end, max(doubled, 1)),
-        )
-        return Verdict(session, after, broken)
+        return Verdict(session, _on_blocked(session, stream, end, growth), broken)
     if frame.kind == EOF:
         after = stream._replace(eof=_set(stream.eof, end, frame.at))
     else:
@@ -451,6 +456,17 @@ def _on_stream_1(session: Session, stream: Stream, frame: Frame, growth: int) ->
     if after.has_ended and not dropped:
         session = session._replace(grown=(_grown(session, stream, CLIENT, -1), _grown(session, stream, SERVER, -1)))
     return Verdict(session, after, broken)
+
+
+def _on_blocked(session: Session, stream: Stream, end: int, growth: int) -> Stream:
+    """[W-6]: how large the other end may make its window now. What other streams have left of the budget is not
+    certain: one whose end is on its way has given back what it had. So the share is that of the whole budget."""
+    first, before = session.window[1 - end], stream.window[1 - end]
+    most = min(2 * before, max(MAX_WINDOW, first), first + growth // GROWTH_SHARE)
+    return stream._replace(
+        blocked=_set(stream.blocked, end, stream.blocked[end] + 1),
+        window=_set(stream.window, 1 - end, max(most, before)),
+    )
 
 
 def _grown(session: Session, stream: Stream, end: int, sign: int) -> int:
@@ -636,7 +652,7 @@ def _from_words(words: list[str], sender: int) -> Frame:
 
 
 def read_capture(file: Path, keylog: Path | None = None) -> list[Recording]:
-    """The sessions of a capture: each TCP connection whose first bytes are INIT. Needs tshark."""
+    """The sessions of a capture: each TCP connection of INIT, or of what [O-5] drops and then INIT. Needs tshark."""
     options = ["-o", f"tls.keylog_file:{keylog}"] if keylog else []
     command = ["tshark", "-r", str(file), *options]
     layer = "tls" if keylog else "tcp"
@@ -647,8 +663,12 @@ def read_capture(file: Path, keylog: Path | None = None) -> list[Recording]:
     wanted = [word for number in numbers for word in ("-z", f"follow,{layer},yaml,{number}")]
     followed = subprocess.run([*command, "-q", *wanted], capture_output=True, text=True, check=True).stdout
     sessions = [list(_from_follow(text)) for text in sorted(re.split(r"(?m)^peers:", followed)[1:], key=_first)]
-    found = [frames for frames in sessions if frames and frames[0].kind == INIT]
+    found = [frames for frames in sessions if _begins_with_init(frames)]
     return [Recording(f"session {number}", None, frames) for number, frames in enumerate(found, 1)]
+
+
+def _begins_with_init(frames: list[Frame]) -> bool:
+    return next((each.kind for each in frames if each.kind not in (DATA, CLOSE_CONN)), None) == INIT
 
 
 def _first(text: str) -> float:

@@ -8,6 +8,7 @@ nothing is lost when the program is killed, and an answer never stands before it
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import threading
@@ -20,6 +21,17 @@ from scanner import Scanner, to_line
 
 VARIABLE = "TUNNEL_TAP"
 LINES_AT_ONCE = 64  # tests measure the memory of the programs that are tapped
+MOST_FRAMES = 5_000  # of a connection; both its directions end there, so that a flood takes no minutes to judge
+
+
+@dataclasses.dataclass
+class Recorded:
+    """A connection, and how many of its frames have been recorded: about so many, for two threads count."""
+
+    number: int
+    sent: Scanner = dataclasses.field(default_factory=Scanner)
+    received: Scanner = dataclasses.field(default_factory=Scanner)
+    frames: int = 0
 
 
 class Tap:
@@ -31,7 +43,7 @@ class Tap:
     def __init__(self, file: str) -> None:
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._lock = threading.Lock()
-        self._connections: weakref.WeakKeyDictionary[Any, tuple[int, Scanner, Scanner]] = weakref.WeakKeyDictionary()
+        self._connections: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
         self._carriers: weakref.WeakSet[Any] = weakref.WeakSet()  # that carry TLS: their bytes are no frames
         self._count = 0
         self._restore: list[tuple[type, str, Any]] = []
@@ -87,11 +99,14 @@ class Tap:
             known = self._connections.get(transport)
             if known is None:
                 self._count += 1
-                known = self._connections[transport] = self._count, Scanner(), Scanner()
-        number, sent, received = known
+                known = self._connections[transport] = Recorded(self._count)
         at = time.monotonic()
-        frames = (sent if is_sent else received).feed(raw)
-        while lines := [to_line(at, number, is_sent, each) for each in itertools.islice(frames, LINES_AT_ONCE)]:
+        frames = (known.sent if is_sent else known.received).feed(raw)
+        while known.frames < MOST_FRAMES:
+            lines = [to_line(at, known.number, is_sent, each) for each in itertools.islice(frames, LINES_AT_ONCE)]
+            if not lines:
+                return
+            known.frames += len(lines)
             os.write(self._descriptor, "".join(lines).encode())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import judge
 import pytest
 from conftest import Factory
-from judge import CLIENT, EOF, INIT, KINDS, NEW_CONN, PING, SERVER, WELCOME
+from judge import CLIENT, CLOSE_CONN, EOF, INIT, KINDS, NEW_CONN, PING, SERVER, WELCOME
 from naive_peer import frame
 from support import ROOT, connect, echo_service, eventually, free_port, read_all, read_exactly
 from test_judge import HELLO, ROWS, VISITOR, WELCOMED, data
@@ -184,15 +184,24 @@ def test_a_session(over: str, house: House, server: Factory, client: Factory, tm
 def converse(listener: socket.socket, said: list[tuple[int, bytes]]) -> None:
     """A connection on which the two ends say these bytes, one after the other, each in a segment of its own."""
     with connect(listener.getsockname()) as near, listener.accept()[0] as far:
-        for end, raw in said:
-            speaks, hears = (near, far) if end == CLIENT else (far, near)
-            speaks.sendall(raw)
-            assert read_exactly(hears, len(raw)) == raw
+        exchange(near, far, said)
+
+
+def exchange(near: socket.socket, far: socket.socket, said: list[tuple[int, bytes]]) -> None:
+    for end, raw in said:
+        speaks, hears = (near, far) if end == CLIENT else (far, near)
+        speaks.sendall(raw)
+        assert read_exactly(hears, len(raw)) == raw
 
 
 # What the judge knows by the clock, or by counting growth, the dissector does not.
 UNKNOWN = {"H-1", "H-2", "X-1", "W-6"}
-SHOWN = [row for row in ROWS if row[0] not in UNKNOWN and all(at < 1 for *_, at in row[2])]
+# And in a capture a session is found by its INIT.
+SHOWN = [
+    (rule, after, said)
+    for rule, after, said in ROWS
+    if rule not in UNKNOWN and all(at < 1 for *_, at in said) and (after or said[0][1].startswith(frame(INIT, 0)[:5]))
+]
 BEFORE = {
     "": [],
     "INIT": [(CLIENT, frame(INIT, 0, HELLO))],
@@ -232,6 +241,30 @@ def test_the_judge_reads_captures(broken: Path) -> None:
     assert rules == [[rule] if rule else [] for rule, *_ in SHOWN]
 
 
+def test_before_init(tmp_path: Path) -> None:
+    """What comes before INIT is shown where the port is said to be rtunnel's, and which rule it breaks: DATA and
+    CLOSE_CONN are dropped [O-5]. Until INIT the client is who has the higher port. The judge finds the same."""
+    file = tmp_path / "before.pcap"
+    said = [(CLIENT, data(1, 5)), (CLIENT, frame(CLOSE_CONN, 0)), *BEFORE["INIT"], (CLIENT, frame(PING, 0, bytes(8)))]
+    with socket.socket() as first, socket.socket() as second:
+        for each in (first, second):
+            each.bind(("127.0.0.1", 0))
+        listener, near = sorted((first, second), key=lambda each: each.getsockname()[1])
+        port = listener.getsockname()[1]
+        listener.listen()
+        with Capture(file, port):
+            near.connect(listener.getsockname())
+            with listener.accept()[0] as far:
+                exchange(near, far, said)
+    lines = tshark(file, "-d", f"tcp.port=={port},rtunnel", "-Y", "rtunnel", "-T", "fields", "-e", "rtunnel.type",
+                   "-e", "rtunnel.broken").splitlines()  # fmt: skip
+    wanted = [["DATA", "O-1"], ["CLOSE_CONN", "O-1"], ["INIT", ""], ["PING", "N-2"]]
+    assert [line.split("\t") for line in lines] == wanted
+    (recording,) = judge.read(file)
+    found = {each.index: each.broken.rule for each in judge.judge(recording.frames).findings}
+    assert [[KINDS[each.kind].name, found.get(at, "")] for at, each in enumerate(recording.frames, 1)] == wanted
+
+
 def test_what_is_shown(tmp_path: Path) -> None:
     """The lines of INIT and WELCOME, the visitor, the reason, the credit: each field has its name."""
     file = tmp_path / "fields.pcap"
@@ -242,13 +275,14 @@ def test_what_is_shown(tmp_path: Path) -> None:
             (SERVER, frame(PING, 0, b"12345678") + frame(0x63, 7, b"what") + frame(10, 0, b"stopping")),
         ]
         converse(listener, said)
-        converse(listener, [*BEFORE["INIT"], (SERVER, frame(WELCOME, 0, b"error=port-in-use\nmessage=it is taken"))])
+        asked = (CLIENT, frame(INIT, 0, HELLO + b"\ntakeover=no"))
+        converse(listener, [asked, (SERVER, frame(WELCOME, 0, b"error=port-in-use\nmessage=it is taken"))])
     shown = tshark(file, "-V")
     for line in (
         "Type: INIT", "Public port: 8080", "Local service: 127.0.0.1:80", "Version: 1", "Window: 65536",
         f"Instance: {'ab' * 16}", "Public port: 4711", "Visitor: 203.0.113.7:51234", "Data: 7878787878",
         "More bytes: 32768", "Reason: refused", "Bytes to echo: 3132333435363738", "Type: unknown 0x63",
-        "Reason: stopping", "Error: port-in-use", "Message: it is taken", "Level: 1",
+        "Reason: stopping", "Takeover: no", "Error: port-in-use", "Message: it is taken", "Level: 1",
     ):  # fmt: skip
         assert line in shown, f"{line!r} is not in\n{shown}"
 

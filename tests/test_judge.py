@@ -80,6 +80,33 @@ def test_the_table_of_states() -> None:
     assert told == MAY_SEND
 
 
+PAYLOADS = {  # that fit; of the others it is 8 bytes
+    NEW_CONN: b"203.0.113.7:51234", DATA: b"x", CLOSE_CONN: b"", WINDOW: b"\0\0\0\1", EOF: b"", BLOCKED: b"",
+    INIT: b"8080:127.0.0.1:80", WELCOME: b"version=1\nport=4711\nwindow=65536",
+}  # fmt: skip
+STATES = {"before INIT": "", "level 0": "level 0", "INIT sent, no answer yet": "INIT", "level 1": "level 1"}
+
+
+@pytest.mark.parametrize("row", rows("What each end may send on the control connection", 3), ids=lambda row: row[0])
+def test_the_table_of_the_control_connection(row: list[str]) -> None:
+    """In each state the judge finds a broken rule in each frame that the table does not have (section 3), streams and
+    unknown frames apart, and in no other."""
+    for end, cell in ((SERVER, row[1]), (CLIENT, row[2])):
+        may = {kind.name for kind in KINDS.values() if re.search(rf"\b{kind.name}\b", cell)}
+        may |= {"NEW_CONN"} if end == SERVER and row[0] in ("before INIT", "INIT sent, no answer yet") else set()
+        found = set()
+        for number, kind in KINDS.items():
+            trace = Trace(STATES[row[0].partition(", after")[0]])
+            if "after its GOAWAY" in row[0]:
+                trace.say(end, frame(GOAWAY, 0, b"restart"))
+            trace.say(1 - end, frame(PING, 0, bytes(8)) if "level 1" in row[0] else b"")
+            last = b"stopping" if number == GOAWAY else bytes(8)
+            trace.say(end, frame(number, 1 if kind.on_stream else 0, PAYLOADS.get(number, last)))
+            found |= set() if trace.broken else {kind.name}
+        assert found == may, (row[0], judge.ENDS[end])
+    assert "`stopping`" not in cell or "after its GOAWAY" in row[0]
+
+
 def test_the_table_of_errors() -> None:
     """The codes of a refusal are those of PROTOCOL.md, section 11."""
     assert {row[0].strip("`") for row in rows("## 11. Errors", 3)} - {"any other"} == judge.CODES
@@ -104,14 +131,14 @@ def test_the_limits() -> None:
 
 HELLO = init_text(8080, "ab" * 16, 65536)
 WELCOMED = b"version=1\nport=4711\nwindow=65536"
-VISITOR = b"203.0.113.7:51234"
+VISITOR = PAYLOADS[NEW_CONN]
 
 
 class Trace:
     """Frames that are said one after the other, and judged at once."""
 
-    def __init__(self, after: str = "") -> None:
-        self.judge = Judge()
+    def __init__(self, after: str = "", growth: int = judge.MAX_GROWTH) -> None:
+        self.judge = Judge(growth)
         self._scanners = (Scanner(CLIENT), Scanner(SERVER))
         level = 1 if "level 1" in after else 0
         if level or "level 0" in after or after == "INIT":
@@ -165,6 +192,8 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ("", "level 1", [(SERVER, frame(PING, 0, b"12345678"), 0), (CLIENT, frame(PONG, 0, b"12345678"), 4)]),
     ("", "INIT", [(SERVER, frame(NEW_CONN, 1), 0), (CLIENT, data(1, 9), 0)]),  # the original's server
     ("", "INIT", [(SERVER, frame(WELCOME, 0, b"error=port-in-use\nmessage=taken"), 0)]),
+    ("", "INIT", [(SERVER, frame(WELCOME, 0, b"error=unavailable\nmessage=no such address"), 0)]),
+    ("", "level 1", [(SERVER, frame(GOAWAY, 0, b"restart") + frame(GOAWAY, 0, b"stopping"), 0)]),
     ("W-2", "level 1, stream 1", [(CLIENT, FULL + data(1, 1), 0)]),
     ("W-3", "level 1, stream 1", [(CLIENT, window(1, 0), 0)]),
     ("W-5", "level 1, stream 1", [(CLIENT, FULL + 2 * frame(BLOCKED, 1), 0)]),
@@ -173,8 +202,16 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ("F-2", "level 1, stream 1", [(CLIENT, data(1, 0), 0)]),
     ("F-2", "level 0, stream 1", [(CLIENT, data(1, 65528), 0)]),
     ("S-1", "level 1, stream 1", [(SERVER, frame(NEW_CONN, 3, VISITOR), 0)]),
+    ("S-1", "level 0, stream 1", [(CLIENT, data(2, 1), 0)]),  # dropped
+    ("S-1", "level 0, stream 1", [(SERVER, frame(CLOSE_CONN, 2**32 - 1), 0)]),
+    ("S-1", "level 0, stream 1", [(SERVER, data(0, 1), 0)]),
     ("S-2", "level 1, stream 1", [(SERVER, frame(NEW_CONN, 1, VISITOR), 0)]),
+    ("S-5", "level 1, stream 1", [(CLIENT, data(2, 1), 0)]),
+    ("S-5", "level 1", [(SERVER, frame(CLOSE_CONN, 1), 0)]),
+    ("S-5", "INIT", [(CLIENT, data(1, 1), 0)]),
     ("S-8", "level 1", [(SERVER, frame(NEW_CONN, 1, b"[::ffff:203.0.113.7]:1"), 0)]),
+    ("S-8", "level 1", [(SERVER, frame(NEW_CONN, 1, b"[fe80::1%eth0]:1"), 0)]),
+    ("S-8", "level 1", [(SERVER, frame(NEW_CONN, 1, b"203.0.113.7:0"), 0)]),
     ("S-8", "level 1", [(SERVER, frame(NEW_CONN, 1, b"203.0.113.7"), 0)]),
     ("T-2", "level 1, stream 1", [(CLIENT, frame(EOF, 1) + data(1, 1), 0)]),
     ("T-3", "level 1, stream 1", [(CLIENT, frame(EOF, 1) + frame(BLOCKED, 1), 0)]),
@@ -185,6 +222,7 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ("E-3", "level 0, stream 1", [(CLIENT, frame(CLOSE_CONN, 1, b"a\nb"), 0)]),
     ("E-3", "level 1", [(CLIENT, frame(GOAWAY, 0, b"\x1b[2J"), 0)]),
     ("G-1", "level 1", [(SERVER, frame(GOAWAY, 0, b"stopping") + frame(NEW_CONN, 1, VISITOR), 0)]),
+    ("G-5", "level 1", [(CLIENT, 2 * frame(GOAWAY, 0, b"restart"), 0)]),
     ("H-1", "level 1, stream 1", [(CLIENT, frame(PING, 0, b"12345678"), 0), (SERVER, data(1, 1), 6)]),
     ("H-2", "level 1, stream 1", [
         (CLIENT, frame(PING, 0, b"12345678"), 0), (SERVER, frame(PING, 0, b"12345678"), 0), (SERVER, data(1, 1), 6),
@@ -198,6 +236,9 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ("N-6", "INIT", [(SERVER, frame(WELCOME, 0, b"error=full\nmessage=taken"), 0)]),
     ("N-6", "INIT", [(SERVER, frame(WELCOME, 0, b"error=port-in-use\nmessage=x") + frame(PING, 0, bytes(8)), 0)]),
     ("N-7", "INIT", [(SERVER, frame(WELCOME, 0, b"version=2\nport=1\nwindow=1"), 0)]),
+    ("O-1", "", [(CLIENT, data(1, 1), 0)]),  # dropped
+    ("O-1", "", [(CLIENT, frame(CLOSE_CONN, 0), 0)]),
+    ("O-5", "", [(CLIENT, frame(EOF, 1), 0)]),
     ("O-9", "level 1", [(CLIENT, frame(INIT, 0, HELLO), 0)]),
     ("X-1", "level 1", [(CLIENT, frame(PING, 1, b"12345678"), 0), (SERVER, frame(PING, 0, bytes(8)), 6)]),
 ]  # fmt: skip
@@ -229,6 +270,36 @@ def test_growth_over_the_budget() -> None:
             trace.say(SERVER, frame(CLOSE_CONN, stream))
     assert [(each.rule, each.by) for each in trace.broken] == [("W-8", SERVER)]
     assert trace.judge.session.last == 6
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_growth_over_a_quarter(more: int) -> None:
+    """A window grows by no more than a quarter of the budget, however often its peer is blocked [W-6]."""
+    trace = Trace("level 1, stream 1", growth=1 << 17)
+    for _ in range(2):
+        trace.say(CLIENT, FULL + frame(BLOCKED, 1))
+        trace.say(SERVER, window(1, 65536))
+    trace.say(CLIENT, frame(BLOCKED, 1))
+    trace.say(SERVER, window(1, (1 << 15) + more))
+    assert [(each.rule, each.by) for each in trace.broken] == [("W-6", SERVER)] * more
+
+
+def test_what_was_dropped_counts_for_nothing() -> None:
+    """What an original's client says of its streams of before is dropped: INIT, and the same stream, may follow."""
+    trace = Trace()
+    trace.say(CLIENT, data(1, 9) + frame(CLOSE_CONN, 1) + frame(INIT, 0, PAYLOADS[INIT]) + data(1, 9))
+    trace.say(SERVER, frame(NEW_CONN, 1) + data(1, 9))
+    trace.say(CLIENT, data(1, 9) + frame(CLOSE_CONN, 1))
+    assert [each.rule for each in trace.broken] == ["O-1", "O-1", "S-1"]
+    assert not any(each.is_error for each in trace.broken)
+
+
+def test_more_pings_than_are_remembered() -> None:
+    """Of an end that asks on without an answer the judge forgets PINGs, and then holds no PONG against the other."""
+    trace = Trace("level 1")
+    trace.say(CLIENT, b"".join(frame(PING, 0, bytes(8)) for _ in range(judge.MAX_PINGS + 1)))
+    trace.say(SERVER, frame(PING, 0, bytes(8)) + frame(PONG, 0, bytes(8)) * (judge.MAX_PINGS + 1))
+    assert {(each.rule, each.by) for each in trace.broken} == {("H-6", CLIENT)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 10, 1000])
@@ -353,6 +424,11 @@ MUTATIONS = [
     Mutation("H-3", "client", other("PONG", payload="payload[::-1]")),
     Mutation("H-6", "server", double("PING")),
     Mutation("O-9", "client", double("INIT")),
+    Mutation("O-1", "client", "encode = m.encode\nm.encode = lambda kind, stream, payload=b'': "
+             "(encode(m.DATA, 1, b'x') if kind == m.FrameType.INIT else b'') + encode(kind, stream, payload)"),
+    Mutation("S-1", "client", other("CLOSE_CONN", stream="stream + 9"), reset, old=True),
+    Mutation("G-5", "server", "m.Session.start_timers = lambda session: session.writer.post("
+             "2 * m.encode(m.FrameType.GOAWAY, 0, b'x'))"),
     Mutation("G-1", "server", "m.Session.start_timers = lambda session: session.writer.post("
              "m.encode(m.FrameType.GOAWAY, 0, b'x'))"),
     Mutation("N-2", "server", double("WELCOME")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import select
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -926,6 +927,36 @@ def test_an_end_that_is_stopped_says_so(server: Factory, client: Factory) -> Non
             with running(stopped.stop):
                 peer.expect(GOAWAY, 0, b"stopping")
                 assert peer.sock.recv(1) == b""
+
+
+def test_a_drain_ends_with_a_second_goaway(server: Factory, client: Factory) -> None:
+    """[G-4], [G-5]: an end that drains has said GOAWAY, its streams go on; when it is stopped it says GOAWAY
+    `stopping` once more, and resets them."""
+    limits = {"FAREWELL_S": 0.3}
+    program = server("--drain=60", limits=limits)
+    with welcomed(program) as peer, connect(peer.public) as visitor:
+        peer.hear_visitor()
+        program.send_signal(signal.SIGTERM)
+        peer.expect(GOAWAY, 0, b"stopping")
+        peer.send_data(1, b"goes on")
+        assert read_exactly(visitor, 7) == b"goes on"
+        program.send_signal(signal.SIGTERM)
+        peer.expect(GOAWAY, 0, b"stopping")
+        assert peer.sock.recv(1) == b""
+        assert ends_with(visitor) == "reset"
+    with echo_service() as service, ControlPort() as port:
+        stopped = client("--server", port.text, "--local", service.text, "--drain=60", limits=limits)
+        with port.accept() as peer:
+            peer.check_alive()
+            peer.open(1)
+            peer.send_data(1, b"hello")
+            assert peer.hear_data(1, 5) == b"hello"
+            stopped.send_signal(signal.SIGTERM)
+            peer.expect(GOAWAY, 0, b"stopping")
+            peer.check_alive()
+            stopped.send_signal(signal.SIGTERM)
+            peer.expect(GOAWAY, 0, b"stopping")
+            assert peer.sock.recv(1) == b""
 
 
 # --- leases ----------------------------------------------------------------------------------------------------------
