@@ -172,7 +172,9 @@ class ToClient:
         server = text(self._listener.getsockname())
         forward = [f"0:{self._services['takes'].text}", f"0:{self._services['stalled'].text}"]
         flags = ("--forward", forward[0], "--forward", forward[1], "--reconnect-max", "0.05")
-        self.program = Program("client", "--server", server, *flags, limits={"FIRST_RETRY_S": 0.01})
+        self.program = Program(
+            "client", "--server", server, *flags, limits={"FIRST_RETRY_S": 0.01, "REPLACED_RETRY_S": 0.01}
+        )
 
     @classmethod
     def _take(cls, sock: socket.socket) -> None:
