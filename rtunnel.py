@@ -2302,7 +2302,7 @@ class ServerSession(Session):
         self._heard = False  # what no original says that has nothing to say; the reader's
         self.init: Init | None = None  # this and the next two are the reader's
         self.instance = ""  # INIT's
-        self.holder = ""  # whom a lease belongs to: the certificate's name, in plain mode the instance
+        self.holder = ""  # of a lease: the certificate's name, in plain mode the instance
         self.is_client = False  # set once, by the reader (INIT) or the clock (2 s)
         # guarded by Server._lock
         self.lease: Lease | None = None
@@ -2458,7 +2458,7 @@ class Server(Program):
             if self._public_address is not None:
                 option, address = "public", self._public_address
                 self.global_lease = lease = Lease(self, address)
-                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone yet
+                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
                 lease.listener.start()
                 log_event(INFO, "listening", kind=option, address=lease.listener.address)
             option, address = "control", self._control_address
@@ -2485,7 +2485,8 @@ class Server(Program):
             carrier = PlainTransport(sock)
             with self._lock:
                 self._strangers[carrier] = address.site
-                if len(self._strangers) > MAX_STRANGERS:  # the oldest of the site that has most goes
+                # Beyond the limit the oldest of the site that has most goes.
+                if len(self._strangers) > MAX_STRANGERS:
                     largest = collections.Counter(self._strangers.values()).most_common(1)[0][0]
                     oldest = next(each for each, site in self._strangers.items() if site == largest)
                     del self._strangers[oldest]
@@ -2529,7 +2530,7 @@ class Server(Program):
                 self._strangers.pop(session.carrier, None)
                 self._changed.notify_all()
                 if session.level:
-                    with contextlib.suppress(SessionEnded):  # its first frame, ahead of all NEW_CONN
+                    with contextlib.suppress(SessionEnded):  # first, ahead of all NEW_CONN
                         session.writer.post(encode(FrameType.WELCOME, 0, Welcome(address.port).payload()))
         except OSError as error:
             reason = reason_of(error)
@@ -2629,7 +2630,7 @@ class Server(Program):
         with self._lock:
             self._changed.notify_all()  # those who wait for a session
             port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers
-            if not unused or lease.is_global or self._leases.get(port) is not lease:  # closed already
+            if not unused or lease.is_global or self._leases.get(port) is not lease:
                 return
             del self._leases[port]
             lease.listener.stop()
@@ -2849,7 +2850,7 @@ class ClientSession(Session):
             sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
             if self._client.settings.proxy_protocol:
                 public = self._public or self._mapping.local  # at level 0 it is not said
-                sock.sendall(proxy_line(stream.visitor, public))  # it fits into the empty buffer: no wait
+                sock.sendall(proxy_line(stream.visitor, public))  # into an empty buffer
             return sock
         except OSError as error:
             about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
@@ -2872,7 +2873,7 @@ class Client(Program):
         self._server, self._mappings, self._reconnect_max_s = server, mappings, reconnect_max_s
         self.max_sessions = len(mappings) + MAX_RETIRED
         self._opening = threading.BoundedSemaphore(MAX_OPENING)
-        self.expects_welcome = False  # the server is of level 1: its silence is the network's; any reader's
+        self.expects_welcome = False  # of level 1: silence is the network's; any reader sets it
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
@@ -2910,7 +2911,7 @@ class Client(Program):
         session.over.wait()
         if session.is_open:
             backoff.reset()
-            backoff.takeover = session.goaway != REPLACED  # a clone's is left in peace while it lives
+            backoff.takeover = session.goaway != REPLACED  # a clone lives in peace
         if session.goaway == REPLACED:
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
@@ -3055,7 +3056,8 @@ def dial_address(text: str, *, listen: bool = False) -> Address | None:
 
 def bind_host(text: str) -> str:
     host = text.strip("[]")
-    with contextlib.suppress(ValueError):  # no name: it is bound under a lock, where nobody may wait for a resolver
+    # No name: it is bound under a lock, where nobody may wait for a resolver.
+    with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(host)) if host else ""
     raise ConfigError(f"{text!r} is no IP address: write one of this machine's, or nothing for all")
 
@@ -3140,7 +3142,7 @@ RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget"
 
 @dataclasses.dataclass
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-    """Flat `key = value` lines in UTF-8. What would be lost in silence is an error with its place."""
+    """Flat `key = value` lines in UTF-8. What would be lost in silence is an error."""
 
     options: dict[str, Option]
 
@@ -3268,12 +3270,13 @@ def run(make: Callable[[], Server | Client]) -> int:
     """Run until a signal asks for the end, or until the server has refused for good.
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
-    starts, as soon as it has. The last two let the open streams finish, where `--drain` says so; any
-    of the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
+    starts, as soon as it has. The last two let open streams finish, where `--drain` says so; any of
+     the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
     words: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for number in HELD:  # a handler may interrupt main anywhere, so it must take no lock that main may hold
+    # A handler may interrupt main anywhere, so it must take no lock that main may hold.
+    for number in HELD:
         signal.signal(number, lambda number, _: words.put(signal.Signals(number).name))
     release_signals()
     program = make_in_time(make, words)
@@ -3352,7 +3355,7 @@ def reload(program: Server | Client, make: Callable[[], Server | Client]) -> Non
 
 
 def stay_on_cpu(number: int | str, role: str) -> None:
-    """Keep this process's threads, that are yet to start, on one CPU: a number, or `auto`; Linux alone.
+    """Keep the threads that are yet to start on one CPU: a number, or `auto`; Linux alone.
 
     On several, each hand-over of the interpreter's lock wakes another CPU, which costs more than
     what the thread then does: half of all processor time, with many short connections (NOTES.md).

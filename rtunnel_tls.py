@@ -398,7 +398,7 @@ def _extension(source: Certificate | CertificateRevocationList, kind: type[Any])
 
 
 def _algorithm(identifier: ObjectIdentifier) -> str:
-    return identifier._name.replace("ML-DSA-", "mldsa")  # of a key and of its signatures: RFC 9881, 2
+    return identifier._name.replace("ML-DSA-", "mldsa")  # keys, signatures: RFC 9881, 2
 
 
 def _has_signed(authority: Certificate, item: Certificate | CertificateRevocationList) -> bool:
@@ -472,7 +472,8 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     identity = _check_leaf(leaf, "client" if context.role == "server" else "server", profile)
     _check_chain(chain, profile)
     accepted = {wanted}
-    if isinstance(wanted, str) and wanted.count(".") > 1:  # RFC 9525, 6.3: `*` is one label of three or more
+    # RFC 9525, 6.3: `*` is one label of three or more.
+    if isinstance(wanted, str) and wanted.count(".") > 1:
         accepted.add("*." + wanted.partition(".")[2])
     if wanted is not None and accepted.isdisjoint(_names(leaf)):
         raise HandshakeError("name", _misnamed(leaf, wanted))
@@ -1024,7 +1025,8 @@ def _replace(folder: Path, files: dict[str, bytes]) -> None:
     try:
         making.mkdir(mode=0o700)
         for name, content in files.items():
-            opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)  # from its first byte
+            # Readable by its owner only from its first byte on.
+            opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)
             with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
                 stream.write(content)
                 stream.flush()
