@@ -49,8 +49,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                                                     Server._choose, Stream._close
     stream drainer   0 or 1 a        queue to socket                Stream._drain
                      stream          (Stream._drain)
-    idle worker      what was        waits for the next task        Pool._work
-                     needed, 10 s    (Pool._work)
+    idle worker      what was        waits for the next task        Pool.work
+                     needed, 10 s    (Worker.run)
 
 Locks
 -----
@@ -796,6 +796,17 @@ def nothing() -> None:
     pass
 
 
+class Worker(threading.Thread):
+    """A thread of the pool. `target` and `args` in place of `run` would cost each a page more."""
+
+    def __init__(self, pool: Pool, inbox: Inbox, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._pool, self._inbox = pool, inbox
+
+    def run(self) -> None:
+        self._pool.work(self, self._inbox)
+
+
 class Pool:
     """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
 
@@ -819,12 +830,12 @@ class Pool:
         inbox.put((name, task))
         if new:
             try:
-                threading.Thread(target=self._work, args=(inbox,), name=name, daemon=True).start()
+                Worker(self, inbox, name).start()
             except RuntimeError as error:
                 raise NoThread(str(error)) from error
 
-    def _work(self, inbox: Inbox) -> None:
-        thread = threading.current_thread()
+    def work(self, thread: Worker, inbox: Inbox) -> None:
+        """A worker's life."""
         while True:
             try:
                 thread.name, task = inbox.get(timeout=POOL_IDLE_S)
@@ -2386,7 +2397,11 @@ class Lease:
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
-        serve = functools.partial(server.serve_visitor, self)
+
+        # A partial would cost each visitor's thread a page of stack.
+        def serve(sock: socket.socket, visitor: Address) -> None:
+            server.serve_visitor(self, sock, visitor)
+
         self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left)
         self.is_global = session is None
         self.holder = session.holder if session else ""
