@@ -502,9 +502,10 @@ def test_the_memory_of_stalled_streams(server: Factory, streams: int, budget_mib
             while grown != peer.credit[number]:
                 grown = peer.credit[number]
                 peer.send_frame(FrameType.BLOCKED, number)
-                peer.send_frame(FrameType.PING, 0, b"that was")
-                while peer.hear()[0] != FrameType.PONG:
-                    pass
+                for _ in range(2):  # the first answer may stand ahead of the WINDOW, in one batch with it
+                    peer.send_frame(FrameType.PING, 0, b"that was")
+                    while peer.hear()[0] != FrameType.PONG:
+                        pass
         allowed = sum(peer.credit.values())
         assert allowed > 0.6 * (budget_mib << 20)
 
