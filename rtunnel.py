@@ -2274,7 +2274,8 @@ class Program:
 
     def reload(self, fresh: Program) -> None:
         """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
-        self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
+        with self._lock:  # in one step: a renewal that is under way must not bring the old back
+            self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
         for session in self.sessions():
             self.check_allowed(session)
 
