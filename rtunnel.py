@@ -79,9 +79,10 @@ Each is held for a few statements, and nobody waits under one.
     Semaphore._cond,        queue
     Queue.mutex
 
-A field below `# guarded by` is used under that lock. Where a read says `without the lock`, it reads
-one reference or number, which is whole with the GIL and without it; and that is final once it is
-set, or who sets it wakes the reader, or the reader looks again under the lock before it waits.
+A field below `# guarded by` is used under that lock, and a `_locked` method is called under it.
+Where a read says `without the lock`, it reads one reference or number, which is whole with the GIL
+and without it; and that is final once it is set, or who sets it wakes the reader, or the reader
+looks again under the lock before it waits.
 
 Errors
 ------
@@ -1517,7 +1518,6 @@ class Stream:
             self._abort_locked(cause)
 
     def _abort_locked(self, cause: str) -> None:
-        assert self._lock.locked()
         if self._cause is None:
             self._cause = cause
             self._stop_receiving_locked()
@@ -1525,13 +1525,11 @@ class Stream:
 
     def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
         """Nothing more goes to the socket, neither what is queued nor FIN."""
-        assert self._lock.locked()
         self._receiving = state
         self._queue = ByteQueue()
         self._changed.notify_all()
 
     def _end_pump_locked(self) -> None:
-        assert self._lock.locked()
         self._is_over = True
         if self._sock is not None:
             with contextlib.suppress(OSError):
@@ -1539,7 +1537,6 @@ class Stream:
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
-        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             return True
         if self._receiving is not Receiving.BROKEN and not self._has_ended_locked():
@@ -1548,7 +1545,6 @@ class Stream:
 
     def _has_ended_locked(self) -> bool:
         """For the wire: both ends have sent EOF, or one CLOSE_CONN, or one is about to."""
-        assert self._lock.locked()
         half = self._receiving is not Receiving.OPEN
         return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
@@ -1557,7 +1553,6 @@ class Stream:
 
         Returns how much it took; all, where it will never take more.
         """
-        assert self._lock.locked()
         assert self._sock is not None
         try:
             count = self._sock.send(data, DONT_WAIT or 0)
@@ -1580,7 +1575,6 @@ class Stream:
 
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
-        assert self._lock.locked()
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
@@ -1596,11 +1590,10 @@ class Stream:
         self._changed.notify_all()
 
     def _fin_sent_locked(self) -> None:
-        """For level 0. Called with its lock held."""
+        """For level 0."""
 
     def _end_receiving_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
-        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             self._receiving = Receiving.ENDING
             self._moved_at = time.monotonic()
@@ -2028,7 +2021,6 @@ class Session:
                 self._timers[action.__name__] = CLOCK.after(seconds, action)
 
     def _cancel_timers_locked(self) -> None:
-        assert self._lock.locked()
         while self._timers:
             CLOCK.cancel(self._timers.popitem()[1])
 
@@ -2117,7 +2109,6 @@ class Session:
 
     def add_locked(self, stream: Stream) -> None:
         """Raises SessionEnded."""
-        assert self._lock.locked()
         if self._cause is not None:
             raise SessionEnded(self._cause)
         self._last_stream = max(self._last_stream, stream.number)
@@ -2484,7 +2475,6 @@ class Server(Program):
 
     def _client_count_locked(self) -> int:
         """Sessions, those too that have left their lease, but have streams."""
-        assert self._lock.locked()
         return sum(isinstance(each, ServerSession) and each.is_client for each in self._connections)
 
     # -- leases
@@ -2532,7 +2522,6 @@ class Server(Program):
 
     def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
-        assert self._lock.locked()
         identity = session.transport.identity
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
@@ -2555,7 +2544,6 @@ class Server(Program):
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
-        assert self._lock.locked()
         key = (session.holder, init.instance)
         port = init.port or self._assigned.get(key, 0)
         try:
@@ -2987,14 +2975,12 @@ class OriginalStream(PumpedStream):
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""
-        assert self._lock.locked()
         self._sending = Sending.CLOSED
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
     def _fin_sent_locked(self) -> None:
         """A socket that does not answer our FIN is closed (E-7)."""
-        assert self._lock.locked()
         if self._peer_closed:
             CLOCK.after(LINGER_S, self._end_linger)
 
