@@ -1740,7 +1740,7 @@ class PumpedStream(Stream):
                 if not said and ready([sock], writing=False, seconds=0):
                     self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                     said = True
-                self._watch_locked(sock)
+                self._watch_locked(sock, self._session.unread_wait_s)
 
     def _end_sending(self, sock: socket.socket) -> None:
         """The socket has no more: say so, and wait until the other direction has ended, too."""
@@ -1757,10 +1757,11 @@ class PumpedStream(Stream):
             while self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
 
-    def _watch_locked(self, sock: socket.socket) -> None:
+    def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
         assert self._lock.locked()
-        if not self._changed.wait(WATCH_S) and (self._receiving is Receiving.BROKEN or has_error(sock)):
+        was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
+        if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
@@ -1904,6 +1905,7 @@ class Session:
     """
 
     role = ""  # "server" or "client"
+    unread_wait_s = 0.0  # what a socket received before its reset waits so long for credit
 
     def __init__(self, transport: Transport, program: Program) -> None:
         self.transport = transport
@@ -2710,6 +2712,7 @@ class ClientSession(Session):
     """The client's side: asks for a port, dials the local service for each NEW_CONN."""
 
     role = "client"
+    unread_wait_s = WRITE_TIMEOUT_S  # an answer is for the visitor; at the server he has gone
 
     def __init__(self, transport: Transport, client: Client, mapping: Mapping, takeover: bool = True) -> None:
         super().__init__(transport, client)
