@@ -2170,7 +2170,7 @@ class Program:
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
         if self._context is not None:
-            for file, _, days_left in self._context.expiring():
+            for file, days_left in self._context.days_left(rtunnel_tls.WARN_DAYS).items():
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
@@ -3211,7 +3211,7 @@ def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
     if not settings.tls:
         return None
     name = (settings.tls_server_name or settings.server.host) if settings.command == "client" else None
-    return rtunnel_tls.make_context(
+    return rtunnel_tls.TlsContext(
         settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
         crl=settings.tls_crl or None, verify_name=name,
     )  # fmt: skip
