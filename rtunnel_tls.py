@@ -217,10 +217,8 @@ class TlsContext:
         make = f"{PROGRAM} pki init{self.profile.pki_option}"
         with _told(f"--tls-ca {file}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
             roots = _load_certificates(file)
-            _check_chain(roots, self.profile)
             for root in roots:
-                if "authority" not in _roles(root):
-                    raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
+                _check_chain([root], "authority", self.profile)
                 self._store.add_cert(crypto.X509.from_cryptography(root))
             return roots
 
@@ -230,17 +228,14 @@ class TlsContext:
         remedy = f"the authority makes one by: {PROGRAM} pki issue NAME {options}, or by: {PROGRAM} pki renew NAME"
         with _told(f"--tls-cert {file}", remedy):
             chain = _load_certificates(file)
-            _check_leaf(chain[0], self.role, self.profile)
-            _check_chain(chain, self.profile)
+            _check_chain(chain, self.role, self.profile)
             if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
                 raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
-            self.ssl_context.use_certificate(chain[0])
-            for authority in chain[1:]:
-                self.ssl_context.add_extra_chain_cert(authority)
+            self.ssl_context.use_certificate_chain_file(str(file))
         with _told(f"--tls-key {key}"):
             if _load_key(key).public_key() != chain[0].public_key():
                 raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
-            # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
+            # By name: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
             self.ssl_context.use_privatekey_file(str(key))
             return chain
 
@@ -448,8 +443,7 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     if not chain:
         raise HandshakeError("certificate", "the peer has shown none")
     leaf, wanted = chain[0], context.peer_name
-    identity = _check_leaf(leaf, "client" if context.role == "server" else "server", profile)
-    _check_chain(chain, profile)
+    identity = _check_chain(chain, "client" if context.role == "server" else "server", profile)
     accepted = {wanted}
     # RFC 9525, 6.3: `*` is one label of three or more.
     if isinstance(wanted, str) and wanted.count(".") > 1:
@@ -467,23 +461,22 @@ def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> 
         raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
 
 
-def _check_leaf(leaf: Certificate, role: Role, profile: Profile) -> str:
-    """The identity that a certificate gives to who plays `role`. Raises HandshakeError."""
+def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile) -> str:
+    """The identity that a chain gives to who plays `role`. Raises HandshakeError."""
+    for each in chain:  # the root's own signature proves nothing, but tells its key
+        _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
+        _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
+    leaf = chain[0]
     _admit("key", _algorithm(leaf.public_key_algorithm_oid), profile.signatures, profile)
     if role not in _roles(leaf):  # `any purpose` is none: it would let a client play the server
-        raise HandshakeError("purpose", f"the certificate is not for a {role}")
+        raise HandshakeError("purpose", f"{leaf.subject.rfc4514_string()} is no {role}'s certificate")
+    if role == "authority":  # which may have any name
+        return leaf.subject.rfc4514_string()
     names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if len(names) != 1 or not re.fullmatch(rf"[ -~]{{1,{MAX_IDENTITY_CHARS}}}", names[0]) or names == [NO_IDENTITY]:
         wanted = f"one common name, 1 to {MAX_IDENTITY_CHARS} printable ASCII characters, and not {NO_IDENTITY}"
         raise HandshakeError("identity", f"a certificate must have {wanted}")
     return names[0]
-
-
-def _check_chain(chain: Sequence[Certificate], profile: Profile) -> None:
-    """Hold every signature to the profile, and every certificate to the time. HandshakeError."""
-    for each in chain:  # the root's own proves nothing, but tells its key, which made the next
-        _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
-        _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
 
 
 def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> None:
@@ -580,10 +573,7 @@ class _Ssl:
             raise MemoryError("OpenSSL could not take the peer's bytes")
 
     def read_into(self, view: memoryview) -> tuple[int, SSL.Error | None]:
-        """Plaintext, until `view` is full or OpenSSL needs more from the peer, and what has ended it.
-
-        That is ZeroReturnError where close_notify has come.
-        """
+        """Plaintext, until `view` is full or OpenSSL needs more, and what has ended the session."""
         ssl, count = self._connection._ssl, 0
         while count < len(view):
             got = lib.SSL_read(ssl, ffi.from_buffer(view[count:], require_writable=True), len(view) - count)
@@ -592,7 +582,7 @@ class _Ssl:
                     break
                 try:
                     self._connection._raise_ssl_error(ssl, got)
-                except SSL.Error as error:
+                except SSL.Error as error:  # ZeroReturnError: close_notify has come
                     return count, error.with_traceback(None)
             count += got
         return count, None
@@ -700,7 +690,7 @@ class TlsTransport:
             if count:
                 self._silent = False
                 return count
-            if isinstance(self._end, SSL.ZeroReturnError):  # close_notify
+            if isinstance(self._end, SSL.ZeroReturnError):
                 return 0
             if self._end:
                 raise TransportError(_reason(self._end))
@@ -710,10 +700,7 @@ class TlsTransport:
                 raise TransportError(why)
 
     def send(self, frames: Readable) -> None:
-        """Encrypt and send all, and what TLS itself has to say; of empty frames nothing else.
-
-        Raises TransportError or the carrier's OSError, and then nothing can be sent.
-        """
+        """Send all, and what TLS itself has to say. After TransportError, OSError all is over."""
         try:
             with self._lock:
                 records = self._ssl.take(self._outgoing, frames)
@@ -803,8 +790,7 @@ def init_authority(
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-    with _held(where) as files:
-        _refuse_present(where, force, "ca.crt", "ca.key", "crl.pem", "issued.pem")
+    with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force) as files:
         extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
         authority, files["ca.key"], key = _make(name, algorithm, 365 * years, extensions)
         files["ca.crt"] = files["issued.pem"] = _pem(authority)
@@ -826,8 +812,8 @@ def issue(
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
     if hosts is not None and not hosts:
         raise ValueError("--server: name the hosts or addresses that clients dial")
-    with _authority(where := Path(folder)) as (authority, signer, issued, files):
-        _refuse_present(where, force, f"{name}.crt", f"{name}.key")
+    where, (cert, key) = Path(folder), (f"{name}.crt", f"{name}.key")
+    with _authority(where, cert, key, force=force) as (authority, signer, issued, files):
         longest = _days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
             raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
@@ -838,10 +824,9 @@ def issue(
         if hosts is not None:
             extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
-        certificate, files[f"{name}.key"], _ = _make(name, kind, days, extensions, authority, signer)
-        files[f"{name}.crt"] = _pem(certificate)
-        files["issued.pem"] = _pem(authority, *issued, certificate)
-    return where / f"{name}.crt"
+        certificate, files[key], _ = _make(name, kind, days, extensions, authority, signer)
+        files |= {cert: _pem(certificate), "issued.pem": _pem(authority, *issued, certificate)}
+    return where / cert
 
 
 @_told()
@@ -939,12 +924,12 @@ def _facts(
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[dict[str, bytes]]:
-    """The folder, for one process at a time. What the dict gets is written at the end.
+def _held(folder: Path, *fresh: str, force: bool = False) -> Iterator[dict[str, bytes]]:
+    """The folder, for one process at a time; `fresh` files must not be there, but for `force`.
 
-    All of these files or none, whatever happens in between: they are made in a folder of their own,
-    and from its renaming on they count. Who reloads meanwhile can meet a certificate without its
-    key: it refuses that, and keeps what it has.
+    What the dict gets is written at the end: all of these files or none, whatever happens. They are
+    made in a folder of their own, and from its renaming on they count. Who reloads meanwhile can
+    meet a certificate without its key: it refuses that, and keeps what it has.
     """
     with open(folder / ".lock", "ab", opener=_private) as lock:  # the system lets go of it
         if sys.platform == "win32":
@@ -956,6 +941,9 @@ def _held(folder: Path) -> Iterator[dict[str, bytes]]:
 
             fcntl.flock(lock, fcntl.LOCK_EX)
         _settle(folder)
+        for name in fresh:
+            if not force and (folder / name).exists():
+                raise ValueError(f"{folder / name} exists; --force replaces it")
         files: dict[str, bytes] = {}
         yield files
         making = folder / ".making"
@@ -982,18 +970,14 @@ def _settle(folder: Path) -> None:
         ready.rmdir()
 
 
-def _refuse_present(folder: Path, force: bool, *names: str) -> None:
-    for name in names:
-        if not force and (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; --force replaces it")
-
-
 @contextlib.contextmanager
-def _authority(folder: Path) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
+def _authority(
+    folder: Path, *fresh: str, force: bool = False
+) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
     """A folder's authority, its key, all that it has issued, and what `_held` writes at the end."""
     if not (folder / "ca.crt").exists():
         raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
-    with _held(folder) as files:
+    with _held(folder, *fresh, force=force) as files:
         own, secret, record = folder / "ca.crt", folder / "ca.key", folder / "issued.pem"
         with _told(str(own)):
             authority = _load_certificates(own)[0]
