@@ -231,7 +231,9 @@ class TlsContext:
             _check_chain(chain, self.role, self.profile)
             if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
                 raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
-            self.ssl_context.use_certificate_chain_file(str(file))
+            self.ssl_context.use_certificate(chain[0])
+            for authority in chain[1:]:
+                self.ssl_context.add_extra_chain_cert(authority)
         with _told(f"--tls-key {key}"):
             if _load_key(key).public_key() != chain[0].public_key():
                 raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
