@@ -471,7 +471,7 @@ def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile) -> s
     leaf = chain[0]
     _admit("key", _algorithm(leaf.public_key_algorithm_oid), profile.signatures, profile)
     if role not in _roles(leaf):  # `any purpose` is none: it would let a client play the server
-        raise HandshakeError("purpose", f"{leaf.subject.rfc4514_string()} is no {role}'s certificate")
+        raise HandshakeError("purpose", f"the certificate of {leaf.subject.rfc4514_string()} is no {role}'s")
     if role == "authority":  # which may have any name
         return leaf.subject.rfc4514_string()
     names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
