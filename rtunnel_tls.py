@@ -818,7 +818,7 @@ def issue(
     with _authority(where, cert, key, force=force) as (authority, signer, issued, files):
         longest = _days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
-            raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
+            raise ValueError(f"--days: 1 to {longest}, for the authority ends on {_iso(authority.not_valid_after_utc)}")
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
         purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
@@ -977,7 +977,7 @@ def _authority(
     folder: Path, *fresh: str, force: bool = False
 ) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
     """A folder's authority, its key, all that it has issued, and what `_held` writes at the end."""
-    if not (folder / "ca.crt").exists():
+    if not (folder / "ca.crt").exists() and not (folder / ".ready").exists():
         raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
     with _held(folder, *fresh, force=force) as files:
         own, secret, record = folder / "ca.crt", folder / "ca.key", folder / "issued.pem"

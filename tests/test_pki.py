@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -605,6 +606,49 @@ def test_a_crash_at_any_step_leaves_a_pair_or_is_mended(
     assert left == {".lock", "ca.crt", "ca.key", "crl.pem", "gate.crt", "gate.key", "issued.pem"}
     on_record = {each.serial_number for each in rtunnel_tls._load_certificates(folder / "issued.pem")}
     assert {before, load(folder / "gate.crt").serial_number} <= on_record
+
+
+@POSIX
+@pytest.mark.parametrize("room", [0, 100, 5000, 6000, 12000])
+def test_a_disk_that_is_full_keeps_the_old_pair(folder: Path, room: int) -> None:
+    """The kernel refuses what goes beyond so many bytes of a file, which is the key, the certificate or the record."""
+    issue(folder, "gate", hosts=["localhost"])
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    script = (
+        "import resource, rtunnel_tls, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "try:\n"
+        f"    rtunnel_tls.renew({str(folder)!r}, 'gate')\n"
+        "except rtunnel_tls.TlsConfigError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+    )
+    assert re.fullmatch(rf"{re.escape(str(folder))}/\S+: File too large\n", done.stdout), done.stdout
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    renew(folder, "gate")
+    assert fits(folder, "gate")
+
+
+def test_an_authority_whose_making_was_cut_short_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its files were made when `init` died: the next command puts them where they belong, and goes on."""
+    with monkeypatch.context() as patched:
+        patched.setattr(rtunnel_tls, "_settle", lambda _: None)
+        init_authority(tmp_path)
+    assert not (tmp_path / "ca.crt").exists()
+    issue(tmp_path, "alice", hosts=None)
+    revoke(tmp_path, "alice")
+    assert not (tmp_path / ".ready").exists()
+
+
+def test_an_authority_that_has_ended_issues_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says when it ended, also to `renew`, which was asked for no days."""
+    end = load(issue(folder, "alice", hosts=None).with_name("ca.crt")).not_valid_after_utc
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: end + datetime.timedelta(days=1))
+    refuse(f"the authority ends on {end:%Y-%m-%d}", issue, folder, "bob", hosts=None)
+    refuse(f"the authority ends on {end:%Y-%m-%d}", renew, folder, "alice")
 
 
 def test_a_reload_between_two_files_keeps_what_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
