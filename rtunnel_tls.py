@@ -403,31 +403,35 @@ def _days_left(end: datetime.datetime) -> int:
     return (end - _now()).days  # rounded down: negative once it is past
 
 
+def _facts(certificate: Certificate) -> dict[str, str]:
+    """What is shown of a certificate; a part of it is logged."""
+    end = certificate.not_valid_after_utc
+    return {
+        "subject": certificate.subject.rfc4514_string(),
+        "issuer": certificate.issuer.rfc4514_string(),
+        "role": " and ".join(_roles(certificate)) or "none",
+        "names": ", ".join(map(str, _names(certificate))) or "none",
+        "algorithm": _algorithm(certificate.public_key_algorithm_oid),
+        "signed by": _algorithm(certificate.signature_algorithm_oid),
+        "valid": f"{_iso(certificate.not_valid_before_utc)} to {_iso(end)}, {_days_left(end)} days left",
+        "serial": f"{certificate.serial_number:x}",
+        "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
+    }
+
+
 # ---- peer check and receipt --------------------------------------------------------------------
 
 
 class Receipt(NamedTuple):
-    """What is known of a session's peer, and how: a line of the log, and facts for the program."""
+    """What is known of a session's peer, and how."""
 
-    version: str
-    group: str
-    cipher: str
-    signature: str  # by which the peer proved its key
     identity: str
-    issuer: str
-    serial: int
-    sha256: str  # of the certificate, in hex
-    expiry: datetime.datetime
     chain: tuple[Certificate, ...]  # as it was verified, the peer's own first, the root last
+    facts: dict[str, str]  # for a line of the log
 
     @property
     def days_left(self) -> int:
-        return _days_left(self.expiry)
-
-    def pairs(self) -> dict[str, str]:
-        """Keys and values of the log line."""
-        shown = {"serial": f"{self.serial:x}", "expiry": _iso(self.expiry), "days_left": str(self.days_left)}
-        return {key: value for key, value in (self._asdict() | shown).items() if key != "chain"}
+        return _days_left(self.chain[0].not_valid_after_utc)
 
 
 def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[Certificate]) -> Receipt:
@@ -452,10 +456,11 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
         accepted.add("*." + wanted.partition(".")[2])
     if wanted is not None and accepted.isdisjoint(_names(leaf)):
         raise HandshakeError("name", _misnamed(leaf, wanted))
-    signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
-    issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
-    facts = (version, group, cipher, signature, identity, issuer, serial, sha256, leaf.not_valid_after_utc)
-    return Receipt(*facts, tuple(chain))
+    own, end = _facts(leaf), leaf.not_valid_after_utc
+    facts = {"version": version, "group": group, "cipher": cipher}
+    facts |= {"signature": own["algorithm"], "identity": identity}  # an ML-DSA key signs in one way
+    facts |= {key: own[key] for key in ("issuer", "serial", "sha256")}
+    return Receipt(identity, tuple(chain), facts | {"expiry": _iso(end), "days_left": str(_days_left(end))})
 
 
 def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
@@ -805,10 +810,7 @@ def issue(
     folder: PathLike, name: str, *, hosts: Sequence[str] | None,
     days: int = LEAF_DAYS, algorithm: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Issue NAME.crt and NAME.key, for a server that is dialled by one of `hosts`, or for a client.
-
-    A pair that is replaced stays valid until it ends or is revoked.
-    """
+    """Issue NAME.crt and NAME.key, for a server that is dialled by one of `hosts`, or for a client."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
         rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
@@ -899,30 +901,19 @@ def show(target: PathLike) -> list[str]:
             held = _load_certificates(file)
             authorities += [each for each in held if "authority" in _roles(each)]
             for certificate in held:
-                shown.setdefault(certificate, [str(file), *_facts(certificate, authorities, lists)])
+                facts = _facts(certificate) | {"revoked": _revoked(certificate, authorities, lists)}
+                shown.setdefault(certificate, [str(file), *(f"  {key:10} {value}" for key, value in facts.items())])
     return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _facts(
-    certificate: Certificate, authorities: list[Certificate], lists: list[CertificateRevocationList]
-) -> Iterator[str]:
-    begin, end, serial = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number
+def _revoked(certificate: Certificate, authorities: list[Certificate], lists: list[CertificateRevocationList]) -> str:
+    """By the lists that its own authority has signed."""
     issuers = [each for each in authorities if _has_signed(each, certificate)]
     own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
-    entries = [entry for each in own if (entry := each.get_revoked_certificate_by_serial_number(serial))]
-    revoked = "no" if own else "unknown, for there is no list of its issuer"
-    if entries:
-        revoked = f"YES, on {_iso(entries[0].revocation_date_utc)}"
-    yield f"  subject    {certificate.subject.rfc4514_string()}"
-    yield f"  issuer     {certificate.issuer.rfc4514_string()}"
-    yield f"  role       {' and '.join(_roles(certificate)) or 'none'}"
-    yield f"  names      {', '.join(map(str, _names(certificate))) or 'none'}"
-    yield f"  algorithm  {_algorithm(certificate.public_key_algorithm_oid)}"
-    yield f"  signed by  {_algorithm(certificate.signature_algorithm_oid)}"
-    yield f"  valid      {_iso(begin)} to {_iso(end)}, {_days_left(end)} days left"
-    yield f"  serial     {certificate.serial_number:x}"
-    yield f"  sha256     {certificate.fingerprint(hashes.SHA256()).hex()}"
-    yield f"  revoked    {revoked}"
+    found = [each.get_revoked_certificate_by_serial_number(certificate.serial_number) for each in own]
+    if entry := next(filter(None, found), None):
+        return f"YES, on {_iso(entry.revocation_date_utc)}"
+    return "no" if own else "unknown, for there is no list of its issuer"
 
 
 @contextlib.contextmanager
