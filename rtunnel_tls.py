@@ -191,7 +191,13 @@ class TlsContext:
             with _told("the server's name"):
                 self.peer_name = parse_name(verify_name)
                 _set_peer_name(self.ssl_context, self.peer_name)
-        roots, chain = self._load_roots(ca), self._load_own(cert, key)
+        make = f"{PROGRAM} pki init{self.profile.pki_option}"
+        with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
+            roots = _load_certificates(ca)
+            for root in roots:
+                _check_chain([root], "authority", self.profile)
+                self._store.add_cert(crypto.X509.from_cryptography(root))
+        chain = self._load_own(cert, key)
         self.revocations = [] if crl is None else self._load_lists(crl, [*chain[1:], *roots])
         # The file that SSLKEYLOGFILE makes us write secrets to: worth a warning.
         self.keylog = os.environ.get("SSLKEYLOGFILE") or None
@@ -212,15 +218,6 @@ class TlsContext:
             for certificate, authority in zip(receipt.chain, receipt.chain[1:], strict=False)
             for each in self.revocations
         )
-
-    def _load_roots(self, file: PathLike) -> list[Certificate]:
-        make = f"{PROGRAM} pki init{self.profile.pki_option}"
-        with _told(f"--tls-ca {file}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
-            roots = _load_certificates(file)
-            for root in roots:
-                _check_chain([root], "authority", self.profile)
-                self._store.add_cert(crypto.X509.from_cryptography(root))
-            return roots
 
     def _load_own(self, file: PathLike, key: PathLike) -> list[Certificate]:
         """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
@@ -650,9 +647,27 @@ class TlsTransport:
 
         Raises HandshakeError, once the peer could read our alert. The caller closes the carrier.
         """
-        ssl = _Ssl(context)
+        ssl, buffer, begun = _Ssl(context), memoryview(bytearray(HANDSHAKE_BYTES)), False
         try:
-            _exchange(carrier, ssl, remaining)
+            while True:
+                with contextlib.suppress(SSL.WantReadError):
+                    ssl.do_handshake()
+                    break
+                _limit_waits(carrier, remaining())
+                if records := ssl.take(buffer):
+                    carrier.send(records)
+                _limit_waits(carrier, remaining())
+                count = carrier.receive_into(buffer)
+                if not count:
+                    said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
+                    raise HandshakeError("closed", f"the peer closed the connection {said}")
+                # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). Our
+                # alert, protocol_version, which OpenSSL would not send, shows a plain peer TLS.
+                if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
+                    carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
+                    raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
+                begun = True
+                ssl.feed(buffer[:count])
             # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
             try:
                 receipt = check_peer(context, *ssl.negotiated())
@@ -729,29 +744,6 @@ class TlsTransport:
         self._carrier.finish()
 
 
-def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> None:
-    """Carry a handshake's flights but our last. Raises SSL.Error, HandshakeError, OSError."""
-    buffer, begun = memoryview(bytearray(HANDSHAKE_BYTES)), False
-    while True:
-        with contextlib.suppress(SSL.WantReadError):
-            return ssl.do_handshake()
-        _limit_waits(carrier, remaining())
-        if records := ssl.take(buffer):
-            carrier.send(records)
-        _limit_waits(carrier, remaining())
-        count = carrier.receive_into(buffer)
-        if not count:
-            said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
-            raise HandshakeError("closed", f"the peer closed the connection {said}")
-        # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). The alert,
-        # protocol_version, which OpenSSL would not send, shows a peer in plain mode what we speak.
-        if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
-            carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
-            raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
-        begun = True
-        ssl.feed(buffer[:count])
-
-
 def _limit_waits(carrier: Carrier, seconds: float) -> None:
     """Raises TimeoutError where no time is left, for a timeout of 0 would mean not to wait."""
     if seconds <= 0:
@@ -810,7 +802,7 @@ def issue(
     folder: PathLike, name: str, *, hosts: Sequence[str] | None,
     days: int = LEAF_DAYS, algorithm: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Issue NAME.crt and NAME.key, for a server that is dialled by one of `hosts`, or for a client."""
+    """Issue NAME.crt and NAME.key, for a server that is dialled by `hosts`, or for a client."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
         rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
@@ -901,19 +893,15 @@ def show(target: PathLike) -> list[str]:
             held = _load_certificates(file)
             authorities += [each for each in held if "authority" in _roles(each)]
             for certificate in held:
-                facts = _facts(certificate) | {"revoked": _revoked(certificate, authorities, lists)}
+                issuers = [each for each in authorities if _has_signed(each, certificate)]
+                own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
+                found = [each.get_revoked_certificate_by_serial_number(certificate.serial_number) for each in own]
+                revoked = "no" if own else "unknown, for there is no list of its issuer"
+                if entry := next(filter(None, found), None):
+                    revoked = f"YES, on {_iso(entry.revocation_date_utc)}"
+                facts = _facts(certificate) | {"revoked": revoked}
                 shown.setdefault(certificate, [str(file), *(f"  {key:10} {value}" for key, value in facts.items())])
     return [_escaped(line) for lines in shown.values() for line in lines]
-
-
-def _revoked(certificate: Certificate, authorities: list[Certificate], lists: list[CertificateRevocationList]) -> str:
-    """By the lists that its own authority has signed."""
-    issuers = [each for each in authorities if _has_signed(each, certificate)]
-    own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
-    found = [each.get_revoked_certificate_by_serial_number(certificate.serial_number) for each in own]
-    if entry := next(filter(None, found), None):
-        return f"YES, on {_iso(entry.revocation_date_utc)}"
-    return "no" if own else "unknown, for there is no list of its issuer"
 
 
 @contextlib.contextmanager
