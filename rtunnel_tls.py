@@ -661,8 +661,8 @@ class TlsTransport:
                 if not count:
                     said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
                     raise HandshakeError("closed", f"the peer closed the connection {said}")
-                # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). Our
-                # alert, protocol_version, which OpenSSL would not send, shows a plain peer TLS.
+                # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). The
+                # alert, protocol_version, shows the peer what we speak; OpenSSL would not send it.
                 if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
                     carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
                     raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
