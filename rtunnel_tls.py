@@ -445,15 +445,8 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     _admit("cipher", cipher, profile.ciphers, profile)
     if not chain:
         raise HandshakeError("certificate", "the peer has shown none")
-    leaf, wanted = chain[0], context.peer_name
-    identity = _check_chain(chain, "client" if context.role == "server" else "server", profile)
-    accepted = {wanted}
-    # RFC 9525, 6.3: `*` is one label of three or more.
-    if isinstance(wanted, str) and wanted.count(".") > 1:
-        accepted.add("*." + wanted.partition(".")[2])
-    if wanted is not None and accepted.isdisjoint(_names(leaf)):
-        raise HandshakeError("name", _misnamed(leaf, wanted))
-    own, end = _facts(leaf), leaf.not_valid_after_utc
+    identity = _check_certificates(context, chain)
+    own, end = _facts(chain[0]), chain[0].not_valid_after_utc
     facts = {"version": version, "group": group, "cipher": cipher}
     facts |= {"signature": own["algorithm"], "identity": identity}  # an ML-DSA key signs in one way
     facts |= {key: own[key] for key in ("issuer", "serial", "sha256")}
@@ -463,6 +456,19 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
 def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
     if value.casefold() not in (name.casefold() for name in admitted):
         raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
+
+
+def _check_certificates(context: TlsContext, chain: list[Certificate]) -> str:
+    """The peer's identity. Raises HandshakeError."""
+    wanted, names = context.peer_name, [str(name) for name in _names(chain[0])]
+    identity = _check_chain(chain, "client" if context.role == "server" else "server", context.profile)
+    # RFC 9525, 6.3: `*` is one label of three or more.
+    wild = "*." + wanted.partition(".")[2] if isinstance(wanted, str) and wanted.count(".") > 1 else None
+    if wanted is not None and {wanted, wild}.isdisjoint(_names(chain[0])):
+        if len(names) > MAX_NAMES_TOLD:
+            names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
+        raise HandshakeError("name", f"the certificate is for {', '.join(names) or 'no host'}, not for {wanted}")
+    return identity
 
 
 def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile) -> str:
@@ -492,13 +498,6 @@ def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> 
         raise HandshakeError("validity", f"{what} expired on {_iso(end)}")
 
 
-def _misnamed(leaf: Certificate, wanted: str | Address | None) -> str:
-    names = [str(name) for name in _names(leaf)]
-    if len(names) > MAX_NAMES_TOLD:
-        names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
-    return f"the certificate is for {', '.join(names) or 'no host'}, not for {wanted}"
-
-
 # ---- TLS transport -----------------------------------------------------------------------------
 
 
@@ -517,9 +516,6 @@ class Carrier(Protocol):
 
 
 _RULES: Final = {  # words in what OpenSSL says when it ends a handshake; the first that fits counts
-    "validity": ("expired", "not yet valid"),
-    "name": ("name mismatch", "address mismatch"),
-    "purpose": ("purpose",),
     "revoked": ("revoked",),
     "authority": ("issuer certificate", "self-signed"),
     "tls": ("wrong version number",),  # of a record: this is no TLS at all
@@ -555,20 +551,19 @@ class _Ssl:
         chain = self._connection.get_verified_chain(as_cryptography=True)
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def refusal(self, error: SSL.Error, wanted: str | Address | None) -> HandshakeError:
-        """Why OpenSSL ended the handshake, by the rule's name: for messages only."""
-        reason = _reason(error)
-        if reason.startswith(_FROM_PEER):
-            return HandshakeError("alert", reason.replace(_FROM_PEER, "refused by the peer: "))
+    def refusal(self, error: SSL.Error, context: TlsContext) -> HandshakeError:
+        """Why OpenSSL ended the handshake, by the rule's name. Raises HandshakeError, too."""
+        detail = _reason(error)
+        if detail.startswith(_FROM_PEER):
+            return HandshakeError("alert", detail.replace(_FROM_PEER, "refused by the peer: "))
         # What OpenSSL has against the certificate, if anything; pyOpenSSL 26.4 has no getter.
-        code = lib.SSL_get_verify_result(self._connection._ssl)
-        objection = ffi.string(lib.X509_verify_cert_error_string(code)).decode() if code else ""
-        detail = objection or reason
+        if code := lib.SSL_get_verify_result(self._connection._ssl):
+            detail = ffi.string(lib.X509_verify_cert_error_string(code)).decode()
         rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
-        rule = next(rules, "certificate" if objection else "tls")
+        rule = next(rules, "certificate" if code else "tls")
         with contextlib.suppress(*_UNFIT):
-            if rule == "name" and (shown := self._connection.get_peer_cert_chain(as_cryptography=True)):
-                detail = _misnamed(shown[0], wanted)
+            if code and rule == "certificate" and (chain := self.negotiated()[3]):
+                _check_certificates(context, chain)  # which raises it by its own name
         return HandshakeError(rule, detail)
 
     def feed(self, records: memoryview) -> None:
@@ -661,7 +656,7 @@ class TlsTransport:
                 if not count:
                     said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
                     raise HandshakeError("closed", f"the peer closed the connection {said}")
-                # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). The
+                # A frame of the tunnel, no record: type, stream, length (PROTOCOL.md). The
                 # alert, protocol_version, shows the peer what we speak; OpenSSL would not send it.
                 if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
                     carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
@@ -680,7 +675,7 @@ class TlsTransport:
             return transport
         except SSL.Error as error:
             _leave(carrier, ssl.take(memoryview(b"")))
-            raise ssl.refusal(error, context.peer_name) from error
+            raise ssl.refusal(error, context) from error
         except HandshakeError:
             _leave(carrier, b"")
             raise

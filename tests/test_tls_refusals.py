@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[Callable[[World, str], Peer], tuple[str, str]]] = {
     "common name beyond ASCII": (lambda w, r: w.raw(r, w.pair(r, subject="zoë")), ("identity", "identity")),
     "the root itself": (
         lambda w, r: w.raw(r, Pair(w.folder, "root-as-leaf", w.root.certificate, w.root.key)),
-        ("purpose", "name"),
+        ("purpose", "purpose"),
     ),
 }
 TOLD = ("alert", "eof", "reset")  # how a refused peer learns of it: the alert, or a connection that is closed
@@ -142,6 +142,13 @@ def test_a_bad_peer_is_refused_by_name(world: World, case: str, ours: str) -> No
     assert refused.rule == rules[ours == "client"], refused
     assert time.monotonic() - start < 3
     assert refused.rule == "alert" or any(word in told.lower() for word in TOLD), told
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_of_what_is_out_of_time_the_name_and_the_end_are_told(world: World, ours: str) -> None:
+    """OpenSSL says only that something in the chain has expired."""
+    refused, _ = meet(world.ours(ours), world.raw(OTHER[ours], world.pair(OTHER[ours], before=3 * HOUR, after=-HOUR)))
+    assert str(refused).startswith("validity: CN=peer expired on 20")
 
 
 @pytest.mark.parametrize("ours", ["server", "client"])
