@@ -183,7 +183,8 @@ class TlsContext:
             raise ValueError("a client verifies the server's name, and only a client does")
         if profile_name not in PROFILES:
             raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
-        self.role, self.profile = role, PROFILES[profile_name]
+        self.role, self.peer_role = role, "client" if role == "server" else "server"
+        self.profile = PROFILES[profile_name]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
         self.peer_name: str | Address | None = None
@@ -445,7 +446,7 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     _admit("cipher", cipher, profile.ciphers, profile)
     if not chain:
         raise HandshakeError("certificate", "the peer has shown none")
-    identity = _check_certificates(context, chain)
+    identity = _check_chain(chain, context.peer_role, profile, context.peer_name)
     own, end = _facts(chain[0]), chain[0].not_valid_after_utc
     facts = {"version": version, "group": group, "cipher": cipher}
     facts |= {"signature": own["algorithm"], "identity": identity}  # an ML-DSA key signs in one way
@@ -458,20 +459,9 @@ def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> 
         raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
 
 
-def _check_certificates(context: TlsContext, chain: list[Certificate]) -> str:
-    """The peer's identity. Raises HandshakeError."""
-    wanted, names = context.peer_name, [str(name) for name in _names(chain[0])]
-    identity = _check_chain(chain, "client" if context.role == "server" else "server", context.profile)
-    # RFC 9525, 6.3: `*` is one label of three or more.
-    wild = "*." + wanted.partition(".")[2] if isinstance(wanted, str) and wanted.count(".") > 1 else None
-    if wanted is not None and {wanted, wild}.isdisjoint(_names(chain[0])):
-        if len(names) > MAX_NAMES_TOLD:
-            names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
-        raise HandshakeError("name", f"the certificate is for {', '.join(names) or 'no host'}, not for {wanted}")
-    return identity
-
-
-def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile) -> str:
+def _check_chain(
+    chain: Sequence[Certificate], role: str, profile: Profile, dialled: str | Address | None = None
+) -> str:
     """The identity that a chain gives to who plays `role`. Raises HandshakeError."""
     for each in chain:  # the root's own signature proves nothing, but tells its key
         _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
@@ -486,6 +476,13 @@ def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile) -> s
     if len(names) != 1 or not re.fullmatch(rf"[ -~]{{1,{MAX_IDENTITY_CHARS}}}", names[0]) or names == [NO_IDENTITY]:
         wanted = f"one common name, 1 to {MAX_IDENTITY_CHARS} printable ASCII characters, and not {NO_IDENTITY}"
         raise HandshakeError("identity", f"a certificate must have {wanted}")
+    # RFC 9525, 6.3: `*` is one label of three or more.
+    wild = "*." + dialled.partition(".")[2] if isinstance(dialled, str) and dialled.count(".") > 1 else None
+    if dialled is not None and {dialled, wild}.isdisjoint(held := _names(leaf)):
+        told = [str(name) for name in held[:MAX_NAMES_TOLD]] or ["no host"]
+        if len(held) > MAX_NAMES_TOLD:
+            told.append(f"{len(held) - MAX_NAMES_TOLD} more")
+        raise HandshakeError("name", f"the certificate is for {', '.join(told)}, not for {dialled}")
     return names[0]
 
 
@@ -563,7 +560,8 @@ class _Ssl:
         rule = next(rules, "certificate" if code else "tls")
         with contextlib.suppress(*_UNFIT):
             if code and rule == "certificate" and (chain := self.negotiated()[3]):
-                _check_certificates(context, chain)  # which raises it by its own name
+                # Which raises it by its own name, and says of which certificate.
+                _check_chain(chain, context.peer_role, context.profile, context.peer_name)
         return HandshakeError(rule, detail)
 
     def feed(self, records: memoryview) -> None:
