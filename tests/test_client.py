@@ -195,8 +195,9 @@ def test_a_server_name_that_does_not_resolve(client: Factory) -> None:
 # --- the backoff --------------------------------------------------------------------------------------------
 
 
-def test_backoff_doubles_up_to_its_maximum() -> None:
+def test_backoff_doubles_up_to_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits are 1 s, doubled up to the maximum, each less a random part of at most a quarter."""
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 1.0)
     seen: list[list[float]] = []
     for _ in range(200):
         backoff = rtunnel.Backoff(30.0)
