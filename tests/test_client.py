@@ -17,6 +17,8 @@ from tunnels import MODES, closed_port, open_tunnel, text, visit
 
 import rtunnel
 
+FIRST_RETRY_S = rtunnel.FIRST_RETRY_S
+
 # --- mappings -----------------------------------------------------------------------------------------------
 
 
@@ -118,7 +120,8 @@ def test_a_killed_server_that_returns_is_found_again(server: Factory, client: Fa
     with echo_service() as service:
         first = server("--control-listen", control)
         assert first.control_address
-        asking = client("--server", control, "--local", service.text, "--remote-port", str(public))
+        flags = ("--server", control, "--local", service.text, "--remote-port", str(public))
+        asking = client(*flags, limits={"FIRST_RETRY_S": FIRST_RETRY_S})
         first.lease_address()
         with connect(("127.0.0.1", public)) as visitor:
             visitor.sendall(b"x")
@@ -195,9 +198,14 @@ def test_a_server_name_that_does_not_resolve(client: Factory) -> None:
 # --- the backoff --------------------------------------------------------------------------------------------
 
 
-def test_backoff_doubles_up_to_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def usual_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's own, in place of the tests'."""
+    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", FIRST_RETRY_S)
+
+
+def test_backoff_doubles_up_to_its_maximum(usual_times: None) -> None:
     """The waits are 1 s, doubled up to the maximum, each less a random part of at most a quarter."""
-    monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 1.0)
     seen: list[list[float]] = []
     for _ in range(200):
         backoff = rtunnel.Backoff(30.0)
@@ -207,7 +215,7 @@ def test_backoff_doubles_up_to_its_maximum(monkeypatch: pytest.MonkeyPatch) -> N
         assert max(waits) - min(waits) > 0.1 * wanted, "all clients of a restarted server would come at once"
 
 
-def test_backoff_starts_again() -> None:
+def test_backoff_starts_again(usual_times: None) -> None:
     """After a session that lived the first wait is 1 s again."""
     backoff = rtunnel.Backoff(30.0)
     for _ in range(5):
@@ -216,7 +224,7 @@ def test_backoff_starts_again() -> None:
     assert backoff.next_s(refused=False) <= 1.0
 
 
-def test_backoff_where_the_connection_was_refused() -> None:
+def test_backoff_where_the_connection_was_refused(usual_times: None) -> None:
     """Where the host answers and only its port is closed, no wait is over 2 s."""
     backoff = rtunnel.Backoff(30.0)
     waits = [backoff.next_s(refused=True) for _ in range(20)]
