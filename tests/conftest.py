@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from judged import judged as judged  # each test's sessions
 from judged import summary
+from level1 import forget_timers
 from starter import Starter
 from support import Program, eventually
 from tls_peers import House
@@ -97,10 +98,12 @@ def no_leaks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times of what runs in this process; `program` sets those of the others."""
+def short_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The times of what runs in this process, whose clock is empty afterwards; `program` sets those of the others."""
     for name, seconds in TIMES.items():
         monkeypatch.setattr(rtunnel, name, seconds)
+    yield
+    forget_timers()
 
 
 @pytest.fixture

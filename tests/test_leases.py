@@ -203,7 +203,7 @@ class Records:
                     self.rounds_done = next(self.rounds)
 
 
-@pytest.mark.parametrize(("secured", "cuts"), [(False, 200), (True, 40)], ids=["plain", "TLS"])
+@pytest.mark.parametrize(("secured", "cuts"), [(False, 100), (True, 40)], ids=["plain", "TLS"])
 def test_no_byte_of_an_old_stream_reaches_a_new_one(
     house: House, soon: None, monkeypatch: pytest.MonkeyPatch, secured: bool, cuts: int
 ) -> None:

@@ -123,7 +123,7 @@ def test_the_tunnel_serves(
         try:
             program(*(ask if role == "server" else serve))
             eventually(lambda: echoes(("127.0.0.1", public)))
-            for _ in range(60):  # four lines of debug each
+            for _ in range(30):  # four lines of debug each
                 assert echoes(("127.0.0.1", public))
             if role == "server":
                 Peer.as_client(("127.0.0.1", control)).sock.close()
