@@ -95,7 +95,7 @@ class Stage:
 
     def client(self, server: Program, *flags: str, **options: Any) -> Program:
         where = f"--server=localhost:{server.control_address[1]}"
-        return self.start("client", where, "--reconnect-max=0.1", "--heartbeat=0.2", *flags, **options)
+        return self.start("client", where, "--reconnect-max=0.1", "--heartbeat=0.5", *flags, **options)
 
     def records(self) -> list[dict[str, Any]]:
         """What the programs did, which must have ended."""
