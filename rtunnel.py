@@ -542,7 +542,7 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
 
 
 def add_credit(credit: int, count: int) -> int:
-    """What may be sent after a WINDOW of `count`. Raises ProtocolError for 0 and for an overflow."""
+    """What may be sent after a WINDOW of so many. Raises ProtocolError for 0 and an overflow."""
     if not count or credit + count > MAX_CREDIT_BYTES:
         raise ProtocolError(f"WINDOW of {count} on top of {credit}, the limit is {MAX_CREDIT_BYTES}")
     return credit + count
@@ -1354,10 +1354,10 @@ class ByteQueue:
     Locking: its stream's.
     """
 
-    __slots__ = ("_blocks", "_count")
+    __slots__ = ("_count", "blocks")
 
     def __init__(self) -> None:
-        self._blocks: list[bytearray] = []
+        self.blocks: list[bytearray] = []  # the first goes next
         self._count = 0
 
     def __len__(self) -> int:
@@ -1366,23 +1366,19 @@ class ByteQueue:
     def append(self, part: memoryview) -> None:
         self._count += len(part)
         while part:
-            if not self._blocks or len(self._blocks[-1]) >= DRAIN_BYTES:
-                self._blocks.append(bytearray())
-            last = self._blocks[-1]
+            if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
+                self.blocks.append(bytearray())
+            last = self.blocks[-1]
             taken = part[: DRAIN_BYTES - len(last)]
             last += taken
             part = part[len(taken) :]
 
-    def first(self) -> bytearray:
-        """The block that goes next. There must be one."""
-        return self._blocks[0]
-
     def drop(self, count: int) -> None:
         """So many bytes of the first block have left."""
         self._count -= count
-        del self._blocks[0][:count]
-        if not self._blocks[0]:
-            del self._blocks[0]
+        del self.blocks[0][:count]
+        if not self.blocks[0]:
+            del self.blocks[0]
 
 
 class Receiving(enum.Enum):
@@ -1578,7 +1574,7 @@ class Stream:
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
-            with memoryview(self._queue.first()) as view:
+            with memoryview(self._queue.blocks[0]) as view:
                 count = self._deliver_locked(view)
             if self._queue:  # else the socket takes no more, and all was dropped
                 self._queue.drop(count)
@@ -1858,17 +1854,8 @@ class Level(NamedTuple):
     lingers: bool  # a lease whose session ended waits for its holder's return
 
     def goaway(self, reason: str) -> bytes:
-        """The frame that says so; at level 0 there is none, as in the next two."""
+        """The frame that says so; at level 0 there is none."""
         return end_frame(FrameType.GOAWAY, 0, reason) if self.number else b""
-
-    def refusal(self, refused: Refused) -> bytes:
-        """The server's last frame to a client that it does not serve."""
-        text = f"error={refused.code}\nmessage={refused.message}"
-        return encode(FrameType.WELCOME, 0, text.encode("ascii", "replace")) if self.number else b""
-
-    def visitor_payload(self, visitor: Address) -> bytes:
-        """NEW_CONN's."""
-        return str(visitor).encode("ascii") if self.number else b""
 
     def visitor(self, payload: bytes) -> Address | None:
         """NEW_CONN's visitor; None at level 0. Raises ProtocolError."""
@@ -1882,11 +1869,6 @@ class Level(NamedTuple):
         except (ConfigError, ValueError):
             raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
         return address
-
-    def is_new(self, number: int, last: int) -> bool:
-        """Whether NEW_CONN may open this stream, after the highest so far."""
-        # Level 0, in any order: the original numbers visitors before it queues their frames (S-2).
-        return number > last or not self.number
 
 
 LEVEL_1 = Level(1, PumpedStream, WINDOW_BYTES, lingers=True)
@@ -2304,9 +2286,10 @@ class ServerSession(Session):
             self._server.open_lease(self, self.init)
             self.decoder.unknown_limit = UNLIMITED
         except Refused as refused:
+            text = f"error={refused.code}\nmessage={refused.message}".encode("ascii", "replace")
             # A bad request comes before the level is fixed, and only from a client of level 1.
-            bad = refused.code == "bad-request" and not self.has_had_streams()
-            self.end(str(refused), (LEVEL_1 if bad else self.ways).refusal(refused))
+            told = self.level or (refused.code == "bad-request" and not self.has_had_streams())
+            self.end(str(refused), encode(FrameType.WELCOME, 0, text) if told else b"")
             raise
 
     def on_goaway(self, frame: Frame) -> None:
@@ -2329,8 +2312,8 @@ class ServerSession(Session):
                 raise SessionEnded("its stream ids are used up")
             stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
-            frame = encode(FrameType.NEW_CONN, stream.number, self.ways.visitor_payload(visitor))
-            self.writer.post(frame, wake=False)
+            payload = str(visitor).encode("ascii") if self.level else b""
+            self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
             self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
@@ -2799,7 +2782,9 @@ class ClientSession(Session):
             raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
         full = self._client.stream_count() >= MAX_STREAMS
         with self._lock:
-            if not number or number in self._streams or not self.ways.is_new(number, self._last_stream):
+            # An original numbers its visitors before it queues their frames: in any order (S-2).
+            rises = number > self._last_stream or not self.level
+            if not number or number in self._streams or not rises:
                 raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
             stream = self.ways.stream(self, number, None, visitor)
             self.add_locked(stream)
