@@ -2075,6 +2075,9 @@ class Session:
     def stream_count(self) -> int:
         return len(self._streams)  # read without the lock: a number is whole
 
+    def has_ended(self) -> bool:
+        return self._cause is not None  # read without the lock: it stays as it is
+
     def has_had_streams(self) -> bool:
         return self._last_stream > 0  # read without the lock, likewise
 
@@ -2445,7 +2448,7 @@ class Server(Program):
             session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
             with self.registered(session):
                 reason = session.run()
-            self.leave_lease(session, reason, linger=session.ways.lingers)
+                self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         finally:
@@ -2472,7 +2475,7 @@ class Server(Program):
         peer = session.transport.peer
         try:
             with self._lock:
-                if init is not session.init and (session.is_client or session not in self._connections):
+                if init is not session.init and (session.is_client or session.has_ended()):
                     return
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():

@@ -202,6 +202,11 @@ def beat(session: rtunnel.Session) -> None:
     session._beat()
 
 
+def hear_silence(session: rtunnel.ServerSession) -> None:
+    """What the clock does with a global port's connection from which no INIT has come for 2 s."""
+    session._join_silent()
+
+
 def pretend_ping(session: rtunnel.Session, payload: bytes, seconds_ago: float) -> None:
     """As if this PING had been sent so long ago."""
     with session._lock:
