@@ -526,6 +526,18 @@ class Welcome(NamedTuple):
         return f"version=1\nport={self.port}\nwindow={self.window}".encode("ascii")
 
 
+def parse_visitor(payload: bytes) -> Address:
+    """NEW_CONN's visitor at level 1. Raises ProtocolError."""
+    try:
+        address = Address.parse(payload.decode("ascii"))
+        host = ipaddress.ip_address(address.host)
+        if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped or host.scope_id):
+            raise ValueError
+    except (ConfigError, ValueError):
+        raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
+    return address
+
+
 def proxy_line(visitor: Address | None, public: Address) -> bytes:
     """A PROXY protocol header (haproxy's proxy-protocol.txt, 2.1). `visitor` None: unknown."""
     if visitor is None:
@@ -1415,6 +1427,9 @@ class Stream:
     socket, a drainer is at work.
     """
 
+    level = 1  # of the session that carries it
+    first_window = WINDOW_BYTES
+
     def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
         self.number = number
@@ -1435,7 +1450,7 @@ class Stream:
         self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
         self._received = 0  # bytes from the tunnel
         self._credit = session.peer_window  # bytes of DATA that this side may still send
-        self._receive_window = ReceiveWindow(session.ways.window)
+        self._receive_window = ReceiveWindow(self.first_window)
         # guarded by Writer._lock
         self.silenced = False  # this side's last frame is queued
         if sock is not None and DONT_WAIT is None:
@@ -1845,35 +1860,6 @@ class Settings(NamedTuple):
     visitors: Networks = Networks()
 
 
-class Level(NamedTuple):
-    """What differs between the levels, beside their streams: the original says less, takes more."""
-
-    number: int
-    stream: type[PumpedStream]
-    window: int  # where a stream's begins
-    lingers: bool  # a lease whose session ended waits for its holder's return
-
-    def goaway(self, reason: str) -> bytes:
-        """The frame that says so; at level 0 there is none."""
-        return end_frame(FrameType.GOAWAY, 0, reason) if self.number else b""
-
-    def visitor(self, payload: bytes) -> Address | None:
-        """NEW_CONN's visitor; None at level 0. Raises ProtocolError."""
-        if not self.number:
-            return None
-        try:
-            address = Address.parse(payload.decode("ascii"))
-            host = ipaddress.ip_address(address.host)
-            if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped or host.scope_id):
-                raise ValueError
-        except (ConfigError, ValueError):
-            raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
-        return address
-
-
-LEVEL_1 = Level(1, PumpedStream, WINDOW_BYTES, lingers=True)
-
-
 class Session:
     """One control connection's life: its transport, its streams, its timers. Both sides have it.
 
@@ -1896,7 +1882,8 @@ class Session:
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
         self.budget = Budget(program.settings.session_budget_bytes)
-        self.ways = ORIGINAL  # until the level is fixed, before the first stream
+        # Until the level is fixed, before the first stream.
+        self.stream_kind: type[PumpedStream] = OriginalStream
         self.peer_window = UNLIMITED  # where each stream's credit starts
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
@@ -1913,7 +1900,7 @@ class Session:
 
     @property
     def level(self) -> int:
-        return self.ways.number
+        return self.stream_kind.level
 
     def run(self) -> str:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
@@ -2051,8 +2038,12 @@ class Session:
         self.writer.close(cause, last_frame)
 
     def goodbye(self, reason: str) -> None:
-        """End it with a GOAWAY, which at level 0 there is not."""
-        self.end(reason, self.ways.goaway(reason))
+        """End it with a GOAWAY."""
+        self.end(reason, self._goaway(reason))
+
+    def _goaway(self, reason: str) -> bytes:
+        """The frame; at level 0 there is none."""
+        return end_frame(FrameType.GOAWAY, 0, reason) if self.level else b""
 
     def stop(self) -> None:
         self.goodbye("stopping")
@@ -2064,7 +2055,7 @@ class Session:
 
     def retire(self, reason: str) -> None:
         """No new streams here; those that are open go on. A client of level 1 connects anew."""
-        if frame := self.ways.goaway(reason):
+        if frame := self._goaway(reason):
             with contextlib.suppress(SessionEnded):
                 self.writer.post(frame)
 
@@ -2313,7 +2304,7 @@ class ServerSession(Session):
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
-            stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
+            stream = self.stream_kind(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
             payload = str(visitor).encode("ascii") if self.level else b""
             self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
@@ -2323,7 +2314,7 @@ class ServerSession(Session):
         self.guarded(stream.run)
 
     def retire(self, reason: str) -> None:
-        self._server.leave_lease(self, reason, linger=self.ways.lingers)
+        self._server.leave_lease(self, reason, linger=self.level > 0)
         super().retire(reason)
 
     def expel(self, reason: str) -> None:
@@ -2448,7 +2439,7 @@ class Server(Program):
             session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
             with self.registered(session):
                 reason = session.run()
-                self.leave_lease(session, reason, linger=session.ways.lingers)
+                self.leave_lease(session, reason, linger=session.level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         finally:
@@ -2479,7 +2470,7 @@ class Server(Program):
                     return
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
-                    session.ways, session.peer_window = LEVEL_1, init.window
+                    session.stream_kind, session.peer_window = PumpedStream, init.window
                 found = self._find_lease_locked(session, init)
                 lease = found or self._bind_free_locked(session, init)
                 address = lease.listener.address
@@ -2741,7 +2732,7 @@ class ClientSession(Session):
             self.refused = refused
             raise
         self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
-        self.ways, self.peer_window = LEVEL_1, welcome.window
+        self.stream_kind, self.peer_window = PumpedStream, welcome.window
         self._client.expects_welcome = True
         self.start_timers()
         self._open()
@@ -2780,7 +2771,7 @@ class ClientSession(Session):
             self.over.set()
 
     def on_new_conn(self, frame: Frame) -> None:
-        visitor, number = self.ways.visitor(frame.payload), frame.stream
+        visitor, number = parse_visitor(frame.payload) if self.level else None, frame.stream
         if self.writer.is_behind():
             raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
         full = self._client.stream_count() >= MAX_STREAMS
@@ -2789,7 +2780,7 @@ class ClientSession(Session):
             rises = number > self._last_stream or not self.level
             if not number or number in self._streams or not rises:
                 raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
-            stream = self.ways.stream(self, number, None, visitor)
+            stream = self.stream_kind(self, number, None, visitor)
             self.add_locked(stream)
         try:
             if full:
@@ -2931,6 +2922,8 @@ class OriginalStream(PumpedStream):
     The window never runs out. What is queued is bounded by the reader, which waits.
     """
 
+    level = 0
+    first_window = UNLIMITED
     # guarded by _lock
     _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
 
@@ -2978,9 +2971,6 @@ class OriginalStream(PumpedStream):
     def _end_linger(self) -> None:
         with self._lock:
             self._end_pump_locked()
-
-
-ORIGINAL = Level(0, OriginalStream, UNLIMITED, lingers=False)
 
 
 # ---- command line -----------------------------------------------------------------------------

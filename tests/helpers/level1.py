@@ -234,7 +234,7 @@ def window_and_queue(stream: rtunnel.Stream) -> tuple[int, int]:
 def open_stream(session: rtunnel.Session, sock: socket.socket | None, visitor: rtunnel.Address) -> rtunnel.Stream:
     """A new stream of a session, at its level; `run` is its pump's."""
     with session._lock:
-        stream = session.ways.stream(session, session._last_stream + 1, sock, visitor)
+        stream = session.stream_kind(session, session._last_stream + 1, sock, visitor)
         session.add_locked(stream)
     return stream
 
