@@ -2156,7 +2156,7 @@ class Program:
             return carrier
         with self.registered(carrier):
             transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
-        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.facts)
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
         return transport
