@@ -26,9 +26,10 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Clock._run)
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
-    acceptor         1 a port        takes control connections,     Listener._accept,
-                                     or visitors                    Listener.get_request, Pool.run,
-                                     (Listener._accept)             Listener.process_request*
+    acceptor         1 a port,       takes control connections,     Listener._accept, Pool.run,
+                     and more        or visitors, and then is a     Listener._has_successor*
+                                     session reader or stream pump
+                                     (Listener._accept)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
                                      none, dials nobody             Listener.start, Session.run,
@@ -59,7 +60,7 @@ Each is held for a few statements, and nobody waits under one.
     lock                    guards                            under it may be taken
     Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
                             strangers, visitors               PlainTransport._lock,
-                                                              Listener._closing, Event._cond
+                                                              Listener._lock, Event._cond
     Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
                             the cause of the end              Event._cond
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
@@ -72,7 +73,7 @@ Each is held for a few statements, and nobody waits under one.
     Pool._lock,             no descriptor is shut when it is
     LimitLog._lock,         closed; a line of the file that
     PlainTransport._lock,   SSLKEYLOGFILE names
-    Listener._closing,
+    Listener._lock,
     _log_secrets.lock
     scheduler._lock,        the library's: the clock's heap;  -
     Event._cond,            events; semaphores; the log's
@@ -128,7 +129,6 @@ import secrets
 import select
 import selectors
 import socket
-import socketserver
 import struct
 import threading
 import time
@@ -192,6 +192,7 @@ MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lea
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
+ACCEPTORS = 8  # at most that wait at a port: the more, the fewer are fetched from the pool [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
@@ -890,19 +891,19 @@ DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-def tune(sock: socket.socket, *, control: bool = False) -> None:
-    """Small messages at once, dead peers found; for a control connection a short kernel queue."""
+TCP_OPTIONS = {
+    "TCP_NODELAY": 1,
+    "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+    "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
+    "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
+    "TCP_KEEPCNT": KEEPALIVE_PROBES,
+}
+
+
+def tune(sock: socket.socket) -> None:
+    """Small messages at once, dead peers found."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    wanted = {
-        "TCP_NODELAY": 1,
-        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
-        "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
-        "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
-        "TCP_KEEPCNT": KEEPALIVE_PROBES,
-    }
-    if control:
-        wanted["TCP_NOTSENT_LOWAT"] = UNSENT_BYTES
-    for name, value in wanted.items():
+    for name, value in TCP_OPTIONS.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -934,6 +935,8 @@ def dial(address: Address, seconds: float) -> socket.socket:
     packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
+    if sys.platform == "linux" and (row := numeric(address)):
+        return connect_within(seconds, row)
     rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
     # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
@@ -983,6 +986,34 @@ def begin_to_connect(row: Any) -> socket.socket:
     return sock
 
 
+@functools.lru_cache
+def numeric(address: Address) -> Any:
+    """The row of getaddrinfo for an address that is no name; None for a name."""
+    with contextlib.suppress(socket.gaierror):
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    return None
+
+
+def connect_within(seconds: float, row: Any) -> socket.socket:
+    """Connect in one call, which Linux ends in time. Raises OSError."""
+    sock = socket.socket(*row[:3])
+    limit_send(sock, seconds)
+    if code := sock.connect_ex(row[4]):
+        sock.close()
+        raise TimeoutError("timed out") if code == errno.EINPROGRESS else OSError(code, os.strerror(code))
+    limit_send(sock, 0)
+    tune(sock)
+    return sock
+
+
+def limit_send(sock: socket.socket, seconds: float) -> None:
+    """A send or connect that makes no progress for so long fails; 0: never."""
+    timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    if os.name == "nt":
+        timeout = struct.pack("L", round(1000 * seconds))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
     """Make `close` send RST, the kernel's too when the process is killed; at a clean end FIN."""
     # struct linger has u_short on Windows.
@@ -998,106 +1029,117 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-class Listener(socketserver.ThreadingTCPServer):
+class Listener:
     """A listening port, the control port and the public ones alike.
 
-    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
-    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
-    calls `handle`, then `shutdown_request`, which tells `left` and closes it. Each override names
-    the trap of socketserver that it is there for.
-    Threads: `start` and `stop` from any; `admit` is called by the acceptor.
-    Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
+    An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
+    wake a thread more. Before it serves it sees to it that another one waits.
+    Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
+    Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
+    as in PlainTransport.
+    Invariant: from the start to the stop an acceptor waits, or is on its way.
     """
 
-    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
-    request_queue_size = LISTEN_BACKLOG
-
     def __init__(
-        self,
-        address: Address,
-        pool: Pool,
-        handle: Callable[[socket.socket, Address], None],
+        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
-        left: Callable[[socket.socket], None] = lambda sock: None,
-    ) -> None:
-        """Bind and listen; a name is resolved, which waits. Raises OSError."""
-        self._pool, self._admit, self._left = pool, admit, left
+        left: Callable[[socket.socket], None] = lambda sock: None, *, reset: bool = False,
+    ) -> None:  # fmt: skip
+        """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
+        self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
         self._asked_to_stop = threading.Event()
-        self._closing = threading.Lock()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
-
-        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
-            handle(sock, Address(*peer[:2]))
-
-        super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
+        family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._bind(target, reset)
+        except OSError:
+            self.socket.close()
+            raise
         self.address = Address(*self.socket.getsockname()[:2])
-        self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._waiting = 0  # acceptors that wait, or are on their way
+
+    def _bind(self, target: Any, reset: bool) -> None:
+        if os.name == "posix":  # Windows: it would let another program share the port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.socket.family == socket.AF_INET6:  # IPv4 beside it, where all interfaces are meant
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, target[0] != "::")
+        tune(self.socket)  # what is accepted inherits this and the next
+        reset_at_close(self.socket, reset)
+        self.socket.bind(target)
+        self.socket.listen(LISTEN_BACKLOG)
+        if sys.platform != "linux":  # elsewhere a stop does not wake who accepts
+            self.socket.settimeout(STEP_S)
 
     def start(self) -> None:
         """Accept. Raises OSError where there is no thread."""
+        with self._lock:
+            self._waiting = 1
         try:
-            self._acceptor.start()
-        except RuntimeError as error:
+            self._pool.run(f"acceptor {self.address}", self._accept)
+        except NoThread as error:
             self.socket.close()
             raise OSError(str(error)) from error
 
     def stop(self) -> None:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
-        with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
+        with self._lock:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes all acceptors
+            if not self._waiting:
+                self.socket.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(StopIteration):
-            self.serve_forever(poll_interval=STEP_S)
-        with self._closing:
-            self.socket.close()
+        """An acceptor's life."""
+        while not self._asked_to_stop.is_set():
+            try:
+                sock, address = self.socket.accept()
+            except OSError as error:  # also the stop, a step's end, a peer that has gone
+                if error.errno in OUT_OF_RESOURCES:  # it would spin
+                    log_limit("accept-failed", address=self.address, reason=reason_of(error))
+                    self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+                continue
+            peer = Address(*address[:2])
+            is_served = self._admit(sock, peer) and self._has_successor(peer)
+            try:
+                if is_served:
+                    self._handle(sock, peer)
+            except Exception:  # the safety net: this connection alone ends
+                log_internal_error()
+            self._left(sock)
+            sock.close()  # without FIN before, which would turn each reset into a clean end
+            if is_served and not self._is_wanted():
+                return
+        with self._lock:
+            self._waiting -= 1
+            if not self._waiting:
+                self.socket.close()
 
-    def server_bind(self) -> None:
-        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
-
-    def service_actions(self) -> None:
-        """`shutdown()` would wait for each port's selector in turn."""
-        if self._asked_to_stop.is_set():
-            raise StopIteration
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Without descriptors the level-triggered selector would spin."""
+    def _has_successor(self, peer: Address) -> bool:
+        """Whether another waits in this thread's place; if need be, one of the pool."""
+        with self._lock:
+            if self._waiting > 1:
+                self._waiting -= 1
+                return True
         try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:
-                log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-            raise  # socketserver goes on with the next
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._admit(request, Address(*client_address[:2]))
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread of the pool, in place of a new one each time and of as many as come."""
-        peer = Address(*client_address[:2])
-        try:
-            self._pool.run(f"connection {peer}", lambda: self.process_request_thread(request, client_address))
+            self._pool.run(f"acceptor {self.address}", self._accept)
+            return True
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
-            self.shutdown_request(request)
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+            return False
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left(request)
-        request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The safety net; socketserver prints to stderr."""
-        log_internal_error()
+    def _is_wanted(self) -> bool:
+        """Wait again, unless enough do: then the thread goes back to the pool."""
+        with self._lock:
+            wanted = self._waiting < ACCEPTORS and not self._asked_to_stop.is_set()
+            self._waiting += wanted
+            return wanted
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -1124,7 +1166,8 @@ class PlainTransport:
         self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
         self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
-        tune(sock, control=True)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 at the end. Raises OSError."""
@@ -1139,10 +1182,7 @@ class PlainTransport:
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
-        timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        if os.name == "nt":
-            timeout = struct.pack("L", round(1000 * seconds))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        limit_send(self._sock, seconds)
 
     def finish(self) -> None:
         """No more will be sent; the peer sees a clean end. Raises OSError."""
@@ -2403,7 +2443,8 @@ class Lease:
         def serve(sock: socket.socket, visitor: Address) -> None:
             server.serve_visitor(self, sock, visitor)
 
-        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left)
+        # Reset, from the first moment: whatever kills us, no cut looks like an end.
+        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left, reset=True)
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
@@ -2467,7 +2508,7 @@ class Server(Program):
         super().start()
         try:  # an address that this machine does not have may come later, at boot
             if self._public_bind:
-                Lease(self, Address(self._public_bind, 0)).listener.server_close()
+                Lease(self, Address(self._public_bind, 0)).listener.stop()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
         try:
@@ -2656,7 +2697,6 @@ class Server(Program):
 
     def admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
         """In the acceptor: before a byte is read, and before there is a thread."""
-        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
         with self._lock:
             self._visitors += 1
             full = self._visitors > MAX_STREAMS
@@ -2674,7 +2714,6 @@ class Server(Program):
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
         try:
-            tune(sock)
             while session := self._choose(lease, ended, deadline):
                 try:
                     return session.serve_visitor(sock, visitor)
