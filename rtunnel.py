@@ -176,6 +176,7 @@ BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all o
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
+RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one is not held for others [Writer.send]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
@@ -879,6 +880,9 @@ class LateCondition:
 # Windows has none. There stream sockets are non-blocking, and pumps wait in steps of DRAIN_STEP_S.
 DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
 
+# To the end of the CPU's queue, without the GIL. Windows has no such call.
+let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -1254,7 +1258,11 @@ class Writer:
                     self._queue.append((stream, bytes(frame)))
                     self._queue_bytes += len(frame)
                 return
-            batch = self._take_all_locked(frame)
+            self._writing = True
+        if len(frame) < RECORD_BYTES:
+            let_others_run()  # they leave their frames, and go with ours in one record
+        with self._lock:
+            batch = self._take_all_locked(b"" if stream.silenced else frame)
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
@@ -1707,12 +1715,10 @@ class PumpedStream(Stream):
         """The pump's life: dial (client), socket to DATA frames, the ends, close."""
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
-            self._session.writer.send(self)  # its NEW_CONN, if it is new
             # Read without the lock: one that is not dialled has been there from the start.
             sock = self._dial(connect) if connect else self._sock
             if sock is not None:
-                self._pump(sock)
-                self._end_sending(sock)
+                self._end_sending(sock, self._pump(sock, is_new=connect is None))
             self._report_abort()
         except SessionEnded as ended:
             self.abort(str(ended))
@@ -1737,40 +1743,58 @@ class PumpedStream(Stream):
         self._start_drainer()
         return sock
 
-    def _pump(self, sock: socket.socket) -> None:
+    def _pump(self, sock: socket.socket, *, is_new: bool) -> bytes | memoryview:
         """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
 
+        Returns a frame that is to go with the end: a short answer is one record with it. The
+        NEW_CONN of a stream that is new waits for its first bytes where they are here already.
         Credit and states are read without the lock: only this thread spends credit, and an abort
         that is missed here shows at the next receive, since whoever aborts wakes the pump.
         """
-        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
+        buffer, looks_for_end = memoryview(bytearray(FIRST_BUFFER_BYTES)), not is_new
         while not self._is_over:
             if not self._credit:
                 self._wait_for_credit(sock)
                 continue
-            if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
+            room = buffer[HEADER_BYTES : HEADER_BYTES + self._credit]
+            count = self._receive(sock, room, wait=not is_new)
+            if count is None:
+                if is_new:
+                    self._session.writer.send(self)
+                is_new = False
                 continue
-            try:
-                count = sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + self._credit])
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                self._reset_behind_data = True
-                self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
-                return
             if not count:
-                return
+                break
             if self._is_over or self._sending is Sending.CLOSED:
                 continue  # discarded: the peer has forgotten the stream
+            more = self._receive(sock, room[count:], wait=False) if looks_for_end and room[count:] else None
+            count += more or 0
             with self._lock:
                 self._credit -= count
             # The header stands in front of the payload: no copy on the way to the transport.
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
-            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
+            if more == 0:
+                return buffer[: HEADER_BYTES + count]
+            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent_at = time.monotonic()
+            is_new = looks_for_end = False
             if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
                 buffer = memoryview(bytearray(4 * len(buffer)))
+        return b""
+
+    def _receive(self, sock: socket.socket, room: memoryview, *, wait: bool) -> int | None:
+        """How many bytes came; 0 at the end, None where nothing is there yet."""
+        if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S if wait else 0):
+            return None
+        try:
+            return sock.recv_into(room, 0, 0 if wait else DONT_WAIT or 0)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._reset_behind_data = True
+            self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
+            return 0
 
     def _wait_for_credit(self, sock: socket.socket) -> None:
         """With bytes to send and no credit says BLOCKED, once."""
@@ -1782,19 +1806,19 @@ class PumpedStream(Stream):
                     said = True
                 self._watch_locked(sock, self._session.unread_wait_s)
 
-    def _end_sending(self, sock: socket.socket) -> None:
+    def _end_sending(self, sock: socket.socket, unsent: bytes | memoryview) -> None:
         """The socket has no more: say so, and wait until the other direction has ended, too."""
         with self._lock:
             if self._receiving is Receiving.BROKEN:
                 self._reset_behind_data = True
                 self._abort_locked("reset")
-            if self._cause is not None or self._sending is not Sending.OPEN:
-                return
-            self._sent_at = time.monotonic()
-            frame = encode(self._end_sending_locked(), self.number)
-        self._session.writer.send(self, frame)  # behind its DATA
+            is_open = self._cause is None and self._sending is Sending.OPEN
+            if is_open:
+                self._sent_at = time.monotonic()
+                unsent = b"".join([unsent, encode(self._end_sending_locked(), self.number)])
+        self._session.writer.send(self, unsent)
         with self._lock:
-            while self._receiving is not Receiving.ENDED and not self._is_over:
+            while is_open and self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
 
     def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:

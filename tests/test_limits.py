@@ -97,10 +97,9 @@ def test_one_site_cannot_drive_out_others(server: Factory) -> None:
         for _ in range(20):
             socks.append(stack.enter_context(stranger(serving.control_address)))
             eventually(lambda: count_open(socks) == min(len(socks), 13))
-        # Two that come in the same moment are taken in by two threads, in either order.
+        # Those that come in the same moment are taken in by several threads, in any order.
         assert count_open(socks) == 13
-        assert not any(is_open(sock) for sock in socks[:4])
-        assert all(is_open(sock) for sock in socks[11:])
+        assert all(is_open(sock) for sock in socks[13:])
         assert count_open(others) == 3
         told = serving.wait_for("refused")
         assert "no clients yet" in told["reason"]
@@ -347,7 +346,7 @@ def test_out_of_threads() -> None:
     """A listener that can start no thread closes the connection, waits before it takes another, and recovers."""
 
     class Poor(rtunnel.Pool):
-        rich = False
+        rich = True
 
         def run(self, name: str, task: rtunnel.Task) -> None:
             if not self.rich:
@@ -360,7 +359,7 @@ def test_out_of_threads() -> None:
         loopback = rtunnel.Address("127.0.0.1", 0)
         listener = rtunnel.Listener(loopback, pool, lambda sock, peer: sock.sendall(b"hello"))
         listener.start()
-        started = time.monotonic()
+        pool.rich, started = False, time.monotonic()
         for _ in range(3):
             with connect(listener.address) as sock:
                 assert ends_with(sock) in ("eof", "reset")
@@ -554,7 +553,7 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
     failures, free, closed = [RuntimeError("can't start new thread")], [], []
 
     def fail_once(thread: threading.Thread) -> None:
-        if thread.name.startswith("acceptor") and failures:
+        if thread.name.startswith("acceptor") and text(control) not in thread.name and failures:
             raise failures.pop()
         start_thread(thread)
 

@@ -554,7 +554,8 @@ def test_dead_peers_are_found(visitor: Ends) -> None:
     assert rtunnel.KEEPALIVE_IDLE_S + rtunnel.KEEPALIVE_PROBES * rtunnel.KEEPALIVE_INTERVAL_S == 60
     near, _ = visitor
     with near:
-        rtunnel.tune(near, control=True)
+        rtunnel.PlainTransport(near)
+        rtunnel.tune(near)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         if sys.platform == "linux":
@@ -798,8 +799,8 @@ def test_a_listener_drops_what_no_thread_can_serve(log: Log, monkeypatch: pytest
             raise failures.pop()
         run(*task)
 
-    monkeypatch.setattr(pool, "run", fail_once)
     with listening(pool, lambda sock, peer: sock.sendall(b"hello")) as listener:
+        monkeypatch.setattr(pool, "run", fail_once)
         with connect(listener.address) as visitor:
             assert read_all(visitor) == b""
         with connect(listener.address) as visitor:

@@ -268,15 +268,14 @@ def is_in_a_send(writer: rtunnel.Writer) -> bool:
 @contextlib.contextmanager
 def small_control_sockets() -> Iterator[None]:
     """The program's control sockets hold as little as the system allows of what is sent."""
-    tune = rtunnel.tune
+    take = rtunnel.PlainTransport.__init__
 
-    def small(sock: socket.socket, *, control: bool = False) -> None:
-        tune(sock, control=control)
-        if control:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    def take_small(transport: rtunnel.PlainTransport, sock: socket.socket) -> None:
+        take(transport, sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rtunnel, "tune", small)
+        patch.setattr(rtunnel.PlainTransport, "__init__", take_small)
         yield
 
 
