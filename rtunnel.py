@@ -18,8 +18,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     thread           how many        does (begins in)               may wait in
     main             1               signals, reload, drain and     heard, tell_systemd,
                                      stop (main)                    Listener.__init__,
-                                                                    Listener.start, Clock.start,
-                                                                    Pool.run, LogHandler.__init__,
+                                                                    Clock.start, Pool.run,
+                                                                    LogHandler.__init__,
                                                                     LogHandler.finish
     clock            1               what happens later; never      Clock._run
                                      waits in an action
@@ -32,7 +32,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Listener._accept)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
-                                     none, dials nobody             Listener.start, Session.run,
+                                     none, dials nobody             Session.run,
                                      (Server.serve_control,         OriginalStream.feed
                                      Client._read)
     control sender   1 a session     control frames, and what       Writer.serve,
@@ -44,7 +44,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Client._run_mapping)          PlainTransport.receive_into,
                                                                     PlainTransport.send
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
-                                     frames; closes the socket      PumpedStream._pump, Writer.send,
+                                     frames; closes the socket      PumpedStream._receive,
+                                                                    Writer.send,
                                      (Server.serve_visitor,         PumpedStream._watch_locked,
                                      PumpedStream.run)              PlainTransport.send, Pool.run*,
                                                                     Server._choose, Stream._close
@@ -886,19 +887,19 @@ let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-TCP_OPTIONS = {
-    "TCP_NODELAY": 1,
-    "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
-    "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
-    "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
-    "TCP_KEEPCNT": KEEPALIVE_PROBES,
-}
-
-
-def tune(sock: socket.socket) -> None:
-    """Small messages at once, dead peers found."""
+def tune(sock: socket.socket, *, control: bool = False) -> None:
+    """Small messages at once, dead peers found; for a control connection a short kernel queue."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in TCP_OPTIONS.items():
+    wanted = {
+        "TCP_NODELAY": 1,
+        "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
+        "TCP_KEEPALIVE": KEEPALIVE_IDLE_S,  # the same on macOS
+        "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
+        "TCP_KEEPCNT": KEEPALIVE_PROBES,
+    }
+    if control:
+        wanted["TCP_NOTSENT_LOWAT"] = UNSENT_BYTES
+    for name, value in wanted.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -1161,8 +1162,7 @@ class PlainTransport:
         self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
         self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        tune(sock, control=True)
 
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 at the end. Raises OSError."""

@@ -554,8 +554,7 @@ def test_dead_peers_are_found(visitor: Ends) -> None:
     assert rtunnel.KEEPALIVE_IDLE_S + rtunnel.KEEPALIVE_PROBES * rtunnel.KEEPALIVE_INTERVAL_S == 60
     near, _ = visitor
     with near:
-        rtunnel.PlainTransport(near)
-        rtunnel.tune(near)
+        rtunnel.tune(near, control=True)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         if sys.platform == "linux":

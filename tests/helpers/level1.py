@@ -268,14 +268,15 @@ def is_in_a_send(writer: rtunnel.Writer) -> bool:
 @contextlib.contextmanager
 def small_control_sockets() -> Iterator[None]:
     """The program's control sockets hold as little as the system allows of what is sent."""
-    take = rtunnel.PlainTransport.__init__
+    tune = rtunnel.tune
 
-    def take_small(transport: rtunnel.PlainTransport, sock: socket.socket) -> None:
-        take(transport, sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    def small(sock: socket.socket, *, control: bool = False) -> None:
+        tune(sock, control=control)
+        if control:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rtunnel.PlainTransport, "__init__", take_small)
+        patch.setattr(rtunnel, "tune", small)
         yield
 
 
