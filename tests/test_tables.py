@@ -346,8 +346,8 @@ def test_names_of_nothing_are_found(written: Tables, records: list[dict[str, Any
 def test_a_wait_under_a_lock_is_found(written: Tables, tmp_path: Path) -> None:
     """Without MSG_DONTWAIT the reader's direct send would wait while it holds its stream's lock."""
     with Stage(tmp_path) as stage, echo_service() as echo:
-        server = stage.server("--public-listen=127.0.0.1:0")
-        client = stage.client(server, f"--local={echo.text}", limits=LIMITS | {"DONT_WAIT": 0})
+        server = stage.server("--public-listen=127.0.0.1:0", limits=LIMITS | {"DONT_WAIT": 0})
+        client = stage.client(server, f"--local={echo.text}")
         server.wait_for("session-opened")
         with connect(server.public_address) as visitor:
             visitor.sendall(b"marco")
