@@ -177,7 +177,8 @@ BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all o
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
-RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one is not held for others [Writer.send]
+RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one does not wait for others [Writer.send]
+GROUP_FRAMES = 8  # that do; were it all who can run, the peer would stand still meanwhile [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
@@ -1225,6 +1226,8 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
+        self._gathering = False  # a pump lets others leave their frames before it writes
+        self._last = 0  # the stream that sent last: who sends alone waits for nobody
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1253,16 +1256,24 @@ class Writer:
                 raise SessionEnded(self._cause)
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
-            if self._writing:
-                if frame:
-                    self._queue.append((stream, bytes(frame)))
-                    self._queue_bytes += len(frame)
-                return
-            self._writing = True
-        if len(frame) < RECORD_BYTES:
-            let_others_run()  # they leave their frames, and go with ours in one record
-        with self._lock:
-            batch = self._take_all_locked(b"" if stream.silenced else frame)
+            is_small = len(frame) < RECORD_BYTES
+            if frame and (is_small or self._writing):
+                self._queue.append((stream, bytes(frame)))
+                self._queue_bytes += len(frame)
+                frame = b""
+            gathers = is_small and len(self._queue) < GROUP_FRAMES and self._last != stream.number
+            self._last = stream.number
+            if self._writing or (gathers and self._gathering):
+                return  # somebody else sees to it
+            self._gathering = gathers
+            batch = b"" if gathers else self._take_all_locked(frame)
+        if gathers:
+            let_others_run()
+            with self._lock:
+                self._gathering = False
+                if self._writing or not self._has_work_locked():
+                    return
+                batch = self._take_all_locked()
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
@@ -1377,11 +1388,6 @@ class Writer:
         """
         try:
             self._transport.send(batch)
-            with self._lock:
-                more = self._cause is None and self._has_work_locked()
-                batch = self._take_all_locked() if more else b""
-            if more:
-                self._transport.send(batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
