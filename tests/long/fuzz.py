@@ -129,7 +129,7 @@ def networks(raw: bytes) -> None:
 def proxy(raw: bytes) -> None:
     """What NEW_CONN says of a visitor is an address or refused, and makes a PROXY line of at most 107 bytes."""
     try:
-        visitor = rtunnel.LEVEL_1.visitor(raw)
+        visitor = rtunnel.parse_visitor(raw)
     except ProtocolError:
         return
     for host in ("203.0.113.1", "2001:db8::1"):
