@@ -26,10 +26,10 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Clock._run)
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
-    acceptor         1 a port,       takes control connections,     Listener._accept, Pool.run,
+    acceptor         1 a port,       takes control connections,     Listener.get_request, Pool.run,
                      and more        or visitors, and then is a     Listener._has_successor*
                                      session reader or stream pump
-                                     (Listener._accept)
+                                     (Listener.serve_forever)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
                                      none, dials nobody             Session.run,
@@ -131,6 +131,7 @@ import secrets
 import select
 import selectors
 import socket
+import socketserver
 import struct
 import threading
 import time
@@ -1038,16 +1039,22 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-class Listener:
+class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike.
 
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
+    A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
+    (`admit`: is it served?), then `process_request`, which calls `handle` and at the end
+    `shutdown_request`. Each override names the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
     as in PlainTransport.
     Invariant: from the start to the stop an acceptor waits, or is on its way.
     """
+
+    allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
+    request_queue_size = LISTEN_BACKLOG
 
     def __init__(
         self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
@@ -1055,32 +1062,29 @@ class Listener:
         left: Callable[[socket.socket], None] = lambda sock: None, *, reset: bool = False,
     ) -> None:  # fmt: skip
         """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
-        self._pool, self._handle, self._admit, self._left = pool, handle, admit, left
+        self._pool, self._admit, self._left, self._reset = pool, admit, left, reset
         self._asked_to_stop = threading.Event()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self._bind(target, reset)
-        except OSError:
-            self.socket.close()
-            raise
+        self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+
+        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
+            handle(sock, Address(*peer[:2]))
+
+        super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
         self.address = Address(*self.socket.getsockname()[:2])
         self._lock = threading.Lock()
         # guarded by _lock
         self._waiting = 0  # acceptors that wait, or are on their way
 
-    def _bind(self, target: Any, reset: bool) -> None:
-        if os.name == "posix":  # Windows: it would let another program share the port
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def server_bind(self) -> None:
+        """What is accepted inherits the options; on Windows nobody else gets our port."""
+        if self.address_family == socket.AF_INET6:  # IPv4 beside it, where all interfaces are meant
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.socket.family == socket.AF_INET6:  # IPv4 beside it, where all interfaces are meant
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, target[0] != "::")
-        tune(self.socket)  # what is accepted inherits this and the next
-        reset_at_close(self.socket, reset)
-        self.socket.bind(target)
-        self.socket.listen(LISTEN_BACKLOG)
+        tune(self.socket)
+        reset_at_close(self.socket, self._reset)
+        super().server_bind()
         if sys.platform != "linux":  # elsewhere a stop does not wake who accepts
             self.socket.settimeout(STEP_S)
 
@@ -1089,7 +1093,7 @@ class Listener:
         with self._lock:
             self._waiting = 1
         try:
-            self._pool.run(f"acceptor {self.address}", self._accept)
+            self._pool.run(f"acceptor {self.address}", self.serve_forever)
         except NoThread as error:
             self.socket.close()
             raise OSError(str(error)) from error
@@ -1103,31 +1107,34 @@ class Listener:
             if not self._waiting:
                 self.socket.close()
 
-    def _accept(self) -> None:
-        """An acceptor's life."""
-        while not self._asked_to_stop.is_set():
-            try:
-                sock, address = self.socket.accept()
-            except OSError as error:  # also the stop, a step's end, a peer that has gone
-                if error.errno in OUT_OF_RESOURCES:  # it would spin
-                    log_limit("accept-failed", address=self.address, reason=reason_of(error))
-                    self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-                continue
-            peer = Address(*address[:2])
-            is_served = self._admit(sock, peer) and self._has_successor(peer)
-            try:
-                if is_served:
-                    self._handle(sock, peer)
-            except Exception:  # the safety net: this connection alone ends
-                log_internal_error()
-            self._left(sock)
-            sock.close()  # without FIN before, which would turn each reset into a clean end
-            if is_served and not self._is_wanted():
-                return
+    def serve_forever(self, poll_interval: float = STEP_S) -> None:
+        """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
+        while self._is_wanted():
+            self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
+
+    def _is_wanted(self) -> bool:
+        """Whether this thread is to wait, or enough do; the last one closes the socket."""
         with self._lock:
+            if self._waiting <= ACCEPTORS and not self._asked_to_stop.is_set():
+                return True
             self._waiting -= 1
             if not self._waiting:
                 self.socket.close()
+            return False
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Without descriptors it would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:  # also the stop, a step's end, a peer that has gone
+            if error.errno in OUT_OF_RESOURCES:
+                log_limit("accept-failed", address=self.address, reason=reason_of(error))
+                self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+            raise  # socketserver goes on with the next
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        peer = Address(*client_address[:2])
+        return self._admit(request, peer) and self._has_successor(peer)
 
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
@@ -1136,19 +1143,27 @@ class Listener:
                 self._waiting -= 1
                 return True
         try:
-            self._pool.run(f"acceptor {self.address}", self._accept)
+            self._pool.run(f"acceptor {self.address}", self.serve_forever)
             return True
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
             return False
 
-    def _is_wanted(self) -> bool:
-        """Wait again, unless enough do: then the thread goes back to the pool."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In this thread, in place of a new one each time."""
+        self.process_request_thread(request, client_address)
         with self._lock:
-            wanted = self._waiting < ACCEPTORS and not self._asked_to_stop.is_set()
-            self._waiting += wanted
-            return wanted
+            self._waiting += 1
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
+        self._left(request)
+        request.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The safety net; socketserver prints to stderr."""
+        log_internal_error()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
