@@ -1281,7 +1281,7 @@ class Writer:
             let_others_run()
             with self._lock:
                 self._gathering = False
-                if self._writing or not self._has_work_locked():
+                if self._writing or self._cause is not None or not self._has_work_locked():
                     return
                 batch = self._take_all_locked()
         self._write(batch)

@@ -48,6 +48,33 @@ def all_closed(ends: Ends, streams: int) -> list[str]:
     return [fields["reason"] for fields in ends.log.events("stream-closed")]
 
 
+# --- short connections -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is told of a visitor and of its first bytes in one send, where they are here already."""
+    serve, send, sent = rtunnel.Server.serve_visitor, rtunnel.PlainTransport.send, []
+
+    def serve_late(server: rtunnel.Server, lease: rtunnel.Lease, sock: socket.socket, visitor: rtunnel.Address) -> None:
+        assert rtunnel.ready([sock], writing=False, seconds=10)
+        serve(server, lease, sock, visitor)
+
+    def noted(transport: rtunnel.PlainTransport, frames: bytes) -> None:
+        sent.append(bytes(frames))
+        send(transport, frames)
+
+    monkeypatch.setattr(rtunnel.Server, "serve_visitor", serve_late)
+    monkeypatch.setattr(rtunnel.PlainTransport, "send", noted)
+    with Peer.as_client(ends.open_server()) as peer, connect(peer.public) as visitor:
+        visitor.sendall(b"hello")
+        _, number, payload = peer.hear(FrameType.NEW_CONN)
+        peer.hear(FrameType.DATA)
+        together = rtunnel.encode(FrameType.NEW_CONN, number, payload) + rtunnel.encode(
+            FrameType.DATA, number, b"hello"
+        )
+        assert together in sent
+
+
 # --- half-close ----------------------------------------------------------------------------------------------------
 
 
