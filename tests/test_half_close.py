@@ -63,16 +63,14 @@ def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch:
         sent.append(bytes(frames))
         send(transport, frames)
 
-    monkeypatch.setattr(rtunnel.Server, "serve_visitor", serve_late)
-    monkeypatch.setattr(rtunnel.PlainTransport, "send", noted)
-    with Peer.as_client(ends.open_server()) as peer, connect(peer.public) as visitor:
-        visitor.sendall(b"hello")
+    with Peer.as_client(ends.open_server()) as peer, monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(rtunnel.Server, "serve_visitor", serve_late)
+        patch.setattr(rtunnel.PlainTransport, "send", noted)
+        stack.enter_context(connect(peer.public)).sendall(b"hello")
         _, number, payload = peer.hear(FrameType.NEW_CONN)
         peer.hear(FrameType.DATA)
-        together = rtunnel.encode(FrameType.NEW_CONN, number, payload) + rtunnel.encode(
-            FrameType.DATA, number, b"hello"
-        )
-        assert together in sent
+        first, second = (FrameType.NEW_CONN, number, payload), (FrameType.DATA, number, b"hello")
+        assert rtunnel.encode(*first) + rtunnel.encode(*second) in sent
 
 
 # --- half-close ----------------------------------------------------------------------------------------------------

@@ -768,8 +768,8 @@ def test_what_is_accepted_is_tuned(pool: rtunnel.Pool) -> None:
         options = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_NODELAY))
         seen.append(tuple(bool(sock.getsockopt(*option)) for option in options))
 
-    for reset, end in ((True, "reset"), (False, "eof")):
-        listener = rtunnel.Listener(LOOPBACK, pool, handle, reset=reset)
+    for resets, end in ((True, "reset"), (False, "eof")):
+        listener = rtunnel.Listener(LOOPBACK, pool, handle, reset=resets)
         listener.start()
         assert visit(listener.address) == end
         listener.stop()
