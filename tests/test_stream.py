@@ -154,6 +154,7 @@ def test_a_short_answer_is_one_record_with_its_end(
     far.sendall(b"answer")
     far.shutdown(socket.SHUT_WR)
     bench.open(None, lambda: near)
+    bench.peer.expect(DATA, 1, b"answer")
     assert bench.peer.read_close(1) == b""
     assert rtunnel.encode(DATA, 1, b"answer") + rtunnel.encode(CLOSE_CONN, 1) in sent
 
