@@ -177,8 +177,8 @@ BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all o
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
-RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one does not wait for others [Writer.send]
-GROUP_FRAMES = 8  # that do; were it all who can run, the peer would stand still meanwhile [the same]
+RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [Writer.send]
+GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
@@ -196,7 +196,7 @@ MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lea
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
-ACCEPTORS = 8  # at most that wait at a port: the more, the fewer are fetched from the pool [Listener]
+ACCEPTORS = 8  # that wait at a port: the more, the fewer are fetched from the pool [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
@@ -1237,7 +1237,8 @@ class Writer:
         # guarded by _lock
         self._writing = False
         self._gathering = False  # a pump lets others leave their frames before it writes
-        self._last = 0  # the stream that sent last: who sends alone waits for nobody
+        # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
+        self._last = 0
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1266,8 +1267,9 @@ class Writer:
                 raise SessionEnded(self._cause)
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
-            is_small = len(frame) < RECORD_BYTES and len(self._queue) < GROUP_FRAMES - 1
-            gathers, self._last = is_small and self._last != stream.number, stream.number
+            is_small = len(frame) < RECORD_BYTES
+            gathers = is_small and self._last not in (0, stream.number) and len(self._queue) < GROUP_FRAMES - 1
+            self._last = stream.number if is_small else 0
             if self._writing or gathers:
                 if frame:
                     self._queue.append((stream, bytes(frame)))

@@ -225,35 +225,39 @@ def test_small_frames_of_several_streams_go_together(
         for number in numbers:
             send(writer, frames[number - 1], FakeStream(number))
 
+    send(writer, SMALL, FakeStream(9))
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: leave(2, 3))
     send(writer, frames[0], FakeStream(1))
-    assert transport.sends == [b"".join(frames[:3])]
+    assert transport.sends == [SMALL, b"".join(frames[:3])]
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: leave(*range(2, count + 1)))
     send(writer, frames[0], FakeStream(1))
-    assert transport.sends[1:] == [b"".join(frames)]
+    assert transport.sends[2:] == [b"".join(frames)]
 
 
 def test_who_waits_for_nobody(
     writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A frame that fills a record, and a stream that sends alone, let nobody run before them."""
+    """A frame that fills a record, one that comes next, and a stream that sends alone, let nobody run before them."""
     asked: list[int] = []
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: asked.append(1))
     for _ in range(3):
         send(writer, SMALL, FakeStream(1))
-    assert len(asked) == 1  # nobody knows at first that it is alone
     send(writer, frame(DATA, 2, bytes(rtunnel.RECORD_BYTES)), FakeStream(2))
-    assert len(asked) == 1
-    assert len(transport.sends) == 4
+    send(writer, SMALL, FakeStream(1))
+    assert not asked
+    assert len(transport.sends) == 5
+    send(writer, SMALL, FakeStream(3))
+    assert asked
 
 
 def test_the_end_while_others_run(
     writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pump that let others run sends nothing behind the end: the transport is the control sender's then."""
+    send(writer, SMALL, FakeStream(9))
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: writer.close("done"))
     send(writer, SMALL, FakeStream(1))
-    assert transport.sends == []
+    assert transport.sends == [SMALL]
     with pytest.raises(rtunnel.SessionEnded, match="done"):
         send(writer, SMALL, FakeStream(1))
 
