@@ -178,8 +178,8 @@ BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all o
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
-RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one does not wait for others [Writer.send]
-GROUP_FRAMES = 8  # that do; were it all who can run, the peer would stand still meanwhile [the same]
+RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [Writer.send]
+GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
@@ -197,7 +197,7 @@ MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lea
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
-ACCEPTORS = 8  # at most that wait at a port: the more, the fewer are fetched from the pool [Listener]
+ACCEPTORS = 8  # that wait at a port: the more, the fewer are fetched from the pool [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
@@ -945,8 +945,8 @@ def dial(address: Address, seconds: float) -> socket.socket:
     packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
-    if sys.platform == "linux" and (row := numeric(address)):
-        return connect_within(seconds, row)
+    if row := numeric(address):
+        return connect(row, seconds)
     rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
     # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
@@ -1004,24 +1004,18 @@ def numeric(address: Address) -> Any:
     return None
 
 
-def connect_within(seconds: float, row: Any) -> socket.socket:
-    """Connect in one call, which Linux ends in time. Raises OSError."""
+def connect(row: Any, seconds: float) -> socket.socket:
+    """To the only address. Raises OSError."""
     sock = socket.socket(*row[:3])
-    limit_send(sock, seconds)
-    if code := sock.connect_ex(row[4]):
+    try:
+        sock.settimeout(seconds)
+        sock.connect(row[4])
+    except OSError:
         sock.close()
-        raise TimeoutError("timed out") if code == errno.EINPROGRESS else OSError(code, os.strerror(code))
-    limit_send(sock, 0)
+        raise
+    sock.settimeout(None)
     tune(sock)
     return sock
-
-
-def limit_send(sock: socket.socket, seconds: float) -> None:
-    """A send or connect that makes no progress for so long fails; 0: never."""
-    timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    if os.name == "nt":
-        timeout = struct.pack("L", round(1000 * seconds))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
@@ -1205,7 +1199,10 @@ class PlainTransport:
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
-        limit_send(self._sock, seconds)
+        timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        if os.name == "nt":
+            timeout = struct.pack("L", round(1000 * seconds))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def finish(self) -> None:
         """No more will be sent; the peer sees a clean end. Raises OSError."""
@@ -1231,16 +1228,17 @@ class Writer:
     """Many threads' frames onto one transport, one send at a time, in groups.
 
     A pump that finds nobody writing writes all that is queued and its own frame: so a lone message
-    needs no other thread. Then it writes what has been queued meanwhile, once. The rest is the
-    control sender's, which writes until nothing is left. A pump that finds somebody writing leaves
-    its frame in the queue, and waits only where that is full: that is the back-pressure. One TLS
-    record then carries many small frames.
+    needs no other thread. Where several pumps have small frames, the first lets the others leave
+    theirs before it writes: one TLS record then carries many. A pump that finds somebody writing
+    leaves its frame in the queue, and waits only where that is full: that is the back-pressure.
+    What is left is the control sender's, which writes until nothing is.
 
     Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
     any.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
-    Invariant: where something is queued, somebody is writing or the control sender has been woken.
+    Invariant: where something is queued, somebody writes or gathers, or the control sender has been
+    woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
     WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
     else, which only the peer provokes.
@@ -1254,7 +1252,8 @@ class Writer:
         # guarded by _lock
         self._writing = False
         self._gathering = False  # a pump lets others leave their frames before it writes
-        self._last = 0  # the stream that sent last: who sends alone waits for nobody
+        # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
+        self._last = 0
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1284,21 +1283,22 @@ class Writer:
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
             is_small = len(frame) < RECORD_BYTES
-            if frame and (is_small or self._writing):
-                self._queue.append((stream, bytes(frame)))
-                self._queue_bytes += len(frame)
-                frame = b""
-            gathers = is_small and len(self._queue) < GROUP_FRAMES and self._last != stream.number
-            self._last = stream.number
-            if self._writing or (gathers and self._gathering):
-                return  # somebody else sees to it
-            self._gathering = gathers
-            batch = b"" if gathers else self._take_all_locked(frame)
+            gathers = is_small and self._last not in (0, stream.number) and len(self._queue) < GROUP_FRAMES - 1
+            self._last = stream.number if is_small else 0
+            if self._writing or gathers:
+                if frame:
+                    self._queue.append((stream, bytes(frame)))
+                    self._queue_bytes += len(frame)
+                if self._writing or self._gathering:
+                    return  # who writes or gathers sees to it
+                self._gathering = True
+            else:
+                batch = self._take_all_locked(frame)
         if gathers:
             let_others_run()
             with self._lock:
                 self._gathering = False
-                if self._writing or not self._has_work_locked():
+                if self._writing or self._cause is not None or not self._has_work_locked():
                     return
                 batch = self._take_all_locked()
         self._write(batch)
@@ -1409,10 +1409,7 @@ class Writer:
         return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
-        """And what has come meanwhile, once: so nobody is enslaved. Raises SessionEnded.
-
-        The second write spares a hand-over to the control sender: 7 % of short connections.
-        """
+        """What comes meanwhile is the control sender's, so nobody is enslaved. SessionEnded."""
         try:
             self._transport.send(batch)
         except TRANSPORT_ERRORS as error:

@@ -138,6 +138,27 @@ def visitor() -> Iterator[tuple[socket.socket, socket.socket]]:
 Ends = tuple[socket.socket, socket.socket]
 
 
+def test_a_short_answer_is_one_record_with_its_end(
+    bench: Bench, visitor: Ends, both_paths: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dialled socket whose first bytes are all that it has is told of in one send: DATA, and the end behind it."""
+    sent: list[bytes] = []
+    send = rtunnel.PlainTransport.send
+
+    def noted(transport: rtunnel.PlainTransport, frames: bytes) -> None:
+        sent.append(bytes(frames))
+        send(transport, frames)
+
+    monkeypatch.setattr(rtunnel.PlainTransport, "send", noted)
+    near, far = visitor
+    far.sendall(b"answer")
+    far.shutdown(socket.SHUT_WR)
+    bench.open(None, lambda: near)
+    bench.peer.expect(DATA, 1, b"answer")
+    assert bench.peer.read_close(1) == b""
+    assert rtunnel.encode(DATA, 1, b"answer") + rtunnel.encode(CLOSE_CONN, 1) in sent
+
+
 # --- a stream: from the tunnel to the socket ----------------------------------------------------------------
 
 
@@ -738,6 +759,38 @@ def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
             with connect(listener.address) as visitor:
                 assert read_all(visitor) == b"hello"
                 assert peers[-1] == visitor.getsockname()
+
+
+def test_what_is_accepted_is_tuned(pool: rtunnel.Pool) -> None:
+    """A connection has its listener's options from its first moment: keepalive, no delay, and the reset at close."""
+    seen: list[tuple[bool, ...]] = []
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        options = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        seen.append(tuple(bool(sock.getsockopt(*option)) for option in options))
+
+    for resets, end in ((True, "reset"), (False, "eof")):
+        listener = rtunnel.Listener(LOOPBACK, pool, handle, reset=resets)
+        listener.start()
+        assert visit(listener.address) == end
+        listener.stop()
+    assert seen == [(True, True)] * 2
+
+
+def test_who_serves_has_a_successor(pool: rtunnel.Pool) -> None:
+    """However many connections are served at once, the next one is taken; few threads wait when all have ended."""
+    leave, count = threading.Event(), 3 * rtunnel.ACCEPTORS
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        sock.sendall(b"x")
+        leave.wait(10)
+
+    with listening(pool, handle) as listener, contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(connect(listener.address)) for _ in range(count)]
+        assert [read_exactly(each, 1) for each in visitors] == [b"x"] * count
+        leave.set()
+        assert [read_all(each) for each in visitors] == [b""] * count
+        eventually(lambda: listener._waiting == rtunnel.ACCEPTORS and idle_threads(pool) >= count - rtunnel.ACCEPTORS)
 
 
 def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:

@@ -181,11 +181,6 @@ def has_free_lock(server: rtunnel.Server) -> bool:
     return not server._lock.locked()
 
 
-def acceptor(lease: rtunnel.Lease) -> threading.Thread:
-    """The thread that accepts its visitors."""
-    return lease.listener._acceptor
-
-
 def ended_by(session: rtunnel.Session) -> str | None:
     """The cause of a session's end; None while it lives."""
     with session._lock:
