@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from judged import judged as judged  # each test's sessions
 from judged import summary
+from level1 import forget_timers
 from starter import Starter
 from support import Program, eventually
 from tls_peers import House
@@ -20,8 +21,8 @@ import rtunnel
 
 Factory = Callable[..., Program]
 
-# Of the program's constants in all tests: no line of the log is held back, no end waits long for a peer to close.
-LIMITS = {"LOG_BURST": 1_000_000, "FAREWELL_S": 0.2}
+# The program's times in all tests, where a test does not set its own: what it does then it does sooner.
+TIMES = {"FAREWELL_S": 0.2, "FIRST_RETRY_S": 0.1, "STEP_S": 0.1, "DRAIN_STEP_S": 0.1, "WATCH_S": 0.2}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -97,20 +98,23 @@ def no_leaks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends in this process: a peer that does not close, as many of the tests' own, is left soon."""
-    monkeypatch.setattr(rtunnel, "FAREWELL_S", LIMITS["FAREWELL_S"])
+def short_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The times of what runs in this process, whose clock is empty afterwards; `program` sets those of the others."""
+    for name, seconds in TIMES.items():
+        monkeypatch.setattr(rtunnel, name, seconds)
+    yield
+    forget_timers()
 
 
 @pytest.fixture
 def program(no_leaks: None) -> Iterator[Factory]:
     """Starts `rtunnel.py ARGUMENTS`; all are ended after the test, and their logs shown where it failed.
 
-    `limits` wins over LIMITS."""
+    No line of the log is held back, unless `limits` says so."""
     started: list[Program] = []
 
     def start(*arguments: str, limits: Mapping[str, Any] | None = None, **options: Any) -> Program:
-        started.append(Program(*arguments, limits={**LIMITS, **(limits or {})}, **options))
+        started.append(Program(*arguments, limits={"LOG_BURST": 1_000_000, **TIMES, **(limits or {})}, **options))
         return started[-1]
 
     yield start

@@ -167,7 +167,7 @@ def test_100_mb_each_way_with_curl(tunnel: Opened, tmp_path: Path) -> None:
     assert (down.returncode, up.returncode) == (0, 0)
 
 
-@pytest.mark.parametrize("mode", ["plain", "polled", "tls", "level 0"], indirect=True)
+@pytest.mark.parametrize("mode", ["plain", "polled", "level 0"], indirect=True)  # over TLS: test_tls_program.py
 def test_100_mb_each_way_with_sockets(tunnel: Opened, mode: Mode) -> None:
     """100 MB down, and 100 MB up into a sink at the same time, arrive whole: the digests are equal."""
     digest = hashlib.sha256()

@@ -100,9 +100,10 @@ def test_bad_init_is_refused(server: Factory, init: bytes) -> None:
     """[O-2]: an INIT without a port from 0 to 65535 and a colon is refused."""
     program = server()
     with NaivePeer.connect(program.control_address) as peer:
+        name = name_of(peer.sock)
         peer.send_init(init)
         peer.expect_end()
-        program.wait_for("refused", peer=name_of(peer.sock))
+    program.wait_for("refused", peer=name)
     assert not program.events("session-opened")
 
 
@@ -203,9 +204,10 @@ def test_too_many_unknown_frames_before_init(server: Factory, at_once: bool) -> 
     """[O-5], [F-5]: the 17th unknown frame before INIT is refused, in one segment with INIT or alone."""
     program = server()
     with NaivePeer.connect(program.control_address) as peer:
+        name = name_of(peer.sock)
         peer.send(frame(0x63, 0) * 17 + (frame(INIT, 0, b"0:h:1") if at_once else b""))
         peer.expect_end()
-        program.wait_for("refused", peer=name_of(peer.sock))
+    program.wait_for("refused", peer=name)
     assert not program.events("lease-opened")
 
 

@@ -89,7 +89,6 @@ def test_a_network_that_goes_silent(
 ) -> None:
     """[L-2]: no FIN, no RST, nothing: with its next connection the client has its port back, while the server still
     believes in the old one; whose visitors are reset then, and whose transport is shut."""
-    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay:
         asked = free_port() if port == "chosen" else 0
         ends.open_client(relay.address, mapping(service.address, asked), heartbeat_s=0.2)
@@ -112,7 +111,6 @@ def test_a_network_that_goes_silent(
 
 def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """[L-2]: a session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
-    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     with echo_service() as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
         ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.2)
         public = ends.public()
@@ -208,13 +206,12 @@ class Records:
                     self.rounds_done = next(self.rounds)
 
 
-@pytest.mark.parametrize(("secured", "cuts"), [(False, 200), (True, 40)], ids=["plain", "TLS"])
+@pytest.mark.parametrize(("secured", "cuts"), [(False, 100), (True, 40)], ids=["plain", "TLS"])
 def test_no_byte_of_an_old_stream_reaches_a_new_one(
     house: House, soon: None, monkeypatch: pytest.MonkeyPatch, secured: bool, cuts: int
 ) -> None:
     """[S-7]: defect 1 across cuts of every kind, at any moment: each byte reaches the connection that it was sent
     for, no cut looks like a clean end, and no visitor is turned away while the client is on its way back."""
-    monkeypatch.setattr(rtunnel, "FAREWELL_S", 0.2)
     records, choose = Records(), random.Random(cuts)
     kinds = [dict[str, bool](), {"fin": True}, {"far": False}, {"far": False, "fin": True}]
     with (
@@ -253,7 +250,7 @@ def test_a_client_that_is_killed_and_started_anew(server: Factory, client: Facto
     the server has found the old one dead and its linger is over. With a certificate it is the holder, and has the
     port and all visitors at once."""
     flags = {role: house.flags(role) if mode == "TLS" else () for role in ("server", "client")}
-    limits = {"LEASE_LINGER_S": 0.3, "FIRST_RETRY_S": 0.05, "FAREWELL_S": 0.2}
+    limits = {"LEASE_LINGER_S": 0.3, "FIRST_RETRY_S": 0.05}
     heartbeat = "15" if mode == "TLS" else "0.6"
     serving = server(*flags["server"], "--heartbeat", heartbeat, limits=limits)
     with echo_service() as service, Relay(serving.control_address) as relay:

@@ -664,7 +664,7 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
     """Who sends no INIT goes at the deadline, whatever it sends otherwise and does not read: in TLS KeyUpdates, whose
     answers keep the control sender in a send."""
-    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(rtunnel, "HELLO_TIMEOUT_S", 1.0)
     with small_control_sockets(), Ends(house if tls else None) as ends, contextlib.ExitStack() as stack:
         control = ends.open_server()
         sock = stack.enter_context(connect_small(control))
@@ -677,8 +677,8 @@ def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(rtunnel_tls, "MAX_UNSENT_BYTES", 1 << 30)  # which ends another flood
             while not is_in_a_send(session.writer):
                 sock.sendall(b"".join(forger.key_update(request=True) for _ in range(300)))
-        assert "no INIT within 2 s" in ends.log.wait_for("refused", deadline=5.0)["reason"]
-        assert time.monotonic() - started < 2.0 + rtunnel.FAREWELL_S + 1.0
+        assert "no INIT within 1 s" in ends.log.wait_for("refused", deadline=5.0)["reason"]
+        assert time.monotonic() - started < 1.0 + rtunnel.FAREWELL_S + 1.0
 
 
 def test_refusals_are_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

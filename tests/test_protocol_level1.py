@@ -865,7 +865,7 @@ def test_a_clients_sessions_are_apart(client: Factory) -> None:
 def test_goaway_of_a_server(client: Factory) -> None:
     """[G-1], [G-4]: at GOAWAY the client dials a new session at once, one for however many; its streams go on."""
     with echo_service() as service, ControlPort() as port:
-        program = client("--server", port.text, "--local", service.text, limits={"FIRST_RETRY_S": 5.0})
+        program = client("--server", port.text, "--local", service.text, limits={"FIRST_RETRY_S": 0.5})
         with port.accept() as peer:
             peer.open(1)
             peer.send(frame(GOAWAY, 0, b"maintenance") * 50)

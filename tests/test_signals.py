@@ -165,7 +165,7 @@ def test_a_second_signal_ends_at_once(server: Factory, client: Factory, role: st
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_other_signals_in_the_stop(server: Factory, client: Factory, role: str) -> None:
     """SIGHUP and SIGUSR1 do nothing in the stop, which ends as it would: with status 0."""
-    with in_the_stop(server, client, role, 1.0) as tested:
+    with in_the_stop(server, client, role, 0.5) as tested:
         for _ in range(5):
             tested.send_signal(signal.SIGHUP)
             tested.send_signal(signal.SIGUSR1)

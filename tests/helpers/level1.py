@@ -192,6 +192,12 @@ def received_at(session: rtunnel.Session) -> float:
     return session._received_at
 
 
+def forget_timers() -> None:
+    """What the clock has still to do, for ends that have been stopped: it would be in the log of another test."""
+    for event in rtunnel.CLOCK._scheduler.queue:
+        rtunnel.CLOCK.cancel(event)
+
+
 def beat(session: rtunnel.Session) -> None:
     """What the clock does every heartbeat."""
     session._beat()

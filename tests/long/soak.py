@@ -74,6 +74,8 @@ def soak(seconds: float) -> None:
                         time.sleep(step_s)  # the run's rhythm
                 memory.append((here.server.memory_bytes(), here.client.memory_bytes()))
                 print(f"{sample * seconds / SAMPLES:.0f} s: {here.cost()}", flush=True)
+            for load in (small, large):
+                load.wait_for(1)
         for count, program in at_rest:
             eventually(lambda program=program, count=count: program.descriptors() <= count + 2, 20.0, "descriptors")  # type: ignore[misc]
         print(f"end: {here.cost()}")
@@ -82,7 +84,6 @@ def soak(seconds: float) -> None:
     for name, load in (("small", small), ("large", large)):
         print(f"{name}: {len(load.seconds)} answered whole, cut {dict(load.failed)}, {len(load.wrong)} wrong")
         require(not load.wrong + here.answers.wrong, f"{load.wrong + here.answers.wrong}")
-        require(len(load.seconds) > 0, "nothing was answered")
     print(f"{len(memory) * DISTURBANCES} disturbances, {reloads} reloads, {relay.accepted} control connections")
     require(not failed, f"reloads have failed: {failed}")
     for name, sizes in zip(("server", "client"), zip(*memory, strict=True), strict=True):
