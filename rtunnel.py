@@ -37,9 +37,9 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping,    dials the server, shakes       Client._run_mapping,
-                     at the client   hands, waits for the           Client._connect, dial,
-                                     session's end                  Client._serve, Pool.run,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping,
+                     and server, at  hands, waits for the           Client._connect, dial,
+                     the client      session's end                  Client._serve, Pool.run,
                                      (Client._run_mapping)          PlainTransport.receive_into,
                                                                     PlainTransport.send
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
@@ -190,7 +190,7 @@ MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
 MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
-MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
+MAX_OPENING = 8  # control connections that a client opens at a time at a server [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
@@ -1860,7 +1860,8 @@ class Settings(NamedTuple):
     heartbeat_s: float = HEARTBEAT_S
     session_budget_bytes: int = SESSION_BUDGET_BYTES
     drain_s: float = 0.0
-    proxy_protocol: bool = False  # the client's
+    proxy_protocol: bool = False  # this and the next are the client's
+    server_name: str = ""  # what each server's certificate must name; empty: its host
     allow: PortRules = PortRules(())  # this and the next are the server's
     visitors: Networks = Networks()
 
@@ -2212,12 +2213,13 @@ class Program:
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
-    def secure(self, carrier: PlainTransport, deadline: Deadline, **about: object) -> Transport:
+    def secure(self, carrier: PlainTransport, deadline: Deadline, name: str = "", **about: object) -> Transport:
         """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
         if self._context is None:
             return carrier
+        context = self._context.naming(name) if name else self._context
         with self.registered(carrier):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
+            transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
         log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
@@ -2721,18 +2723,22 @@ class Server(Program):
 # ---- client: mappings, retries ----------------------------------------------------------------
 
 
+NOWHERE = Address("", 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mapping:
-    """One public port and the local service that it leads to."""
+    """One public port of one server, and the local service that it leads to."""
 
     remote_port: int  # 0: the server chooses
     local: Address
+    server: Address = NOWHERE  # its control port
     # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     def about(self) -> dict[str, object]:
         """For a log line."""
-        return {"local": self.local, "port": self.remote_port}
+        return {"server": self.server, "local": self.local, "port": self.remote_port}
 
     @classmethod
     def parse(cls, text: str) -> Mapping:
@@ -2776,11 +2782,14 @@ class ClientSession(Session):
         self.goaway: str | None = None  # the server's reason; the reader's
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
-        self._client, self._mapping = client, mapping
+        self._client, self.mapping = client, mapping
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
+
+    def state(self) -> dict[str, object]:
+        return super().state() | self.mapping.about()
 
     def run(self) -> str:
         self.after(LIVED_S, self._check_lived)
@@ -2806,38 +2815,36 @@ class ClientSession(Session):
         welcome = Welcome.parse(frame.payload)
         self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
         self.ways, self.peer_window = LEVEL_1, welcome.window
-        self._client.expects_welcome = True
+        self._client.welcomed.add(self.mapping.server)
         self.start_timers()
         self._open()
 
     def _check_lived(self) -> None:
         """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
-        if not self._heard and self._client.expects_welcome:
-            self._client.expects_welcome = False  # once: the server may have become an original
+        if not self._heard and self.mapping.server in self._client.welcomed:
+            self._client.welcomed.discard(self.mapping.server)  # once: it may be an original
             self.end(f"no WELCOME within {LIVED_S:g} s")
-        elif self._heard or self._mapping.remote_port:
+        elif self._heard or self.mapping.remote_port:
             self._open()
         else:
-            about = {**self._mapping.about(), "server": self.transport.peer}
             meaning = "an original server serves it at its global port, if it has one"
-            log_event(WARNING, "session-unanswered", **about, meaning=meaning)
+            log_event(WARNING, "session-unanswered", **self.mapping.about(), meaning=meaning)
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
         if not self.is_open:
             self.is_open = True
-            self._client.has_opened(self._mapping)
-            about = {**self._mapping.about(), "level": self.level, "server": self.transport.peer}
-            log_event(INFO, "session-opened", public=self._public or f"port {self._mapping.remote_port}", **about)
+            self._client.has_opened(self.mapping)
+            about = {**self.mapping.about(), "level": self.level, "peer": self.transport.peer}
+            log_event(INFO, "session-opened", public=self._public or f"port {self.mapping.remote_port}", **about)
 
     def on_goaway(self, frame: Frame) -> None:
         """The streams go on; the mapping connects anew: now, or where replaced, after the end."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
-        about = {"server": self.transport.peer, **self._mapping.about(), "level": self.level}
-        log_event(INFO, "goaway", **about, reason=reason)
-        if reason != REPLACED and len(self._client.sessions()) >= self._client.max_sessions:
+        log_event(INFO, "goaway", **self.mapping.about(), level=self.level, reason=reason)
+        if reason != REPLACED and self._client.has_too_many(self.mapping.server):
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
         self.goaway = reason
         if reason != REPLACED:
@@ -2863,33 +2870,34 @@ class ClientSession(Session):
 
     def _dial_local(self, stream: Stream) -> socket.socket:
         try:
-            sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
+            sock = dial(self.mapping.local, DIAL_TIMEOUT_S)
             if self._client.settings.proxy_protocol:
-                public = self._public or self._mapping.local  # at level 0 it is not said
+                public = self._public or self.mapping.local  # at level 0 it is not said
                 sock.sendall(proxy_line(stream.visitor, public))  # into an empty buffer
             return sock
         except OSError as error:
-            about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
+            about = {**self.mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
             raise
 
 
 class Client(Program):
-    """One thread a mapping: dial the server, have the session read, wait for its end, again.
+    """One thread a mapping and server: dial it, have the session read, wait for its end, again.
 
     Threads: `start`, `stop`, `reload` from main; `_run_mapping` is each mapping's thread.
     Locking: Program's; it guards everything below the marker too.
     """
 
     def __init__(
-        self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
+        self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
         context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(settings, context, load_context)
-        self._server, self._mappings, self._reconnect_max_s = server, mappings, reconnect_max_s
-        self.max_sessions = len(mappings) + MAX_RETIRED
-        self._opening = threading.BoundedSemaphore(MAX_OPENING)
-        self.expects_welcome = False  # of level 1: silence is the network's; any reader sets it
+        self._mappings, self._reconnect_max_s = mappings, reconnect_max_s
+        # By server: one that swallows packets must not keep connections to others waiting.
+        self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
+        # Servers of level 1, whose silence is the network's. Any reader changes it, in one step.
+        self.welcomed: set[Address] = set()
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
@@ -2898,6 +2906,11 @@ class Client(Program):
         super().start()
         for mapping in self._mappings:
             self.pool.run(f"mapping {mapping.local}", functools.partial(self._run_mapping, mapping))
+
+    def has_too_many(self, server: Address) -> bool:
+        """Whether as many older sessions there as may have streams yet, after its GOAWAYs."""
+        there = sum(each.mapping.server == server for each in self.sessions() if isinstance(each, ClientSession))
+        return there >= sum(each.server == server for each in self._mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
         with self._lock:
@@ -2916,9 +2929,9 @@ class Client(Program):
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
-        about: dict[str, object] = {"server": self._server, **mapping.about()}
+        about = mapping.about()
         try:
-            session = self._connect(mapping, backoff.takeover, about)
+            session = self._connect(mapping, backoff.takeover)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             if not self.stop_asked.is_set():
@@ -2941,10 +2954,10 @@ class Client(Program):
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
 
-    def _connect(self, mapping: Mapping, takeover: bool, about: dict[str, object]) -> ClientSession:
+    def _connect(self, mapping: Mapping, takeover: bool) -> ClientSession:
         """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
-        with self._opening:
-            log_event(DEBUG, "connecting", **about)
+        with self._opening[mapping.server]:
+            log_event(DEBUG, "connecting", **mapping.about())
             load = self._load_context
             try:  # the certificate that is there now; where it is broken, the old one
                 context = load()
@@ -2953,19 +2966,20 @@ class Client(Program):
                         self._context = context
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)
-            sock = dial(self._server, CONNECT_TIMEOUT_S)
+            sock = dial(mapping.server, CONNECT_TIMEOUT_S)
             try:
-                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), **mapping.about())
+                name = self.settings.server_name or mapping.server.host
+                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
-                self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
+                self.pool.run(f"reader {mapping.local}", lambda: self._read(session))
             except BaseException:
                 sock.close()
                 raise
         return session
 
-    def _read(self, session: ClientSession, about: dict[str, object]) -> None:
+    def _read(self, session: ClientSession) -> None:
         """The session reader."""
-        reason = session.run()
+        reason, about = session.run(), session.mapping.about()
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
             log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
 
@@ -3139,7 +3153,9 @@ OPTIONS = {
         *common_options("server"),
     ],
     "client": [
-        Option("tunnel", "server", "", dial_address, "ADDRESS", "the server's control port; required"),
+        Option("tunnel", "server", [], Address.parse, "ADDRESS",
+               "a server's control port; required; repeatable, in a file list [a, b]: each mapping is open at all",
+               "append"),
         Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
         Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
@@ -3249,31 +3265,41 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    ports = collections.Counter(mapping.remote_port or mapping for mapping in mappings)
-    if twice := [each for each, count in ports.items() if count > 1]:
-        what = f"port {twice[0]}" if isinstance(twice[0], int) else f"0:{twice[0].local}"
-        raise ConfigError(f"--forward has {what} twice: one mapping for each port, each mapping once")
+    refuse_twice("--server", (str(address).lower() for address in settings.server))
+    refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
-    context = warned_context(settings, settings.server)
-    return Client(settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings))
+    shared = shared._replace(server_name=settings.tls_server_name)
+    context = warned_context(settings, *settings.server)
+    for server in settings.server:
+        if context is not None:
+            context.naming(settings.tls_server_name or server.host)  # a host may be none for it
+    everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
+    return Client(everywhere, settings.reconnect_max, shared, context, lambda: make_context(settings))
+
+
+def refuse_twice(option: str, values: Iterable[str]) -> None:
+    """Raises ConfigError where a value comes twice."""
+    if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
+        raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
 def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
     """None in plain mode. Raises TlsConfigError."""
     if not settings.tls:
         return None
-    name = (settings.tls_server_name or settings.server.host) if settings.command == "client" else None
+    name = (settings.tls_server_name or settings.server[0].host) if settings.command == "client" else None
     return rtunnel_tls.make_context(
         settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
         crl=settings.tls_crl or None, verify_name=name,
     )  # fmt: skip
 
 
-def warned_context(settings: argparse.Namespace, address: Address) -> rtunnel_tls.TlsContext | None:
+def warned_context(settings: argparse.Namespace, *addresses: Address) -> rtunnel_tls.TlsContext | None:
     """The same, and a log line on what is worth a warning at the start and at each reload."""
     context = make_context(settings)
-    if context is None and not address.is_loopback:
-        log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+    for address in addresses:
+        if context is None and not address.is_loopback:
+            log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
     if context is not None and context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     return context

@@ -183,6 +183,11 @@ class TlsContext:
     ssl_context: SSL.Context = dataclasses.field(repr=False)
     revocations: tuple[CertificateRevocationList, ...] = dataclasses.field(repr=False)
 
+    def naming(self, name: str) -> TlsContext:
+        """The same for a server of this name or address. Raises TlsConfigError."""
+        with _told("the server's name"):
+            return dataclasses.replace(self, peer_name=parse_name(name))
+
     def expiring(self) -> list[tuple[str, datetime.datetime, int]]:
         """File, end and days left of whatever has WARN_DAYS or fewer."""
         return [(file, end, _days_left(end)) for file, end in self.expiries if _days_left(end) <= WARN_DAYS]
@@ -214,11 +219,7 @@ def make_context(
     if profile_name not in PROFILES:
         raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
     profile = PROFILES[profile_name]
-    context, peer_name = _bare_context(profile), None
-    if verify_name is not None:
-        with _told("the server's name"):
-            peer_name = parse_name(verify_name)
-            _set_peer_name(context, peer_name)
+    context = _bare_context(profile)
     remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
     with _told(f"--tls-ca {ca}", remedy):
         roots, store = _load_certificates(ca), cast(crypto.X509Store, context.get_cert_store())
@@ -235,7 +236,8 @@ def make_context(
     ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
     ends += [(str(crl), each.next_update_utc) for each in lists if each.next_update_utc]
     expiries = tuple(dict(sorted(ends, reverse=True)).items())  # of a file's ends the first stays
-    return TlsContext(role, profile, peer_name, expiries, keylog, context, tuple(lists))
+    made = TlsContext(role, profile, None, expiries, keylog, context, tuple(lists))
+    return made if verify_name is None else made.naming(verify_name)
 
 
 def _bare_context(profile: Profile) -> SSL.Context:
@@ -268,9 +270,8 @@ def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
         raise SSL.Error([("", "", lacks)])
 
 
-def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Hold the peer's subjectAltName, and nothing else, to this name. Raises SSL.Error."""
-    wanted = lib.SSL_CTX_get0_param(context._context)
+def _set_peer_name(wanted: Any, name: str | Address) -> None:
+    """Hold the subjectAltName of a connection's peer, and nothing else, to it. Raises SSL.Error."""
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
         lib.X509_VERIFY_PARAM_set_hostflags(wanted, flags)
@@ -569,6 +570,8 @@ class _Ssl:
             self._connection.set_accept_state()
         else:
             self._connection.set_connect_state()
+        if context.peer_name is not None:
+            _set_peer_name(lib.SSL_get0_param(self._connection._ssl), context.peer_name)
         if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
             self._connection.set_tlsext_host_name(context.peer_name.encode())
 
