@@ -47,6 +47,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Server.serve_visitor,         PumpedStream._watch_locked,
                                      PumpedStream.run)              PlainTransport.send, Pool.run*,
                                                                     Server._choose, Stream._close
+    scrape           1 a scrape, at  answers with the figures       Metrics.serve
+                     --metrics       (Metrics.serve)
     stream drainer   0 or 1 a        queue to socket                Stream._drain
                      stream          (Stream._drain)
     idle worker      what was        waits for the next task        Pool.work
@@ -61,7 +63,7 @@ Each is held for a few statements, and nobody waits under one.
                             strangers, visitors               PlainTransport._lock,
                                                               Listener._closing, Event._cond
     Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
-                            the cause of the end              Event._cond
+                            the cause of the end              Event._cond, Counts._lock
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
                             and the calls on its socket       scheduler._lock, Event._cond
     Writer._lock            what is queued, who writes        -
@@ -73,6 +75,7 @@ Each is held for a few statements, and nobody waits under one.
     LimitLog._lock,         closed; a line of the file that
     PlainTransport._lock,   SSLKEYLOGFILE names
     Listener._closing,
+    Counts._lock,
     _log_secrets.lock
     scheduler._lock,        the library's: the clock's heap;  -
     Event._cond,            events; semaphores; the log's
@@ -215,6 +218,7 @@ FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Bac
 REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
 REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
+SCRAPE_S, MAX_SCRAPES = 5.0, 8  # one wait of a scrape, and how many at a time [Metrics.serve]
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
@@ -228,6 +232,13 @@ EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Pro
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
+# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
+# words, then ours. One that a server makes up is `other`.
+REFUSALS = (
+    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
+    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
+    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
+)  # fmt: skip
 
 
 # ---- errors -----------------------------------------------------------------------------------
@@ -747,6 +758,7 @@ class LogHandler(logging.Handler):
         super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
         self._dropped = 0  # where the queue was full
+        self._failed = 0  # in a write
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -756,6 +768,10 @@ class LogHandler(logging.Handler):
         except queue.Full:
             self._dropped += 1
 
+    @property
+    def lost(self) -> int:
+        return self._dropped + self._failed
+
     def finish(self) -> None:
         """Write the rest, as far as it goes in LOG_FLUSH_S."""
         deadline = Deadline(LOG_FLUSH_S)
@@ -764,16 +780,16 @@ class LogHandler(logging.Handler):
             self._thread.join(deadline.remaining())
 
     def _write(self) -> None:
-        failed = told = 0
+        told = 0
         for line in iter(self._lines.get, None):
             try:
                 sys.stderr.write(line)
-                if lost := self._dropped + failed - told:
+                if lost := self.lost - told:
                     about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
                     sys.stderr.write(self.format(about))
                     told += lost
             except Exception:  # the line is lost
-                failed += 1
+                self._failed += 1
 
 
 def start_log(level: str) -> Callable[[], None]:
@@ -786,6 +802,75 @@ def start_log(level: str) -> Callable[[], None]:
     LOG.propagate = False
     LOG.setLevel(level.upper())
     return handler.finish
+
+
+class Metric(NamedTuple):
+    """A row of METRICS; a counter where the name says `_total`."""
+
+    name: str  # without `rtunnel_`
+    meaning: str
+    label: str = ""
+    values: Sequence[str] = ("",)  # that the label may have; of a gauge: any that the program gives
+
+
+METRICS = (
+    Metric(
+        "ready", "1 where it serves: the server's ports are open; each mapping of a client is, at one server or more"
+    ),
+    Metric("sessions", "control connections that serve now"),
+    Metric("sessions_total", "control connections that have served"),
+    Metric("mappings_open", "mappings that are open now; each counts at each server"),
+    Metric("streams", "visitors' connections now"),
+    Metric("streams_total", "visitors' connections since the start"),
+    Metric("stream_bytes_total", "what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
+    Metric("handshakes_total", "TLS handshakes that came to a session"),
+    Metric("refusals_total", "connections, mappings and visitors that were refused", "rule", REFUSALS),
+    Metric("failed_dials_total", "connections that could not be made", "to", ("server", "service")),
+    Metric("limit", "the most of what is limited", "limit"),
+    Metric("limit_used", "how much of it is used", "limit"),
+    Metric("log_lines_lost_total", "lines of the log that could not be written"),
+    Metric("certificate_expiry_timestamp_seconds", "when the first certificate or list in a file ends", "file"),
+)
+
+
+class Counts:
+    """Totals of a program since its start, which outlive streams and sessions: for --metrics.
+
+    Threads: any. Locking: `_lock` guards everything below the marker; no other is taken under it.
+    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        counters = [each for each in METRICS if each.name.endswith("_total")]
+        # guarded by _lock
+        self._totals = collections.Counter({(each.name, value): 0 for each in counters for value in each.values})
+        self._open: set[Stream] = set()
+
+    def add(self, name: str, value: str = "") -> None:
+        with self._lock:
+            self._totals[name, value] += 1
+
+    def refused(self, rule: str) -> None:
+        self.add("refusals_total", rule if rule in REFUSALS else "other")
+
+    def opened(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.add(stream)
+            self._totals["streams_total", ""] += 1
+
+    def closed(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.remove(stream)
+            self._totals.update(stream.carried())
+
+    def totals(self) -> collections.Counter[tuple[str, str]]:
+        """By metric and label."""
+        with self._lock:
+            totals, streams = self._totals.copy(), list(self._open)
+        for stream in streams:
+            totals.update(stream.carried())
+        return totals
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
@@ -1521,6 +1606,10 @@ class Stream:
                 "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
             }  # fmt: skip
 
+    def carried(self) -> dict[tuple[str, str], int]:
+        """For Counts. Both numbers are read without the lock."""
+        return {("stream_bytes_total", "from_tunnel"): self._received, ("stream_bytes_total", "to_tunnel"): self._sent}
+
     def abort(self, cause: str) -> None:
         """End both directions with a reset of the socket; the first cause stays. Never waits."""
         with self._lock:
@@ -1861,6 +1950,7 @@ class Settings(NamedTuple):
     session_budget_bytes: int = SESSION_BUDGET_BYTES
     drain_s: float = 0.0
     proxy_protocol: bool = False  # this and the next are the client's
+    metrics: Address | None = None
     server_name: str = ""  # what each server's certificate must name; empty: its host
     allow: PortRules = PortRules(())  # this and the next are the server's
     visitors: Networks = Networks()
@@ -1963,8 +2053,11 @@ class Session:
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except Refused as refused:
             self.refused = refused
+            self.program.counts.refused(refused.code)
             self.refuse(refused)
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
+            if isinstance(error, ProtocolError):
+                self.program.counts.refused("protocol")
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -2152,6 +2245,7 @@ class Session:
         assert self._lock.locked()
         if self._cause is not None:
             raise SessionEnded(self._cause)
+        self.program.counts.opened(stream)
         self._last_stream = max(self._last_stream, stream.number)
         self._streams[stream.number] = stream
 
@@ -2159,6 +2253,7 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
+        self.program.counts.closed(stream)
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
@@ -2190,6 +2285,8 @@ class Program:
         # Main's reload replaces these three, whole. The last reads the files anew.
         self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
         self.pool = Pool()
+        self.counts = Counts()
+        self._metrics: Listener | None = None  # main's
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.stop_asked = threading.Event()
@@ -2205,6 +2302,20 @@ class Program:
         """Begin to serve. Raises RtunnelError."""
         CLOCK.start()
         self._warn_of_expiry()
+        if address := self.settings.metrics:
+            serve = Metrics(self).serve
+            self._metrics = self.open_port("metrics", address, lambda: Listener(address, self.pool, serve))
+
+    def open_port(self, option: str, address: Address, bind: Callable[[], Listener]) -> Listener:
+        """A port that an option asks for. Raises RtunnelError."""
+        try:
+            listener = bind()
+            listener.start()
+        except OSError as error:
+            self.stop()
+            raise RtunnelError(f"--{option} {address}: {reason_of(error)}") from error
+        log_event(INFO, "listening", kind=option.removesuffix("-listen"), address=listener.address)
+        return listener
 
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
@@ -2219,7 +2330,12 @@ class Program:
             return carrier
         context = self._context.naming(name) if name else self._context
         with self.registered(carrier):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
+            try:
+                transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
+            except rtunnel_tls.HandshakeError as error:
+                self.counts.refused(error.rule)
+                raise
+        self.counts.add("handshakes_total")
         log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
@@ -2261,6 +2377,8 @@ class Program:
         """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
         self.stop_asked.set()
         self.take_nothing_new()
+        if self._metrics is not None:
+            self._metrics.stop()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -2290,15 +2408,66 @@ class Program:
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
         days = {"certificate_days_left": min(self._context.days_left().values())} if self._context else {}
-        log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), **days)
+        used = {name: f"{used}/{limit}" if limit else used for name, (used, limit) in self.limits_used().items()}
+        log_event(INFO, "state", threads=threading.active_count(), **used, **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
                 log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
 
-    def limits_used(self) -> dict[str, str]:
-        """Of what is limited, `used/limit`."""
-        return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
+    def limits_used(self) -> dict[str, tuple[int, int]]:
+        """Of what is limited, how much is used, and the most; 0: it is limited elsewhere."""
+        return {"streams": (self.stream_count(), MAX_STREAMS)}
+
+    def figures(self) -> dict[tuple[str, str], float]:
+        """The value of each metric and label."""
+        figures: dict[tuple[str, str], float] = {**self.counts.totals(), ("streams", ""): self.stream_count()}
+        for name, (used, limit) in self.limits_used().items():
+            figures |= {("limit_used", name): used, ("limit", name): limit} if limit else {}
+        for file, end in self._context.expiries if self._context else ():
+            figures["certificate_expiry_timestamp_seconds", file] = end.timestamp()
+        lost = (each.lost for each in LOG.handlers if isinstance(each, LogHandler))
+        return figures | {("log_lines_lost_total", ""): sum(lost)}
+
+
+class Metrics:
+    """What --metrics serves: a program's figures as prometheus-client writes them.
+
+    Threads: `serve` is a scrape's, and calls `collect`; main makes it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        """Raises ConfigError."""
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError:
+            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+        self._program, self._core = program, core
+        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(registry=registry)
+        self._answer = prometheus_client.MetricsHandler.factory(registry)
+
+    def collect(self) -> Iterator[Any]:
+        """For the registry."""
+        figures = self._program.figures()
+        for name, meaning, label, _ in METRICS:
+            is_total = name.endswith("_total")
+            make = self._core.CounterMetricFamily if is_total else self._core.GaugeMetricFamily
+            family = make(f"rtunnel_{name}", meaning, labels=[label] if label else [])
+            for value in (value for named, value in figures if named == name):
+                family.add_metric([value] if label else [], figures[name, value])
+            yield family
+
+    def serve(self, sock: socket.socket, peer: Address) -> None:
+        """A scrape; closed at once where too many are here."""
+        if self._places.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                sock.settimeout(SCRAPE_S)
+                self._answer(sock, peer, None)
+            self._places.release()
 
 
 # ---- server: strangers, leases, visitors ------------------------------------------------------
@@ -2370,6 +2539,7 @@ class ServerSession(Session):
 
     def _check_hello(self) -> None:
         if not self.is_client:
+            self.program.counts.refused("silent")
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
@@ -2472,20 +2642,16 @@ class Server(Program):
                 Lease(self, Address(self._public_bind, 0)).listener.server_close()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-        try:
-            if self._public_address is not None:
-                option, address = "public", self._public_address
-                self.global_lease = lease = Lease(self, address)
+        if public := self._public_address:
+
+            def bind() -> Listener:
+                self.global_lease = lease = Lease(self, public)
                 self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
-                lease.listener.start()
-                log_event(INFO, "listening", kind=option, address=lease.listener.address)
-            option, address = "control", self._control_address
-            self._control = Listener(address, self.pool, self.serve_control)
-            self._control.start()
-            log_event(INFO, "listening", kind=option, address=self._control.address)
-        except OSError as error:
-            self.stop()
-            raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
+                return lease.listener
+
+            self.open_port("public-listen", public, bind)
+        address, serve = self._control_address, self.serve_control
+        self._control = self.open_port("control-listen", address, lambda: Listener(address, self.pool, serve))
 
     def take_nothing_new(self) -> None:
         super().take_nothing_new()
@@ -2522,6 +2688,7 @@ class Server(Program):
             log_event(INFO, "session-closed", peer=address, level=session.level, reason=reason, **session.rtt())
             return
         if gave_way:
+            self.counts.refused("strangers")
             reason = f"over {MAX_STRANGERS} connections are no clients yet, most of its site"
         log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
 
@@ -2562,6 +2729,7 @@ class Server(Program):
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         about = {"peer": peer, "identity": session.transport.identity, "level": session.level, "port": address.port}
         log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
+        self.counts.add("sessions_total")
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.goodbye(REPLACED)
@@ -2630,6 +2798,7 @@ class Server(Program):
             lease.join(session)
             self._strangers.pop(session.carrier, None)
         log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
+        self.counts.add("sessions_total")
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
         """No more visitors for it. Without another session its port closes, or lingers for 5 s."""
@@ -2665,6 +2834,7 @@ class Server(Program):
         if not full and self.settings.visitors.admit(visitor):
             return True
         log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
+        self.counts.refused("streams" if full else "visitors")
         return False
 
     def visitor_left(self, sock: socket.socket) -> None:
@@ -2688,6 +2858,7 @@ class Server(Program):
             raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
+            self.counts.refused("no-client")
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
@@ -2712,12 +2883,18 @@ class Server(Program):
             about = {"address": lease.listener.address, "identity": lease.identity}
             log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
 
-    def limits_used(self) -> dict[str, str]:
+    def limits_used(self) -> dict[str, tuple[int, int]]:
         with self._lock:
-            clients = f"{self._client_count_locked()}/{MAX_CLIENTS}"
-            used = {"strangers": f"{len(self._strangers)}/{MAX_STRANGERS}", "clients": clients}
-            used |= {"leases": str(len(self._leases)), "visitors": f"{self._visitors}/{MAX_STREAMS}"}
+            clients, strangers = (self._client_count_locked(), MAX_CLIENTS), (len(self._strangers), MAX_STRANGERS)
+            used = {"strangers": strangers, "clients": clients, "leases": (len(self._leases), 0)}
+            used["visitors"] = self._visitors, MAX_STREAMS
         return super().limits_used() | used
+
+    def figures(self) -> dict[tuple[str, str], float]:
+        with self._lock:
+            serving = sum(len(lease.sessions) for lease in self._leases.values())
+            ready, clients = self._control is not None and not self._stopping, self._client_count_locked()
+        return super().figures() | {("ready", ""): ready, ("sessions", ""): clients, ("mappings_open", ""): serving}
 
 
 # ---- client: mappings, retries ----------------------------------------------------------------
@@ -2866,6 +3043,7 @@ class ClientSession(Session):
             self.start_thread(f"pump {number}", lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
+            self._client.counts.refused("streams")
             stream.refuse(reason_of(error))
 
     def _dial_local(self, stream: Stream) -> socket.socket:
@@ -2878,6 +3056,7 @@ class ClientSession(Session):
         except OSError as error:
             about = {**self.mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
+            self._client.counts.add("failed_dials_total", "service")
             raise
 
 
@@ -2913,6 +3092,7 @@ class Client(Program):
         return there >= sum(each.server == server for each in self._mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
+        self.counts.add("sessions_total")
         with self._lock:
             self._has_served = True
             self._denied.pop(mapping, None)
@@ -2934,6 +3114,7 @@ class Client(Program):
             session = self._connect(mapping, backoff.takeover)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
+            self.counts.add("failed_dials_total", "server")
             if not self.stop_asked.is_set():
                 log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
@@ -2982,6 +3163,13 @@ class Client(Program):
         reason, about = session.run(), session.mapping.about()
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
             log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
+
+    def figures(self) -> dict[tuple[str, str], float]:
+        sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
+        serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
+        everywhere, here = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
+        figures = super().figures() | {("sessions", ""): len(sessions), ("mappings_open", ""): len(serving)}
+        return figures | {("ready", ""): here == everywhere and not self.stop_asked.is_set()}
 
     def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
@@ -3135,6 +3323,8 @@ def common_options(role: str) -> list[Option]:
         Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: one is faster than several; "
                "auto: the first for a server, another for a client; any: all of them"),
         Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
+        Option("log", "metrics", "", listen_address, "ADDRESS", "serve figures for Prometheus there, to whoever asks; "
+               "needs rtunnel[metrics]; empty: none"),
     ]
 
 
@@ -3251,8 +3441,7 @@ def make_server(settings: argparse.Namespace) -> Server:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain)
-    shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
+    shared = shared_settings(settings, allow=PortRules(settings.allow), visitors=settings.visitors)
     context = warned_context(settings, settings.control_listen)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
@@ -3267,8 +3456,7 @@ def make_client(settings: argparse.Namespace) -> Client:
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
     refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
-    shared = shared._replace(server_name=settings.tls_server_name)
+    shared = shared_settings(settings, proxy_protocol=settings.proxy_protocol, server_name=settings.tls_server_name)
     context = warned_context(settings, *settings.server)
     for server in settings.server:
         if context is not None:
@@ -3281,6 +3469,14 @@ def refuse_twice(option: str, values: Iterable[str]) -> None:
     """Raises ConfigError where a value comes twice."""
     if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
         raise ConfigError(f"{option} has {twice[0]} twice: write each once")
+
+
+def shared_settings(settings: argparse.Namespace, **own: Any) -> Settings:
+    """For the sessions. Raises ConfigError."""
+    if settings.metrics and not settings.metrics.is_loopback:
+        meaning = "whoever reaches it reads them; nothing is encrypted"
+        log_event(WARNING, "metrics-open", address=settings.metrics, meaning=meaning)
+    return Settings(settings.heartbeat, settings.session_budget, settings.drain, metrics=settings.metrics, **own)
 
 
 def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
