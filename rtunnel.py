@@ -41,7 +41,9 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                      and server, at  hands, waits for the           Client._connect, dial,
                      the client      session's end                  Client._serve, Pool.run,
                                      (Client._run_mapping)          PlainTransport.receive_into,
-                                                                    PlainTransport.send
+                                                                    PlainTransport.send,
+                                                                    HttpProxy.dial,
+                                                                    ProxyAnswer.readinto
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
                                      frames; closes the socket      PumpedStream._pump, Writer.send,
                                      (Server.serve_visitor,         PumpedStream._watch_locked,
@@ -113,12 +115,15 @@ if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 import argparse
+import base64
 import collections
 import contextlib
 import dataclasses
 import enum
 import errno
 import functools
+import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -136,6 +141,7 @@ import struct
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -536,7 +542,9 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
     """A PROXY protocol header (haproxy's proxy-protocol.txt, 2.1). `visitor` None: unknown."""
     if visitor is None:
         return b"PROXY UNKNOWN\r\n"
-    hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
+    hosts = [ipaddress.ip_address(visitor.shown_host), ipaddress.IPv4Address(0)]
+    with contextlib.suppress(ValueError):  # a server that only a proxy has looked up
+        hosts[1] = ipaddress.ip_address(public.shown_host)
     family = max(host.version for host in hosts)
     # One header has one family. An IPv4 address beside an IPv6 one is written mapped, in groups of
     # hexadecimal digits: the specification has no other form.
@@ -1066,6 +1074,73 @@ def begin_to_connect(row: Any) -> socket.socket:
         sock.close()
         raise OSError(code, os.strerror(code))
     return sock
+
+
+class HttpProxy(NamedTuple):
+    """An HTTP proxy that leads to servers by CONNECT (RFC 9110, section 9.3.6)."""
+
+    address: Address
+    credentials: str  # user:password, or empty
+
+    def __repr__(self) -> str:  # who prints settings prints no password
+        return f"HttpProxy({self.address})"
+
+    @classmethod
+    def parse(cls, text: str) -> HttpProxy | None:
+        """`http://[USER:PASSWORD@]HOST:PORT`. Raises ConfigError, which does not repeat it."""
+        with contextlib.suppress(ConfigError):
+            if not text:
+                return None
+            if found := re.fullmatch(r"http://(?:(\S+:\S*)@)?([^\s@/]+)/?", text):
+                return cls(Address.parse(found[2]), urllib.parse.unquote(found[1] or ""))
+        raise ConfigError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, other letters as %40")
+
+    def dial(self, server: Address, seconds: float) -> socket.socket:
+        """A connection to a server, whose name the proxy looks up. Raises OSError: `proxy ...`."""
+        deadline, sock = Deadline(seconds), None
+        lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
+        if self.credentials:
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials.encode()).decode()}")
+        try:
+            sock = dial(self.address, seconds)
+            sock.sendall("\r\n".join([*lines, "", ""]).encode())  # into an empty buffer
+            answer = http.client.HTTPResponse(ProxyAnswer(sock, deadline), method="CONNECT")  # type: ignore[arg-type]
+            answer.begin()
+            if answer.status // 100 == 2:
+                sock.settimeout(None)
+                return sock
+            reason = f"{answer.status} {answer.reason}"
+            if answer.status in (401, 407):  # some say the one for a wrong password
+                reason += ": wrong user or password" if self.credentials else ": it wants USER:PASSWORD"
+            raise OSError(errno.EACCES, reason)
+        except (OSError, http.client.HTTPException) as error:
+            if sock is not None:
+                sock.close()
+            said = reason_of(error).strip()[:MAX_MESSAGE_CHARACTERS]
+            if not isinstance(error, OSError):
+                error, said = OSError(errno.EPROTO), f"it speaks no HTTP: {said}"
+            number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.ECONNRESET
+            raise OSError(number, f"proxy {self.address}: {said}") from error
+
+
+class ProxyAnswer(io.RawIOBase):
+    """What http.client reads an answer from: until the deadline, and no byte beyond its header.
+
+    It is asked for a byte at a time, since it has no buffer: what follows is the server's.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, _: str) -> ProxyAnswer:
+        return self
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(self._deadline.remaining(), 0.001))
+        return self._sock.recv_into(buffer)
 
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
@@ -1951,6 +2026,7 @@ class Settings(NamedTuple):
     drain_s: float = 0.0
     proxy_protocol: bool = False  # this and the next are the client's
     metrics: Address | None = None
+    proxy: HttpProxy | None = None  # the client's
     server_name: str = ""  # what each server's certificate must name; empty: its host
     allow: PortRules = PortRules(())  # this and the next are the server's
     visitors: Networks = Networks()
@@ -2990,7 +3066,9 @@ class ClientSession(Session):
 
     def on_welcome(self, frame: Frame) -> None:
         welcome = Welcome.parse(frame.payload)
-        self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
+        # Where a proxy is the transport's peer, we know the server as we were told of it.
+        there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
+        self._public = Address(there.host, welcome.port)
         self.ways, self.peer_window = LEVEL_1, welcome.window
         self._client.welcomed.add(self.mapping.server)
         self.start_timers()
@@ -3147,7 +3225,8 @@ class Client(Program):
                         self._context = context
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)
-            sock = dial(mapping.server, CONNECT_TIMEOUT_S)
+            proxy = self.settings.proxy
+            sock = (proxy.dial if proxy else dial)(mapping.server, CONNECT_TIMEOUT_S)
             try:
                 name = self.settings.server_name or mapping.server.host
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
@@ -3346,6 +3425,8 @@ OPTIONS = {
         Option("tunnel", "server", [], Address.parse, "ADDRESS",
                "a server's control port; required; repeatable, in a file list [a, b]: each mapping is open at all",
                "append"),
+        Option("tunnel", "proxy", "", HttpProxy.parse, "URL",
+               "the HTTP proxy to the servers, http://HOST:PORT or http://USER:PASSWORD@HOST:PORT; empty: none"),
         Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
         Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
@@ -3357,7 +3438,7 @@ OPTIONS = {
     ],
 }
 # What a reload takes; the others want a restart.
-RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
+RELOADED = {"allow", "visitors", "proxy", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
             "tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
 # fmt: on
 
@@ -3456,7 +3537,8 @@ def make_client(settings: argparse.Namespace) -> Client:
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
     refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
-    shared = shared_settings(settings, proxy_protocol=settings.proxy_protocol, server_name=settings.tls_server_name)
+    own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
+    shared = shared_settings(settings, server_name=settings.tls_server_name, **own)
     context = warned_context(settings, *settings.server)
     for server in settings.server:
         if context is not None:
@@ -3690,7 +3772,7 @@ def run_pki(settings: argparse.Namespace) -> int:
 
 def run_program(settings: argparse.Namespace) -> int:
     if settings.print_config:
-        shown = settings.parser.format_values()
+        shown = re.sub(r"(http://[^\s:]+:)\S*@", r"\1***@", settings.parser.format_values())
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"

@@ -38,7 +38,7 @@ from support import (
 )  # fmt: skip
 from tables import Tables, complaints, parse
 from tls_peers import Forger, House, raw_context
-from tunnels import BLOCK, closed_port, text, visit
+from tunnels import BLOCK, closed_port, http_proxy, text, visit
 
 import rtunnel
 
@@ -257,8 +257,9 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         stage.client(secure, *own, *services[2:4], "--proxy-protocol"),
         stage.client(plain_0, f"--local={echo.text}", old=True),
         stage.client(secure_0, *own, *services[4:], old=True, limits=POLLED),
+        stage.client(plain, f"--local={echo.text}", f"--proxy=http://{enter(http_proxy()).text}"),
     ]
-    for server, count in ((plain, 2), (secure, 2), (plain_0, 1), (secure_0, 2)):
+    for server, count in ((plain, 3), (secure, 2), (plain_0, 1), (secure_0, 2)):
         server.wait_for_count(count, "session-opened")
     local = [("127.0.0.1", port) for port in ports]
     with contextlib.ExitStack() as at_once:
