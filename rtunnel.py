@@ -138,6 +138,7 @@ import selectors
 import socket
 import socketserver
 import struct
+import textwrap
 import threading
 import time
 import traceback
@@ -3341,6 +3342,7 @@ class Option(NamedTuple):
     metavar: str
     help: str
     action: str = "store"
+    example: str = ""  # its value in --example-config, behind `#` where it is a mere example
 
     @property
     def attribute(self) -> str:
@@ -3382,25 +3384,33 @@ profile = written("|".join(rtunnel_tls.PROFILES), "profile", ", ".join(rtunnel_t
 
 # fmt: off
 def common_options(role: str) -> list[Option]:
+    made_by = "pki issue NAME --server HOST..." if role == "server" else "pki issue NAME --client"
+    crl = "conf/pki/crl.pem"
     server_name = Option("TLS", "tls-server-name", "", str, "NAME",
-                         "the host or address that the server's certificate must name; empty: the one in --server")
+                         "the host or address that each server's certificate must name; empty: the one in --server")
     return [
         Option("TLS", "tls", False, bool, "",
-               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
-        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE", "our certificate, and those below the root"),
-        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only"),
-        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
-        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; empty: none is looked at"),
-        Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
+               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch", "true"),
+        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE",
+               f"our certificate, and those below the root; made by: rtunnel {made_by}",
+               example=f"conf/pki/{role}.crt"),
+        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only",
+               example=f"conf/pki/{role}.key"),
+        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE",
+               "the authorities whose certificates are admitted; made by: rtunnel pki init", example="conf/pki/ca.crt"),
+        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; made by: rtunnel pki init, and "
+               "pki revoke; empty: none is looked at", example=crl if role == "server" else ""),
+        Option("TLS", "tls-profile", "default", profile, "NAME",
+               f"what is admitted in a handshake, the same at both ends; one of {', '.join(rtunnel_tls.PROFILES)}"),
         *([server_name] if role == "client" else []),
         Option("limits", "heartbeat", "15", seconds, "SECONDS",
-               "a PING so often; three times that without a byte: dead"),
+               "a PING so often; a peer from which no byte comes for three times as long is dead"),
         Option("limits", "session-budget", "64", mebibytes, "MIB",
-               "what the windows of one session may grow by, in all"),
-        Option("limits", "drain", "0", seconds_or_none, "SECONDS",
-               "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
-        Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: one is faster than several; "
-               "auto: the first for a server, another for a client; any: all of them"),
+               "what the windows of one session may grow by, all streams together"),
+        Option("limits", "drain", "0", seconds_or_none, "SECONDS", "at SIGTERM nothing new is taken, and the open "
+               "streams have so long to finish; 0: they are reset at once"),
+        Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: Python hands over faster on one than across "
+               "several; auto: the first for a server, another for a client; any: all of them"),
         Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
         Option("log", "metrics", "", listen_address, "ADDRESS", "serve figures for Prometheus there, to whoever asks; "
                "needs rtunnel[metrics]; empty: none"),
@@ -3409,34 +3419,43 @@ def common_options(role: str) -> list[Option]:
 
 OPTIONS = {
     "server": [
-        Option("ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
+        Option("ports", "control-listen", ":7000", listen_address, "ADDRESS",
+               "where clients connect: host:port, [IPv6]:port, or :port for all interfaces", example=":7000"),
         Option("ports", "public-listen", "", listen_address, "ADDRESS",
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
         Option("ports", "allow", [], PortRules.parse, "NAME=PORTS",
-               "the ports that an identity may open, 0 is one of the server's choice, * whoever has no rule; "
-               f"repeatable, in a file list [a, b]; none: {PortRules.DEFAULT}", "append"),
+               "the ports that an identity may open: the name in its certificate, `anonymous` without TLS; 0 is a port "
+               "of the server's choice, * whoever has no rule of his own; repeatable, in a file list [a, b]; "
+               f"none: {PortRules.DEFAULT}", "append", "# [alice=8080,9000-9100, bob=0, *=0]"),
         Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
-               "the networks whose visitors are served; empty: all"),
+               "the networks whose visitors are served, others are closed before a byte is read; empty: all"),
         *common_options("server"),
     ],
     "client": [
         Option("tunnel", "server", [], Address.parse, "ADDRESS",
-               "a server's control port; required; repeatable, in a file list [a, b]: each mapping is open at all",
-               "append"),
+               "a server's control port, host:port or [IPv6]:port; required; repeatable, in a file list [a, b]: each "
+               "mapping is open at each of them", "append", "127.0.0.1:7000"),
         Option("tunnel", "proxy", "", HttpProxy.parse, "URL",
                "the HTTP proxy to the servers, http://HOST:PORT or http://USER:PASSWORD@HOST:PORT; empty: none"),
-        Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
-        Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
+        Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service", example="127.0.0.1:8000"),
+        Option("tunnel", "remote-port", "0", parse_port, "PORT",
+               "the public port that leads to it; 0: the server chooses one", example="8080"),
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
-               "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append"),
-        Option("tunnel", "proxy-protocol", False, bool, "",
-               "tell the local service the visitor's address in a PROXY protocol line, version 1", "switch"),
+               "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append",
+               "# [8080:127.0.0.1:8000, 2222:127.0.0.1:22]"),
+        Option("tunnel", "proxy-protocol", False, bool, "", "tell the local service, which must expect it, each "
+               "visitor's address in a PROXY protocol line, version 1", "switch"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
         *common_options("client"),
     ],
 }
+EXAMPLE_HEAD = (
+    "Configuration of `rtunnel {} -c FILE`: flat `key = value` lines, every option of the command. A line that begins "
+    "with `#` is not read; what it shows is the default, or an example. Flags win over the environment "
+    "(RTUNNEL_LOG_LEVEL, ...), the environment over this file. A relative path begins where the program is started."
+)
 # What a reload takes; the others want a restart.
 RELOADED = {"allow", "visitors", "proxy", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
             "tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
@@ -3491,6 +3510,8 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
     shows = "show each setting and where it came from, and exit"
     parser.add_argument("--print-config", action="store_true", help=shows)
+    shows = "show a commented file of all settings, and exit"
+    parser.add_argument("--example-config", action="store_true", help=shows)
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
         for option in options:
@@ -3770,7 +3791,26 @@ def run_pki(settings: argparse.Namespace) -> int:
     return 0
 
 
+def example_config(command: str) -> str:
+    """A file of all options, commented out where it shows the default or a mere example."""
+    fill = functools.partial(textwrap.fill, width=100, initial_indent="# ", subsequent_indent="# ")
+    blocks, group = [fill(EXAMPLE_HEAD.format(command))], ""
+    for option in OPTIONS[command]:
+        if option.group != group:
+            group = option.group
+            blocks.append(f"# ---- {group}")
+        unit = f" ({option.metavar})" if option.metavar else ""
+        about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
+        value = option.example or f"# {str(option.default).lower() if option.action == 'switch' else option.default}"
+        line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
+        blocks.append(f"{about}\n{line}".rstrip())
+    return "\n\n".join(blocks) + "\n"
+
+
 def run_program(settings: argparse.Namespace) -> int:
+    if settings.example_config:
+        print(example_config(settings.command), end="")
+        return 0
     if settings.print_config:
         shown = re.sub(r"(http://[^\s:]+:)\S*@", r"\1***@", settings.parser.format_values())
         print(shown, end="")

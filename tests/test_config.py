@@ -309,6 +309,12 @@ def test_help(command: Command, name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("name", ["server", "client"])
+def test_conf_files_are_printed(command: Command, name: str) -> None:
+    """conf/NAME.ini is what `--example-config` prints."""
+    assert command(name, "--example-config") == (0, (ROOT / "conf" / f"{name}.ini").read_text(), "")
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
 def test_conf_files_and_options(command: Command, tmp_path: Path, name: str) -> None:
     """conf/NAME.ini has each option once, and a comment before it; those commented out show the default; it is
     accepted as it is, and with each commented line alone made active."""
