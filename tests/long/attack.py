@@ -1,6 +1,7 @@
 """All that a public port meets, all at once, on loopback, while a good client and good visitors measure.
 
-`python tests/attack.py --seconds 60`. The attackers are a process of their own, which ends with its standard input.
+`python tests/long/attack.py --seconds 60`. The attackers are a process of their own,
+which ends with its standard input.
 Each attack comes from an address of its own (127.0.1.x), is bounded in count and rate, and stops with the run.
 """
 
@@ -18,8 +19,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
 from load import HEADER, Load
 from longrun import Stage, main, require, stage
+from OpenSSL import SSL
 from support import ROOT, Address, eventually
 
 import rtunnel
@@ -39,9 +43,10 @@ class Attackers:
     def __init__(self, control: Address, public: Address, pki: Path, seconds: float) -> None:
         self._control, self._public, self._seconds = control, public, seconds
         files = {"cert": pki / "mallory.crt", "key": pki / "mallory.key", "ca": pki / "ca.crt"}
-        self._context = rtunnel_tls.make_context("client", "default", **files, verify_name="127.0.0.1")
+        self._context = rtunnel_tls.TlsContext("client", "default", **files, verify_name="127.0.0.1")
         hello = rtunnel_tls._Ssl(self._context)
-        hello.handshake()
+        with contextlib.suppress(SSL.WantReadError):
+            hello.do_handshake()
         self._hello = bytes(hello.take(memoryview(b"")))
         self._sources = itertools.count(1)
 
