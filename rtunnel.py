@@ -65,7 +65,7 @@ Each is held for a few statements, and nobody waits under one.
                             strangers, visitors               PlainTransport._lock,
                                                               Listener._closing, Event._cond
     Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
-                            the cause of the end              Event._cond, Counts._lock
+                            the cause of the end              Event._cond, Metrics._lock
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
                             and the calls on its socket       scheduler._lock, Event._cond
     Writer._lock            what is queued, who writes        -
@@ -77,7 +77,7 @@ Each is held for a few statements, and nobody waits under one.
     LimitLog._lock,         closed; a line of the file that
     PlainTransport._lock,   SSLKEYLOGFILE names
     Listener._closing,
-    Counts._lock,
+    Metrics._lock,
     _log_secrets.lock
     scheduler._lock,        the library's: the clock's heap;  -
     Event._cond,            events; semaphores; the log's
@@ -761,8 +761,8 @@ class LogHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
-        self._dropped = 0  # where the queue was full
-        self._failed = 0  # in a write
+        self.dropped = 0  # where the queue was full
+        self.failed = 0  # in a write
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -770,11 +770,7 @@ class LogHandler(logging.Handler):
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
-            self._dropped += 1
-
-    @property
-    def lost(self) -> int:
-        return self._dropped + self._failed
+            self.dropped += 1
 
     def finish(self) -> None:
         """Write the rest, as far as it goes in LOG_FLUSH_S."""
@@ -788,12 +784,12 @@ class LogHandler(logging.Handler):
         for line in iter(self._lines.get, None):
             try:
                 sys.stderr.write(line)
-                if lost := self.lost - told:
+                if lost := self.dropped + self.failed - told:
                     about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
                     sys.stderr.write(self.format(about))
                     told += lost
             except Exception:  # the line is lost
-                self._failed += 1
+                self.failed += 1
 
 
 def start_log(level: str) -> Callable[[], None]:
@@ -806,75 +802,6 @@ def start_log(level: str) -> Callable[[], None]:
     LOG.propagate = False
     LOG.setLevel(level.upper())
     return handler.finish
-
-
-class Metric(NamedTuple):
-    """A row of METRICS; a counter where the name says `_total`."""
-
-    name: str  # without `rtunnel_`
-    meaning: str
-    label: str = ""
-    values: Sequence[str] = ("",)  # that the label may have; of a gauge: any that the program gives
-
-
-METRICS = (
-    Metric(
-        "ready", "1 where it serves: the server's ports are open; each mapping of a client is, at one server or more"
-    ),
-    Metric("sessions", "control connections that serve now"),
-    Metric("sessions_total", "control connections that have served"),
-    Metric("mappings_open", "mappings that are open now; each counts at each server"),
-    Metric("streams", "visitors' connections now"),
-    Metric("streams_total", "visitors' connections since the start"),
-    Metric("stream_bytes_total", "what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
-    Metric("handshakes_total", "TLS handshakes that came to a session"),
-    Metric("refusals_total", "connections, mappings and visitors that were refused", "rule", REFUSALS),
-    Metric("failed_dials_total", "connections that could not be made", "to", ("server", "service")),
-    Metric("limit", "the most of what is limited", "limit"),
-    Metric("limit_used", "how much of it is used", "limit"),
-    Metric("log_lines_lost_total", "lines of the log that could not be written"),
-    Metric("certificate_expiry_timestamp_seconds", "when the first certificate or list in a file ends", "file"),
-)
-
-
-class Counts:
-    """Totals of a program since its start, which outlive streams and sessions: for --metrics.
-
-    Threads: any. Locking: `_lock` guards everything below the marker; no other is taken under it.
-    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        counters = [each for each in METRICS if each.name.endswith("_total")]
-        # guarded by _lock
-        self._totals = collections.Counter({(each.name, value): 0 for each in counters for value in each.values})
-        self._open: set[Stream] = set()
-
-    def add(self, name: str, value: str = "") -> None:
-        with self._lock:
-            self._totals[name, value] += 1
-
-    def refused(self, rule: str) -> None:
-        self.add("refusals_total", rule if rule in REFUSALS else "other")
-
-    def opened(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.add(stream)
-            self._totals["streams_total", ""] += 1
-
-    def closed(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.remove(stream)
-            self._totals.update(stream.carried())
-
-    def totals(self) -> collections.Counter[tuple[str, str]]:
-        """By metric and label."""
-        with self._lock:
-            totals, streams = self._totals.copy(), list(self._open)
-        for stream in streams:
-            totals.update(stream.carried())
-        return totals
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
@@ -1250,6 +1177,97 @@ class Listener(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The safety net; socketserver prints to stderr."""
         log_internal_error()
+
+
+# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
+METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
+    "sessions": ("control connections now", "", ()),
+    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
+    "streams": ("visitors' connections now", "", ()),
+    "streams_total": ("visitors' connections since the start", "", ("",)),
+    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
+    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
+    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
+    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
+    "limit": ("the most of what is limited", "limit", ()),
+    "limit_used": ("how much of it is used", "limit", ()),
+    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
+    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
+}
+
+
+class Metrics:
+    """A program's totals since its start, and the port that tells Prometheus of them and of now.
+
+    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
+    Locking: `_lock` guards everything below the marker; no other is taken under it.
+    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._lock = threading.Lock()
+        zeros = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
+        # guarded by _lock
+        self._totals = collections.Counter(zeros)
+        self._open: set[Stream] = set()
+
+    def count(self, name: str, value: str = "") -> None:
+        """One more; where a peer has made the value up, of `other`."""
+        with self._lock:
+            self._totals[name, value if (name, value) in self._totals else "other"] += 1
+
+    def opened(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.add(stream)
+            self._totals["streams_total", ""] += 1
+
+    def closed(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.remove(stream)
+            self._totals.update(stream.carried())
+
+    def totals(self) -> collections.Counter[tuple[str, str]]:
+        """By metric and label."""
+        with self._lock:
+            totals, streams = self._totals.copy(), list(self._open)
+        for stream in streams:
+            totals.update(stream.carried())
+        return totals
+
+    def listen(self, address: Address) -> Listener:
+        """The port, not started. Raises ConfigError, OSError."""
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError:
+            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(registry=registry)
+        self._answer = prometheus_client.MetricsHandler.factory(registry)
+        return Listener(address, self._program.pool, self.serve)
+
+    def collect(self) -> Iterator[Any]:
+        """What the registry asks for."""
+        figures = self._program.figures()
+        for name, (meaning, label, _) in METRICS.items():
+            labels = [label] if label else []
+            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
+            for value in (value for named, value in figures if named == name):
+                family.add_metric([value] * len(labels), figures[name, value])
+            yield family
+
+    def serve(self, sock: socket.socket, peer: Address) -> None:
+        """A scrape; closed at once where too many are here."""
+        if self._places.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                sock.settimeout(SCRAPE_S)
+                self._answer(sock, peer, None)
+            self._places.release()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -1674,7 +1692,7 @@ class Stream:
             }  # fmt: skip
 
     def carried(self) -> dict[tuple[str, str], int]:
-        """For Counts. Both numbers are read without the lock."""
+        """For Metrics. Both numbers are read without the lock."""
         return {("stream_bytes_total", "from_tunnel"): self._received, ("stream_bytes_total", "to_tunnel"): self._sent}
 
     def abort(self, cause: str) -> None:
@@ -2009,9 +2027,9 @@ class Settings(NamedTuple):
     heartbeat_s: float = HEARTBEAT_S
     session_budget_bytes: int = SESSION_BUDGET_BYTES
     drain_s: float = 0.0
-    proxy_protocol: bool = False  # this and the next are the client's
     metrics: Address | None = None
-    proxy: HttpProxy | None = None  # the client's
+    proxy_protocol: bool = False  # this and the next two are the client's
+    proxy: HttpProxy | None = None
     server_name: str = ""  # what each server's certificate must name; empty: its host
     allow: PortRules = PortRules(())  # this and the next are the server's
     visitors: Networks = Networks()
@@ -2114,7 +2132,7 @@ class Session:
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
             if isinstance(error, (ProtocolError, Refused)):
-                self.program.counts.refused(getattr(error, "code", "protocol"))
+                self.program.metrics.count("refusals_total", getattr(error, "code", "protocol"))
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -2283,7 +2301,7 @@ class Session:
         """Raises SessionEnded."""
         if self._cause is not None:
             raise SessionEnded(self._cause)
-        self.program.counts.opened(stream)
+        self.program.metrics.opened(stream)
         self._last_stream = max(self._last_stream, stream.number)
         self._streams[stream.number] = stream
 
@@ -2291,7 +2309,7 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
-        self.program.counts.closed(stream)
+        self.program.metrics.closed(stream)
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
@@ -2323,8 +2341,8 @@ class Program:
         # Main's reload replaces these three, whole. The last reads the files anew.
         self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
         self.pool = Pool()
-        self.counts = Counts()
-        self._metrics: Listener | None = None  # main's
+        self.metrics = Metrics(self)
+        self._scraped: Listener | None = None  # main's
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.stop_asked = threading.Event()
@@ -2341,8 +2359,7 @@ class Program:
         CLOCK.start()
         self._warn_of_expiry()
         if address := self.settings.metrics:
-            serve = Metrics(self).serve
-            self._metrics = self.open_port("metrics", address, lambda: Listener(address, self.pool, serve))
+            self._scraped = self.open_port("metrics", address, lambda: self.metrics.listen(address))
 
     def open_port(self, option: str, address: Address, bind: Callable[[], Listener]) -> Listener:
         """A port that an option asks for. Raises RtunnelError."""
@@ -2371,9 +2388,9 @@ class Program:
             try:
                 transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
             except rtunnel_tls.HandshakeError as error:
-                self.counts.refused(error.rule)
+                self.metrics.count("refusals_total", error.rule)
                 raise
-        self.counts.add("handshakes_total")
+        self.metrics.count("handshakes_total")
         log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
@@ -2415,8 +2432,8 @@ class Program:
         """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
         self.stop_asked.set()
         self.take_nothing_new()
-        if self._metrics is not None:
-            self._metrics.stop()
+        if self._scraped is not None:
+            self._scraped.stop()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -2459,53 +2476,14 @@ class Program:
 
     def figures(self) -> dict[tuple[str, str], float]:
         """The value of each metric and label."""
-        figures: dict[tuple[str, str], float] = {**self.counts.totals(), ("streams", ""): self.stream_count()}
+        now = {("sessions", ""): len(self.sessions()), ("streams", ""): self.stream_count()}
+        figures: dict[tuple[str, str], float] = {**self.metrics.totals(), **now}
         for name, (used, limit) in self.limits_used().items():
             figures |= {("limit_used", name): used, ("limit", name): limit} if limit else {}
         for file, end in self._context.ends.items() if self._context else ():
             figures["certificate_expiry_timestamp_seconds", file] = end.timestamp()
-        lost = (each.lost for each in LOG.handlers if isinstance(each, LogHandler))
+        lost = (each.dropped + each.failed for each in LOG.handlers if isinstance(each, LogHandler))
         return figures | {("log_lines_lost_total", ""): sum(lost)}
-
-
-class Metrics:
-    """What --metrics serves: a program's figures as prometheus-client writes them.
-
-    Threads: `serve` is a scrape's, and calls `collect`; main makes it.
-    """
-
-    def __init__(self, program: Program) -> None:
-        """Raises ConfigError."""
-        try:
-            import prometheus_client
-            from prometheus_client import core
-        except ImportError:
-            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
-        self._program, self._core = program, core
-        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
-        registry = prometheus_client.CollectorRegistry()
-        registry.register(self)
-        prometheus_client.ProcessCollector(registry=registry)
-        self._answer = prometheus_client.MetricsHandler.factory(registry)
-
-    def collect(self) -> Iterator[Any]:
-        """For the registry."""
-        figures = self._program.figures()
-        for name, meaning, label, _ in METRICS:
-            is_total = name.endswith("_total")
-            make = self._core.CounterMetricFamily if is_total else self._core.GaugeMetricFamily
-            family = make(f"rtunnel_{name}", meaning, labels=[label] if label else [])
-            for value in (value for named, value in figures if named == name):
-                family.add_metric([value] if label else [], figures[name, value])
-            yield family
-
-    def serve(self, sock: socket.socket, peer: Address) -> None:
-        """A scrape; closed at once where too many are here."""
-        if self._places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                sock.settimeout(SCRAPE_S)
-                self._answer(sock, peer, None)
-            self._places.release()
 
 
 # ---- server: strangers, leases, visitors ------------------------------------------------------
@@ -2567,7 +2545,7 @@ class ServerSession(Session):
 
     def _check_hello(self) -> None:
         if not self.is_client:
-            self.program.counts.refused("silent")
+            self.program.metrics.count("refusals_total", "silent")
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
@@ -2716,7 +2694,7 @@ class Server(Program):
             log_event(INFO, "session-closed", peer=address, level=session.level, reason=reason, **session.rtt())
             return
         if gave_way:
-            self.counts.refused("strangers")
+            self.metrics.count("refusals_total", "strangers")
             reason = f"over {MAX_STRANGERS} connections are no clients yet, most of its site"
         log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
 
@@ -2761,7 +2739,6 @@ class Server(Program):
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         about = {"peer": peer, "identity": session.transport.identity, "level": session.level, "port": address.port}
         log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
-        self.counts.add("sessions_total")
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.goodbye(REPLACED)
@@ -2853,7 +2830,7 @@ class Server(Program):
         if not full and self.settings.visitors.admit(visitor):
             return True
         log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
-        self.counts.refused("streams" if full else "visitors")
+        self.metrics.count("refusals_total", "streams" if full else "visitors")
         return False
 
     def visitor_left(self, sock: socket.socket) -> None:
@@ -2877,7 +2854,7 @@ class Server(Program):
             raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
-            self.counts.refused("no-client")
+            self.metrics.count("refusals_total", "no-client")
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
@@ -2912,8 +2889,8 @@ class Server(Program):
     def figures(self) -> dict[tuple[str, str], float]:
         with self._lock:
             serving = sum(len(lease.sessions) for lease in self._leases.values())
-            ready, clients = self._control is not None and not self._stopping, self._client_count_locked()
-        return super().figures() | {("ready", ""): ready, ("sessions", ""): clients, ("mappings_open", ""): serving}
+            ready = self._control is not None and not self._stopping
+        return super().figures() | {("ready", ""): ready, ("mappings_open", ""): serving}
 
 
 # ---- client: mappings, retries ----------------------------------------------------------------
@@ -3070,7 +3047,7 @@ class ClientSession(Session):
             self.start_thread(f"pump {number}", lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
-            self._client.counts.refused("streams")
+            self._client.metrics.count("refusals_total", "streams")
             stream.refuse(reason_of(error))
 
     def _dial_local(self, stream: Stream) -> socket.socket:
@@ -3083,7 +3060,7 @@ class ClientSession(Session):
         except OSError as error:
             about = {**self.mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
-            self._client.counts.add("failed_dials_total", "service")
+            self._client.metrics.count("failed_dials_total", "service")
             raise
 
 
@@ -3119,7 +3096,6 @@ class Client(Program):
         return there >= sum(each.server == server for each in self._mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
-        self.counts.add("sessions_total")
         with self._lock:
             self._has_served = True
             self._denied.pop(mapping, None)
@@ -3141,7 +3117,7 @@ class Client(Program):
             session = self._connect(mapping, backoff.takeover)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
-            self.counts.add("failed_dials_total", "server")
+            self.metrics.count("failed_dials_total", "server")
             if not self.stop_asked.is_set():
                 log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
@@ -3195,9 +3171,8 @@ class Client(Program):
     def figures(self) -> dict[tuple[str, str], float]:
         sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
-        everywhere, here = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
-        figures = super().figures() | {("sessions", ""): len(sessions), ("mappings_open", ""): len(serving)}
-        return figures | {("ready", ""): here == everywhere and not self.stop_asked.is_set()}
+        wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
+        return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
     def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
@@ -3489,7 +3464,8 @@ def make_server(settings: argparse.Namespace) -> Server:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = shared_settings(settings, allow=PortRules(settings.allow), visitors=settings.visitors)
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
+    shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
     context = warned_context(settings, settings.control_listen)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
@@ -3504,8 +3480,9 @@ def make_client(settings: argparse.Namespace) -> Client:
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
     refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
-    shared = shared_settings(settings, server_name=settings.tls_server_name, **own)
+    shared = shared._replace(server_name=settings.tls_server_name, **own)
     context = warned_context(settings, *settings.server)
     for server in settings.server:
         if context is not None:
@@ -3518,14 +3495,6 @@ def refuse_twice(option: str, values: Iterable[str]) -> None:
     """Raises ConfigError where a value comes twice."""
     if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
         raise ConfigError(f"{option} has {twice[0]} twice: write each once")
-
-
-def shared_settings(settings: argparse.Namespace, **own: Any) -> Settings:
-    """For the sessions. Raises ConfigError."""
-    if settings.metrics and not settings.metrics.is_loopback:
-        meaning = "whoever reaches it reads them; nothing is encrypted"
-        log_event(WARNING, "metrics-open", address=settings.metrics, meaning=meaning)
-    return Settings(settings.heartbeat, settings.session_budget, settings.drain, metrics=settings.metrics, **own)
 
 
 def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
@@ -3545,6 +3514,8 @@ def warned_context(settings: argparse.Namespace, *addresses: Address) -> rtunnel
     for address in addresses:
         if context is None and not address.is_loopback:
             log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+    if settings.metrics and not settings.metrics.is_loopback:
+        log_event(WARNING, "metrics-open", address=settings.metrics, meaning="whoever reaches it reads them")
     if context is not None and context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     return context
