@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Factory
+from engines import wanted
 from support import (
     Service,
     connect,
@@ -32,7 +32,7 @@ from tunnels import closed_port, http_proxy, text
 import rtunnel
 
 SECRET = "s3cret"
-real = pytest.mark.skipif(not shutil.which("tinyproxy"), reason="tinyproxy is not installed (Debian: tinyproxy)")
+real = wanted("tinyproxy")
 
 
 class Tinyproxy:

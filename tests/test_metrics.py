@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import http.client
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +12,7 @@ import time
 
 import pytest
 from conftest import Factory
+from engines import wanted
 from level1 import PeerServer
 from naive_peer import NaivePeer
 from support import (
@@ -238,6 +237,7 @@ def test_scrapers_that_say_nothing(server: Factory) -> None:
     assert not serving.events("internal-error")
 
 
+@wanted("promtool")
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_promtool(server: Factory, client: Factory, house: House, role: str) -> None:
     """`promtool check metrics` has nothing to say about either role's figures; OpenMetrics is spoken too."""
@@ -246,8 +246,6 @@ def test_promtool(server: Factory, client: Factory, house: House, role: str) -> 
     asking.wait_for("session-opened")
     address = {"server": serving, "client": asking}[role].metrics_address
     assert asked(address, "application/openmetrics-text").endswith("# EOF\n")
-    if not shutil.which("promtool"):
-        pytest.skip("promtool is not installed (Debian: prometheus)")
     ended = subprocess.run(["promtool", "check", "metrics"], input=asked(address), text=True, capture_output=True)
     assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
 
