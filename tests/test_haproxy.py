@@ -11,7 +11,7 @@ import failover
 import pytest
 from conftest import Factory
 from engines import engine, haproxy, nginx, shipped_haproxy, wanted
-from support import Program, Service, connect, echo_service, ends_with, eventually, free_port, read_exactly
+from support import DEADLINE_S, Program, Service, connect, echo_service, ends_with, eventually, free_port, read_exactly
 from tls_peers import Signer
 from tunnels import text
 
@@ -77,11 +77,14 @@ def test_an_open_stream_whose_server_is_killed(
 
 
 def has_ended(sock: socket.socket) -> bool:
-    """Whether an end has come."""
+    """Whether an end has come; what has come else is left."""
+    sock.setblocking(False)
     try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        return sock.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
+    finally:
+        sock.settimeout(DEADLINE_S)
 
 
 @wanted("haproxy")
