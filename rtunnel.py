@@ -124,7 +124,6 @@ import enum
 import errno
 import functools
 import http.client
-import io
 import ipaddress
 import itertools
 import json
@@ -995,14 +994,12 @@ def begin_to_connect(row: Any) -> socket.socket:
     return sock
 
 
-class HttpProxy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class HttpProxy:
     """An HTTP proxy that leads to servers by CONNECT (RFC 9110, section 9.3.6)."""
 
     address: Address
-    credentials: str  # user:password, or empty
-
-    def __repr__(self) -> str:  # who prints settings prints no password
-        return f"HttpProxy({self.address})"
+    credentials: str = dataclasses.field(repr=False)  # user:password, or empty
 
     @classmethod
     def parse(cls, text: str) -> HttpProxy | None:
@@ -1035,31 +1032,27 @@ class HttpProxy(NamedTuple):
         except (OSError, http.client.HTTPException) as error:
             if sock is not None:
                 sock.close()
-            said = reason_of(error).strip()[:MAX_MESSAGE_CHARACTERS]
-            if not isinstance(error, OSError):
-                error, said = OSError(errno.EPROTO), f"it speaks no HTTP: {said}"
-            number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.ECONNRESET
-            raise OSError(number, f"proxy {self.address}: {said}") from error
+            said = ("" if isinstance(error, OSError) else "it speaks no HTTP: ") + reason_of(error).strip()
+            number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else getattr(error, "errno", errno.EPROTO)
+            raise OSError(number, f"proxy {self.address}: {said[:MAX_MESSAGE_CHARACTERS]}") from error
 
 
-class ProxyAnswer(io.RawIOBase):
+class ProxyAnswer(socket.SocketIO):
     """What http.client reads an answer from: until the deadline, and no byte beyond its header.
 
     It is asked for a byte at a time, since it has no buffer: what follows is the server's.
     """
 
     def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
-        self._sock, self._deadline = sock, deadline
+        super().__init__(sock, "r")
+        self._limited, self._deadline = sock, deadline
 
     def makefile(self, _: str) -> ProxyAnswer:
         return self
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(max(self._deadline.remaining(), 0.001))
-        return self._sock.recv_into(buffer)
+    def readinto(self, buffer: Any) -> int | None:
+        self._limited.settimeout(max(self._deadline.remaining(), 0.001))
+        return super().readinto(buffer)
 
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
@@ -1197,6 +1190,13 @@ METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
 }
 
 
+Figures = dict[tuple[str, str], float]  # by metric and label
+
+
+def limited(name: str, used: int, limit: int) -> Figures:
+    return {("limit_used", name): used, ("limit", name): limit}
+
+
 class Metrics:
     """A program's totals since its start, and the port that tells Prometheus of them and of now.
 
@@ -1229,13 +1229,12 @@ class Metrics:
             self._open.remove(stream)
             self._totals.update(stream.carried())
 
-    def totals(self) -> collections.Counter[tuple[str, str]]:
-        """By metric and label."""
+    def totals(self) -> Figures:
         with self._lock:
             totals, streams = self._totals.copy(), list(self._open)
         for stream in streams:
             totals.update(stream.carried())
-        return totals
+        return dict(totals)
 
     def listen(self, address: Address) -> Listener:
         """The port, not started. Raises ConfigError, OSError."""
@@ -2463,23 +2462,20 @@ class Program:
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
         days = {"certificate_days_left": min(self._context.days_left().values())} if self._context else {}
-        used = {name: f"{used}/{limit}" if limit else used for name, (used, limit) in self.limits_used().items()}
-        log_event(INFO, "state", threads=threading.active_count(), **used, **days)
+        figures = self.figures()
+        used = {name: value for (metric, name), value in figures.items() if metric == "limit_used"}
+        shown = {name: f"{value}/{figures.get(('limit', name), '')}".rstrip("/") for name, value in used.items()}
+        log_event(INFO, "state", threads=threading.active_count(), **shown, **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
                 log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
 
-    def limits_used(self) -> dict[str, tuple[int, int]]:
-        """Of what is limited, how much is used, and the most; 0: it is limited elsewhere."""
-        return {"streams": (self.stream_count(), MAX_STREAMS)}
-
-    def figures(self) -> dict[tuple[str, str], float]:
+    def figures(self) -> Figures:
         """The value of each metric and label."""
-        now = {("sessions", ""): len(self.sessions()), ("streams", ""): self.stream_count()}
-        figures: dict[tuple[str, str], float] = {**self.metrics.totals(), **now}
-        for name, (used, limit) in self.limits_used().items():
-            figures |= {("limit_used", name): used, ("limit", name): limit} if limit else {}
+        streams = self.stream_count()
+        figures = self.metrics.totals() | limited("streams", streams, MAX_STREAMS)
+        figures |= {("sessions", ""): len(self.sessions()), ("streams", ""): streams}
         for file, end in self._context.ends.items() if self._context else ():
             figures["certificate_expiry_timestamp_seconds", file] = end.timestamp()
         lost = (each.dropped + each.failed for each in LOG.handlers if isinstance(each, LogHandler))
@@ -2879,18 +2875,15 @@ class Server(Program):
             about = {"address": lease.listener.address, "identity": lease.identity}
             log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
 
-    def limits_used(self) -> dict[str, tuple[int, int]]:
+    def figures(self) -> Figures:
         with self._lock:
-            clients, strangers = (self._client_count_locked(), MAX_CLIENTS), (len(self._strangers), MAX_STRANGERS)
-            used = {"strangers": strangers, "clients": clients, "leases": (len(self._leases), 0)}
-            used["visitors"] = self._visitors, MAX_STREAMS
-        return super().limits_used() | used
-
-    def figures(self) -> dict[tuple[str, str], float]:
-        with self._lock:
-            serving = sum(len(lease.sessions) for lease in self._leases.values())
-            ready = self._control is not None and not self._stopping
-        return super().figures() | {("ready", ""): ready, ("mappings_open", ""): serving}
+            figures = limited("strangers", len(self._strangers), MAX_STRANGERS)
+            figures |= limited("clients", self._client_count_locked(), MAX_CLIENTS)
+            figures |= limited("visitors", self._visitors, MAX_STREAMS)
+            figures["limit_used", "leases"] = len(self._leases)  # of each identity
+            figures["mappings_open", ""] = sum(len(lease.sessions) for lease in self._leases.values())
+            figures["ready", ""] = self._control is not None and not self._stopping
+        return super().figures() | figures
 
 
 # ---- client: mappings, retries ----------------------------------------------------------------
@@ -3168,7 +3161,7 @@ class Client(Program):
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
             log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
 
-    def figures(self) -> dict[tuple[str, str], float]:
+    def figures(self) -> Figures:
         sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
@@ -3263,7 +3256,7 @@ class Option(NamedTuple):
     metavar: str
     help: str
     action: str = "store"
-    example: str = ""  # its value in --example-config, behind `#` where it is a mere example
+    example: str = ""  # for --example-config: a value, = is the default; behind `#` it is not set
 
     @property
     def attribute(self) -> str:
@@ -3306,21 +3299,19 @@ profile = written("|".join(rtunnel_tls.PROFILES), "profile", ", ".join(rtunnel_t
 # fmt: off
 def common_options(role: str) -> list[Option]:
     made_by = "pki issue NAME --server HOST..." if role == "server" else "pki issue NAME --client"
-    crl = "conf/pki/crl.pem"
     server_name = Option("TLS", "tls-server-name", "", str, "NAME",
                          "the host or address that each server's certificate must name; empty: the one in --server")
     return [
         Option("TLS", "tls", False, bool, "",
                "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch", "true"),
         Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE",
-               f"our certificate, and those below the root; made by: rtunnel {made_by}",
-               example=f"conf/pki/{role}.crt"),
+               f"our certificate, and those below the root; made by: rtunnel {made_by}", example="="),
         Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only",
-               example=f"conf/pki/{role}.key"),
+               example="="),
         Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE",
-               "the authorities whose certificates are admitted; made by: rtunnel pki init", example="conf/pki/ca.crt"),
+               "the authorities whose certificates are admitted; made by: rtunnel pki init", example="="),
         Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; made by: rtunnel pki init, and "
-               "pki revoke; empty: none is looked at", example=crl if role == "server" else ""),
+               "pki revoke; empty: none is looked at", example="conf/pki/crl.pem" if role == "server" else ""),
         Option("TLS", "tls-profile", "default", profile, "NAME",
                f"what is admitted in a handshake, the same at both ends; one of {', '.join(rtunnel_tls.PROFILES)}"),
         *([server_name] if role == "client" else []),
@@ -3341,7 +3332,7 @@ def common_options(role: str) -> list[Option]:
 OPTIONS = {
     "server": [
         Option("ports", "control-listen", ":7000", listen_address, "ADDRESS",
-               "where clients connect: host:port, [IPv6]:port, or :port for all interfaces", example=":7000"),
+               "where clients connect: host:port, [IPv6]:port, or :port for all interfaces", example="="),
         Option("ports", "public-listen", "", listen_address, "ADDRESS",
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
@@ -3718,7 +3709,8 @@ def example_config(command: str) -> str:
             blocks.append(f"# ---- {group}")
         unit = f" ({option.metavar})" if option.metavar else ""
         about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
-        value = option.example or f"# {str(option.default).lower() if option.action == 'switch' else option.default}"
+        default = str(option.default).lower() if option.action == "switch" else option.default
+        value = default if option.example == "=" else option.example or f"# {default}"
         line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
         blocks.append(f"{about}\n{line}".rstrip())
     return "\n\n".join(blocks) + "\n"
