@@ -27,7 +27,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
     acceptor         1 a port        takes control connections,     Listener._accept,
-                                     or visitors                    Listener.get_request, Pool.run,
+                                     visitors or scrapes            Listener.get_request, Pool.run,
                                      (Listener._accept)             Listener.process_request*
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
