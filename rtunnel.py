@@ -2390,7 +2390,7 @@ class Program:
                 self.metrics.count("refusals_total", error.rule)
                 raise
         self.metrics.count("handshakes_total")
-        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.facts)
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
         return transport
