@@ -1209,9 +1209,8 @@ class Metrics:
         self._program = program
         self._places = threading.BoundedSemaphore(MAX_SCRAPES)
         self._lock = threading.Lock()
-        zeros = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
         # guarded by _lock
-        self._totals = collections.Counter(zeros)
+        self._totals = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
         self._open: set[Stream] = set()
 
     def count(self, name: str, value: str = "") -> None:
@@ -1227,14 +1226,15 @@ class Metrics:
     def closed(self, stream: Stream) -> None:
         with self._lock:
             self._open.remove(stream)
-            self._totals.update(stream.carried())
+            for name, count in stream.carried().items():
+                self._totals[name] += count
 
     def totals(self) -> Figures:
         with self._lock:
             totals, streams = self._totals.copy(), list(self._open)
-        for stream in streams:
-            totals.update(stream.carried())
-        return dict(totals)
+        for name, count in (each for stream in streams for each in stream.carried().items()):
+            totals[name] += count
+        return {**totals}
 
     def listen(self, address: Address) -> Listener:
         """The port, not started. Raises ConfigError, OSError."""
