@@ -999,16 +999,16 @@ class HttpProxy:
     """An HTTP proxy that leads to servers by CONNECT (RFC 9110, section 9.3.6)."""
 
     address: Address
-    credentials: str = dataclasses.field(repr=False)  # user:password, or empty
+    credentials: bytes = dataclasses.field(repr=False)  # user:password, or empty
 
     @classmethod
     def parse(cls, text: str) -> HttpProxy | None:
         """`http://[USER:PASSWORD@]HOST:PORT`. Raises ConfigError, which does not repeat it."""
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, UnicodeEncodeError):
             if not text:
                 return None
             if found := re.fullmatch(r"http://(?:(\S+:\S*)@)?([^\s@/]+)/?", text):
-                return cls(Address.parse(found[2]), urllib.parse.unquote(found[1] or ""))
+                return cls(Address.parse(found[2]), urllib.parse.unquote_to_bytes(found[1] or ""))
         raise ConfigError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, other letters as %40")
 
     def dial(self, server: Address, seconds: float) -> socket.socket:
@@ -1016,7 +1016,7 @@ class HttpProxy:
         deadline, sock = Deadline(seconds), None
         lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
         if self.credentials:
-            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials.encode()).decode()}")
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials).decode()}")
         try:
             sock = dial(self.address, seconds)
             sock.sendall("\r\n".join([*lines, "", ""]).encode())  # into an empty buffer
