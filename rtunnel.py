@@ -1263,10 +1263,13 @@ class Metrics:
     def serve(self, sock: socket.socket, peer: Address) -> None:
         """A scrape; closed at once where too many are here."""
         if self._places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
+            try:
                 sock.settimeout(SCRAPE_S)
                 self._answer(sock, peer, None)
-            self._places.release()
+            except (OSError, TypeError, ValueError) as error:  # prometheus-client parses what it says
+                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
+            finally:
+                self._places.release()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -3470,7 +3473,7 @@ def make_client(settings: argparse.Namespace) -> Client:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
-    refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
+    refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
     shared = shared._replace(server_name=settings.tls_server_name, **own)
