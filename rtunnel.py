@@ -1266,7 +1266,7 @@ class Metrics:
             try:
                 sock.settimeout(SCRAPE_S)
                 self._answer(sock, peer, None)
-            except (OSError, TypeError, ValueError) as error:  # prometheus-client parses what it says
+            except (OSError, TypeError, ValueError) as error:  # its parser
                 log_limit("scrape-failed", peer=peer, reason=reason_of(error))
             finally:
                 self._places.release()
