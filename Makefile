@@ -38,17 +38,18 @@ profile: $(VENV)/installed-dev
 	@$(IN_VENV) -u bench/hotpath.py $(ARGS)
 
 attack faults soak: $(VENV)/installed-test
-	@$(IN_VENV) -u tests/$@.py $(ARGS)
+	@$(IN_VENV) -u tests/long/$@.py $(ARGS)
 
 fuzz: $(VENV)/installed-fuzz
-	@$(IN_VENV) -u tests/fuzz.py $(ARGS)
+	@$(IN_VENV) -u tests/long/fuzz.py $(ARGS)
 
 interop: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/interop/run.py
 
 clean:
 	rm -rf .venv .venv-ci build dist rtunnel.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf __pycache__ tests/__pycache__ tests/interop/go/build tests/interop/rust/target tests/interop/java/target
+	rm -rf __pycache__ tests/__pycache__ tests/helpers/__pycache__ tests/long/__pycache__ \
+	    tests/interop/go/build tests/interop/rust/target tests/interop/java/target
 
 # Empty files that say what is done. A new setup.py installs again; an unfinished environment is made anew.
 

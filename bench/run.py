@@ -117,7 +117,7 @@ class Bench:
         """A relay to the port, so far away."""
         with Processes(self.folder) as relays:
             relay = relays.start(
-                [sys.executable, ROOT / "tests/relay.py", f"{HOST}:{port}", rtt_ms / 2000], is_read=True
+                [sys.executable, ROOT / "tests/helpers/relay.py", f"{HOST}:{port}", rtt_ms / 2000], is_read=True
             )
             assert relay.stdout is not None
             yield int(relay.stdout.readline().rpartition(":")[2])

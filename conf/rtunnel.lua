@@ -70,7 +70,7 @@ rtunnel.experts = { broken_rule }
 
 local tcp_stream = Field.new("tcp.stream")
 
--- ---- sessions: what is certain of each, as tests/judge.py has it ----------------------------------------------------
+-- ---- sessions: what is certain of each, as tests/helpers/judge.py has it --------------------------------------------
 
 local sessions = {} -- by TCP stream
 local notes = {} -- by packet: what was found of its frames when it was first seen, in order

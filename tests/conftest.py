@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # naive_peer, support
-
-from support import ROOT, Program, eventually
-
-sys.path.insert(0, str(ROOT))  # rtunnel, where it is not installed
-
 from judged import judged as judged  # each test's sessions
 from judged import summary
+from support import Program, eventually
 from tls_peers import House
 
 Factory = Callable[..., Program]

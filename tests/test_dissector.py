@@ -233,7 +233,7 @@ def test_broken_rules(broken: Path) -> None:
 
 
 def test_the_judge_reads_captures(broken: Path) -> None:
-    """`tests/judge.py FILE.pcap` finds the same, and says so by its status."""
+    """`judge.py FILE.pcap` finds the same, and says so by its status."""
     ran = subprocess.run([sys.executable, judge.__file__, "--json", broken], capture_output=True, text=True)
     assert ran.returncode == 1
     found = [json.loads(line) for line in ran.stdout.splitlines()]

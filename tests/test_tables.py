@@ -24,7 +24,7 @@ import tables
 from naive_peer import PONG, Level1Peer, NaivePeer, init_text
 from support import (
     DEADLINE_S,
-    ROOT,
+    HELPERS,
     Address,
     Program,
     connect,
@@ -84,9 +84,7 @@ class Stage:
 
     def start(self, *arguments: str, limits: dict[str, Any] = LIMITS, **options: Any) -> Program:
         file = self._folder / f"{len(self._programs)}.json"
-        before = (
-            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nimport recorder; recorder.install({str(file)!r})"
-        )
+        before = f"import sys; sys.path.insert(0, {str(HELPERS)!r})\nimport recorder; recorder.install({str(file)!r})"
         program = Program(*arguments, "--log-level", "debug", limits=limits, before=before, **options)
         self._programs.append(program)
         return program

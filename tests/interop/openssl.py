@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from naive_peer import BLOCKED, DATA, EOF, INIT, NEW_CONN, PING, PONG, WELCOME, WINDOW, frame, init_text, lines_of
 from support import free_port

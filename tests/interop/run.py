@@ -33,7 +33,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE.parents[1])]
 
 from support import Program, Service, connect, echo_service, read_all, running  # noqa: E402
 from tls_peers import House  # noqa: E402
@@ -238,7 +238,7 @@ def table(stacks: Sequence[tuple[str, dict[str, str]]], costs: Sequence[str]) ->
 
 Made by `make interop` on {today}. Each stack's program (`tests/interop/`) shakes hands with ours, says or takes INIT
 and WELCOME, and carries one stream whose 1 MiB comes back; or it does what our end must refuse, by the rule that the
-log names. tlslite-ng does the same in `make test` (`tests/test_tlslite.py`).
+log names. tlslite-ng does the same in `make test` (`tests/test_interop_tlslite.py`).
 
 """ + "\n".join([*rows, "", *costs, ""])
 

@@ -1,6 +1,7 @@
 """Faults, each with full recovery, no wrong byte, and no truncation that looks like success.
 
-`python tests/faults.py --seconds 450`. All on loopback; every process that is killed is one that this program started.
+`python tests/long/faults.py --seconds 450`. All on loopback; every process that is killed
+is one that this program started.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+import load
 from load import Load, answering
 from longrun import Stage, main, require, stage
 from relay import Relay
@@ -55,8 +59,7 @@ class LocalService:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        program = Path(__file__).with_name("load.py")
-        self._process = subprocess.Popen([sys.executable, str(program), str(self._port)], stdin=subprocess.PIPE)
+        self._process = subprocess.Popen([sys.executable, load.__file__, str(self._port)], stdin=subprocess.PIPE)
 
     def kill(self) -> None:
         if self._process is not None:

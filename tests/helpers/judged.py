@@ -1,7 +1,7 @@
 """Each test's sessions are judged as it ends: a rule of PROTOCOL.md that our own end has broken fails the test.
 
 conftest.py takes over what is here. The programs that a test starts, and the ends in its own process, are tapped
-(tests/tap.py). What a test's peer breaks is no failure: many do so on purpose.
+(tap.py). What a test's peer breaks is no failure: many do so on purpose.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whatever bytes come, each parser answers, or refuses with an error of its own; and what it answers holds.
 
-`python tests/fuzz.py --seconds 600` runs a coverage-guided fuzzer (atheris, the `fuzz` extra) on each of TARGETS for
-its share of the time, from the corpus in tests/corpus/. tests/test_fuzz.py runs the same targets on hypothesis's bytes.
+`python tests/long/fuzz.py --seconds 600` runs a coverage-guided fuzzer (atheris, the `fuzz` extra) on each of
+TARGETS for its share of the time, from the corpus in tests/corpus/. test_fuzz.py runs the same targets on
+hypothesis's bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from longrun import main, require
 import rtunnel
 from rtunnel import Address, ConfigError, Decoder, Frame, Init, ProtocolError, Refused, Welcome
 
-CORPUS = Path(__file__).with_name("corpus")
+CORPUS = Path(__file__).resolve().parents[1] / "corpus"
 
 
 def text(raw: bytes) -> str:

@@ -1,6 +1,7 @@
 """All that a public port meets, all at once, on loopback, while a good client and good visitors measure.
 
-`python tests/attack.py --seconds 60`. The attackers are a process of their own, which ends with its standard input.
+`python tests/long/attack.py --seconds 60`. The attackers are a process of their own,
+which ends with its standard input.
 Each attack comes from an address of its own (127.0.1.x), is bounded in count and rate, and stops with the run.
 """
 
@@ -17,6 +18,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from load import HEADER, Load
 from longrun import Stage, main, require, stage

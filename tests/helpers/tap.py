@@ -1,6 +1,6 @@
-"""Records what the transports of a program under test send and receive, frame by frame, for tests/judge.py.
+"""Records what the transports of a program under test send and receive, frame by frame, for judge.py.
 
-A program that tests/support.py starts is tapped where the environment says so: `TUNNEL_TAP=FILE`. Payloads of DATA are
+A program that support.py starts is tapped where the environment says so: `TUNNEL_TAP=FILE`. Payloads of DATA are
 not kept. They are written to the file's end before they are sent and after they are received: so
 nothing is lost when the program is killed, and an answer never stands before its question.
 """

@@ -1,6 +1,6 @@
 """Mixed load for a long time, with reconnects, reloads and renewed certificates: nothing grows.
 
-`python tests/soak.py --seconds 1800` prints what server and client cost at the start, six times in between, and at
+`python tests/long/soak.py --seconds 1800` prints what server and client cost at the start, six times in between, and at
 the end.
 """
 
@@ -9,7 +9,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from load import HEADER, Load
 from longrun import Stage, main, require, stage

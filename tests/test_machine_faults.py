@@ -1,4 +1,4 @@
-"""Faults of the machine (those of the network and of processes are in faults.py, which test_long_runs.py runs)."""
+"""Faults of the machine (those of the network and of processes are in long/faults.py, which test_long_runs.py runs)."""
 
 from __future__ import annotations
 

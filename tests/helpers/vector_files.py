@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from naive_peer import NAMES, frame
 
-FOLDER = Path(__file__).parent / "vectors"
+FOLDER = Path(__file__).resolve().parents[1] / "vectors"
 NUMBERS = {name: number for number, name in NAMES.items()}
 
 Event = tuple[int, int, bytes, int]  # type, id, payload, bytes of a DATA frame that are still to come

@@ -1,7 +1,7 @@
 """Says whether a recorded session conforms to PROTOCOL.md, else which rule was broken, by whom and at which frame.
 
-    python tests/judge.py FILE                      a recording that tests/tap.py has written
-    python tests/judge.py FILE.pcapng               a capture, by tshark; --keylog FILE where it is of TLS
+    python tests/helpers/judge.py FILE              a recording that tap.py has written
+    python tests/helpers/judge.py FILE.pcapng       a capture, by tshark; --keylog FILE where it is of TLS
 
 `step` is the judge: a pure function, state and frame to state and the rule that the frame breaks. It imports nothing of
 the program.
@@ -697,9 +697,7 @@ def read(file: Path, keylog: Path | None = None) -> list[Recording]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Judge recorded sessions by PROTOCOL.md.")
-    parser.add_argument(
-        "file", type=Path, help="a recording of tests/tap.py, or a capture (pcap, pcapng; needs tshark)"
-    )
+    parser.add_argument("file", type=Path, help="a recording of tap.py, or a capture (pcap, pcapng; needs tshark)")
     parser.add_argument("--keylog", type=Path, help="the file of SSLKEYLOGFILE, for a capture of TLS")
     parser.add_argument("--budget", type=int, default=MAX_GROWTH, help="--session-budget of the ends, in bytes")
     parser.add_argument("--json", action="store_true", help="one object for each session")

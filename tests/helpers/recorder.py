@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = ("rtunnel.py", "rtunnel_tls.py")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Key = tuple[str, int, str]
 
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
 from load import HEADER, Answers, answering, pattern
 from support import ROOT, Address, Program, Service, free_port
 

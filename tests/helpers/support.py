@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from tap import VARIABLE
 
-ROOT = Path(__file__).resolve().parent.parent
+HELPERS = Path(__file__).resolve().parent
+ROOT = HELPERS.parents[1]
 DEADLINE_S = 10.0  # what a test waits for an event that comes at once on an idle machine
 
 Address = tuple[str, int]
@@ -85,8 +86,8 @@ m.Init.parse = lambda raw: understood(raw.split(b"\n")[0])
 """
 
 
-# Its sessions are recorded, for tests/judged.py.
-TAP = f"sys.path.append({str(ROOT / 'tests')!r})\nimport tap\ntap.start_in_program(sys.argv[1])\n"
+# Its sessions are recorded, for judged.py.
+TAP = f"sys.path.append({str(HELPERS)!r})\nimport tap\ntap.start_in_program(sys.argv[1])\n"
 
 
 class Program:

@@ -1,6 +1,6 @@
 """The bytes of one direction of a control connection to frames, and frames to lines of a recording.
 
-Apart from tests/judge.py, because each program under test loads it (tests/tap.py): it imports next to nothing.
+Apart from judge.py, because each program under test loads it (tap.py): it imports next to nothing.
 """
 
 from __future__ import annotations
