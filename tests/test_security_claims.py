@@ -8,6 +8,7 @@ import pytest
 from support import ROOT
 
 import rtunnel
+import rtunnel_tls
 
 TEXT = (ROOT / "SECURITY.md").read_text()
 
@@ -22,7 +23,16 @@ def test_the_tests_that_it_names() -> None:
 
 @pytest.mark.parametrize("name", ["MAX_STRANGERS", "MAX_CLIENTS", "MAX_LEASES", "MAX_STREAMS", "MAX_SESSION_STREAMS"])
 def test_the_limits_that_it_names(name: str) -> None:
-    """A limit has the value that SECURITY.md and README.md say."""
+    """A limit has the value that SECURITY.md says."""
     value = f"{getattr(rtunnel, name):,}"
     assert re.search(rf"`{name}` \| {value} \|", TEXT)
-    assert re.search(rf"\b{value}\b", (ROOT / "README.md").read_text())
+
+
+def test_the_profiles() -> None:
+    """SECURITY.md has each profile, with its groups and signature algorithms in order."""
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]*MLKEM[\w, ]+) \| (ML-DSA[^|(]+)", TEXT, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(rtunnel_tls.PROFILES)
+    for name, groups, signatures in rows:
+        profile = rtunnel_tls.PROFILES[name]
+        assert groups.split(", ") == list(profile.groups), name
+        assert ["mldsa" + number for number in re.findall(r"-(\d+)", signatures)] == list(profile.signatures), name

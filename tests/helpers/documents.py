@@ -13,7 +13,8 @@ What is typed differs from what is written only where it must:
 - `make` says what it would do. What that does, other tests do;
 - `sh check` is not run but asked, by `--print-config`, whether its options and files are right;
 - `sh fails` must fail;
-- the folders of ELSEWHERE are in the reader's own.
+- the folders of ELSEWHERE are in the reader's own, and `systemctl` and `journalctl` are a script that starts,
+  signals and restarts what the unit there says, without its restrictions.
 """
 
 from __future__ import annotations
@@ -61,6 +62,35 @@ for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
     if name == sys.argv[3] and rest.split()[3] in terminals:
         os.kill(int(stat.parent.name), signal.Signals["SIG" + sys.argv[1][1:]])
 END""",
+    "systemctl": f"""exec {sys.executable} - "$@" <<'END'
+import os, pathlib, re, signal, subprocess, sys, time
+home = pathlib.Path(os.environ["READER"])
+command, name = sys.argv[1], sys.argv[-1]
+if command == "daemon-reload":
+    sys.exit()
+unit = dict(re.findall(r"^(\\w+)=(.*)$", (home / f"etc/systemd/system/{{name}}.service").read_text(), re.M))
+log, service = home / f"{{name}}.log", home / "services" / name
+asked = {{"reload": "HUP", "restart": "TERM", "kill": sys.argv[3] if len(sys.argv) > 3 else ""}}.get(command)
+seen = log.stat().st_size if log.exists() else 0
+if asked:
+    os.kill(int(service.read_text()), signal.Signals["SIG" + asked])
+if command == "restart":
+    while b" stopped " not in log.read_bytes():
+        time.sleep(0.01)
+says = {{"reload": b" reloaded", "kill": b" state "}}.get(command, b" listening kind=control")
+if command in ("enable", "restart"):
+    folder = unit["WorkingDirectory"].replace("%S", str(home / "var/lib"))
+    with log.open("ab") as file:
+        started = subprocess.Popen(unit["ExecStart"].split(), cwd=folder, stdout=file, stderr=file)
+    service.parent.mkdir(exist_ok=True)
+    service.write_text(str(started.pid))
+for _ in range(1000):
+    if says in log.read_bytes()[seen:]:
+        sys.exit()
+    time.sleep(0.01)
+sys.exit(f"{{says}} does not come: {{log.read_text()}}")
+END""",
+    "journalctl": 'tail -n "${!#}" "$READER/$2.log"',
 }
 
 
@@ -156,14 +186,16 @@ class Reader:
         self._ports = {port: str(free_port()) for port in PORTS}
         self._seen = 0  # terminals of earlier chapters
         copy_of_the_sources(self.clone)
-        for file in (self.clone / "conf").glob("*.ini"):
+        for file in [*(self.clone / "conf").glob("*.ini"), *(self.clone / "conf").glob("*.service")]:
             file.write_text(self.as_here(file.read_text()))
         scripts = dict(SCRIPTS)
         if installed:
-            scripts["rtunnel"] = f'exec -a rtunnel {sys.executable} "{self.clone}/rtunnel.py" "$@"'
+            scripts["rtunnel"] = f"import sys\nsys.path.insert(0, {str(self.clone)!r})\nimport rtunnel\nrtunnel.entry()"
         (folder / "bin").mkdir()
+        (folder / "etc/systemd/system").mkdir(parents=True)
         for name, text in scripts.items():
-            (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+            with_what = sys.executable if text.startswith("import ") else "/bin/bash"
+            (folder / "bin" / name).write_text(f"#!{with_what}\n{text}\n")
             (folder / "bin" / name).chmod(0o755)
         self._environment = {**environment(folder), "RTUNNEL_CONTROL_LISTEN": f":{self._ports['7000']}"}
 
@@ -173,6 +205,9 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         for each in self.terminals:
             each.close()
+        for service in self.folder.glob("services/*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(service.read_text()), signal.SIGKILL)
 
     def as_here(self, text: str) -> str:
         """With the ports, hosts and folders of this reader."""
@@ -268,6 +303,7 @@ def environment(folder: Path) -> dict[str, str]:
         **kept,
         "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "READER": str(folder),
+        "CLONE": str(folder / "clone"),
         "HOME": str(folder),
         "PYTHONPATH": str(packages),
         "PYTHONUNBUFFERED": "1",
