@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from documents import Reader, blocks
 from support import ROOT
+from test_dissector import missing as nothing_to_capture_with
 
 import rtunnel
 
-README, OPERATIONS = ((ROOT / f"{name}.md").read_text("utf-8") for name in ("README", "OPERATIONS"))
+README, OPERATIONS, LAB = ((ROOT / f"{name}.md").read_text("utf-8") for name in ("README", "OPERATIONS", "LAB"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench/NOTES.md"])
 # Options that are no row of the table behind the others.
 ALSO = {"config", "print-config"}
@@ -32,6 +35,43 @@ def test_operations(tmp_path: Path) -> None:
     """OPERATIONS.md's server is installed as a service, renewed, reloaded and upgraded; its examples are right."""
     with Reader(tmp_path) as reader:
         reader.read(OPERATIONS)
+
+
+FIRST, *EXPERIMENTS = dict.fromkeys(block.chapters[0] for block in blocks(LAB))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """A reader of LAB.md who has done what comes before the first experiment."""
+    with Reader(tmp_path_factory.mktemp("lab")) as reader:
+        reader.read(LAB, FIRST)
+        yield reader
+
+
+def missing(chapter: str) -> str:
+    """What this machine lacks for an experiment."""
+    typed = "".join(block.text for block in blocks(LAB) if chapter in block.chapters)
+    if "tshark" in typed and (reason := nothing_to_capture_with()):
+        return reason
+    return next((f"there is no {tool}" for tool in ("openssl", "curl") if tool in typed and not shutil.which(tool)), "")
+
+
+@pytest.mark.parametrize("chapter", EXPERIMENTS)
+def test_lab(lab: Reader, chapter: str) -> None:
+    """Each experiment of LAB.md, typed by itself, shows what it says."""
+    if reason := missing(chapter):
+        pytest.skip(reason)
+    try:
+        lab.read(LAB, chapter)
+    except BaseException:
+        lab.give_up()
+        raise
+
+
+def test_lab_has_ten_experiments() -> None:
+    """They are numbered, and each says why."""
+    assert [name.partition(".")[0] for name in EXPERIMENTS] == [str(number) for number in range(1, 11)]
+    assert LAB.count("**Why.**") == 10
 
 
 # --- options, events, limits --------------------------------------------------------------------------------

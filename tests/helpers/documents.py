@@ -12,7 +12,7 @@ What is typed differs from what is written only where it must:
   before the next chapter. A web server goes on until the end;
 - `make` says what it would do. What that does, other tests do;
 - `sh check` is not run but asked, by `--print-config`, whether its options and files are right;
-- `sh fails` must fail;
+- `sh fails` must fail; `sh after=Ctrl+C` comes when all has been stopped; `sh until=WORD` goes on until it says so;
 - the folders of ELSEWHERE are in the reader's own, and `systemctl` and `journalctl` are a script that starts,
   signals and restarts what the unit there says, without its restrictions.
 """
@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -43,6 +44,9 @@ GOES_ON = {
     r"-m http\.server\b": r"Serving HTTP",
     r"\btshark -i\b": r"Capturing on|Capture started",
     r"\brelay\.py\b": r"127\.0\.0\.1:",
+    r"python3 count\.py": "counting",
+    r"python3 whom\.py": "speaking",
+    r"python3 breaks\.py": "waiting",
 }
 ENDS = re.compile(r"--print-config|--help|--version|--example-config|&\s*$", re.MULTILINE)
 DONE = "--- done:"
@@ -151,6 +155,8 @@ class Terminal:
     @property
     def goes_on(self) -> str:
         """What the program says once it works that the block ends with; "" where none goes on."""
+        if "time.sleep(3600)" in self.typed:
+            return "sleeping"
         last = re.sub(r"\\\n", " ", self.typed).rstrip().rpartition("\n")[2]
         if ENDS.search(last):
             return ""
@@ -166,7 +172,10 @@ class Terminal:
         """Ctrl+C: the program ends well."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
-        self.ends()
+        self.process.wait(WAIT_S)
+        self._reader.join()
+        says = f"status {self.process.returncode} of:\n{self.typed}\n{self.shown}"
+        assert self.process.returncode in ([0] if "rtunnel" in self.typed else [0, -signal.SIGINT, -signal.SIGPIPE]), says
 
     def close(self) -> None:
         """End it whatever it does."""
@@ -237,6 +246,8 @@ class Reader:
         typed = re.sub(r"^make ", "make -n ", self.as_here(block.text), flags=re.MULTILINE)
         if "check" in block.options:
             typed = re.sub(r"^((?:.*\\\n)*.*[^\\\n])$", r"\1 --print-config", re.sub(r" *#.*", "", typed), flags=re.M)
+        if "after" in block.options:
+            self.interrupt()
         folder = self.clone
         if machine := block.options.get("on"):
             folder = self.folder / self.as_here(machine)
@@ -248,7 +259,7 @@ class Reader:
         self.terminals.append(terminal)
         (self.folder / "terminals").write_text("\n".join(str(each.process.pid) for each in self.terminals))
         terminal.type()
-        says = block.options.get("until", "").replace("-", " ") or terminal.goes_on
+        says = block.options.get("until", "") or terminal.goes_on
         if not says:
             terminal.ends(1 if "fails" in block.options else 0)
             return
@@ -270,12 +281,32 @@ class Reader:
         """What this chapter's terminals show."""
         return "\n".join(each.shown for each in self.terminals[self._seen :])
 
-    def stop(self) -> None:
-        """The end of a chapter: Ctrl+C, last started first. A web server goes on."""
+    def interrupt(self) -> None:
+        """Ctrl+C, last started first. A web server goes on."""
         for each in reversed(self.terminals):
             if "http.server" not in each.typed and each.process.poll() is None:
+                if "tshark -i" in each.typed:
+                    self._knock(each)
                 each.interrupt()
+
+    def _knock(self, capture: Terminal) -> None:
+        """What is captured comes in order: once it shows this last connection, it has all before."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.connect_ex(("127.0.0.1", int(self._ports["7000"])))
+            port = str(sock.getsockname()[1])
+        eventually(lambda: port in capture.shown, WAIT_S, f"tshark shows port {port}")
+
+    def stop(self) -> None:
+        """The end of a chapter."""
+        self.interrupt()
         self._seen = len(self.terminals)
+
+    def give_up(self) -> None:
+        """After a failure: end all but a web server, whatever it does."""
+        for each in self.terminals:
+            if "http.server" not in each.typed:
+                each.close()
 
 
 def copy_of_the_sources(target: Path) -> None:
