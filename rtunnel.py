@@ -79,9 +79,10 @@ Each is held for a few statements, and nobody waits under one.
     Semaphore._cond,        queue
     Queue.mutex
 
-A field below `# guarded by` is used under that lock. Where a read says `without the lock`, it reads
-one reference or number, which is whole with the GIL and without it; and that is final once it is
-set, or who sets it wakes the reader, or the reader looks again under the lock before it waits.
+A field below `# guarded by` is used under that lock, and a `_locked` method is called under it.
+Where a read says `without the lock`, it reads one reference or number, which is whole with the GIL
+and without it; and that is final once it is set, or who sets it wakes the reader, or the reader
+looks again under the lock before it waits.
 
 Errors
 ------
@@ -159,7 +160,7 @@ MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 30
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
 FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
-MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [ServerSession]
+MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [Decoder]
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [FrameType]
 MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
 
@@ -168,8 +169,8 @@ WINDOW_BYTES = 64 * 1024  # where a window starts; yamux: 256 KiB, 2.5 GB for 10
 MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms [window_limit]
 NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in queues [window_limit]
 LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [window_limit]
-MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [SendWindow.grant]
-UNLIMITED = 2**62  # level 0: a window that never runs out
+MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [add_credit]
+UNLIMITED = 2**62  # level 0: a window that never runs out; after INIT: unknown frames
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
@@ -392,13 +393,14 @@ def check(frame: Frame, *, level: int, role: str) -> None:
 class Decoder:
     """Turns whatever bytes have arrived into events. No DATA payload is ever assembled.
 
-    Threads: the session reader alone.
+    Threads: the session reader; the clock asks for what is unknown or has begun.
     Memory: at most a header and MAX_CONTROL_PAYLOAD_BYTES that have arrived; an announced length
     allocates nothing. After a ProtocolError it is at the same header, and repeats the error.
     """
 
     def __init__(self) -> None:
         self.unknown_frames = 0
+        self.unknown_limit = UNLIMITED
         self._header = bytearray()  # of a header that is cut off
         self._payload = bytearray()  # of a control frame that is cut off
         self._type = 0
@@ -414,7 +416,7 @@ class Decoder:
         return self._header.startswith((b"\x15\x03", b"\x16\x03"))
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
-        """The events in `data`, in order. Raises ProtocolError for a payload over its limit."""
+        """The events in `data`, in order. Raises ProtocolError for what is over its limit."""
         view = memoryview(data)
         position, end = 0, len(view)
         while position < end:
@@ -430,9 +432,12 @@ class Decoder:
                 limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
                 if length > limit:
                     raise ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
+                if kind not in KNOWN:
+                    self.unknown_frames += 1
+                    if self.unknown_frames > self.unknown_limit:
+                        raise ProtocolError(f"over {self.unknown_limit} unknown frames before INIT")
                 self._type, self._stream, self._remaining = kind, stream, length
                 self._header.clear()
-                self.unknown_frames += kind not in KNOWN
             part = view[position : position + self._remaining]
             position += len(part)
             self._remaining -= len(part)
@@ -536,21 +541,11 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
 # ---- windows: arithmetic alone (PROTOCOL.md, section 7) ---------------------------------------
 
 
-class SendWindow:
-    """The bytes of DATA that this side may still send on one stream. Locking: its stream's."""
-
-    def __init__(self, credit: int) -> None:
-        self.credit = credit
-
-    def spend(self, count: int) -> None:
-        assert 0 < count <= self.credit
-        self.credit -= count
-
-    def grant(self, count: int) -> None:
-        """Raises ProtocolError for 0 and for an overflow."""
-        if not count or self.credit + count > MAX_CREDIT_BYTES:
-            raise ProtocolError(f"WINDOW of {count} on top of {self.credit}, the limit is {MAX_CREDIT_BYTES}")
-        self.credit += count
+def add_credit(credit: int, count: int) -> int:
+    """What may be sent after a WINDOW of `count`. Raises ProtocolError for 0 and for an overflow."""
+    if not count or credit + count > MAX_CREDIT_BYTES:
+        raise ProtocolError(f"WINDOW of {count} on top of {credit}, the limit is {MAX_CREDIT_BYTES}")
+    return credit + count
 
 
 def window_limit(rtt_s: float | None) -> int:
@@ -790,10 +785,6 @@ def start_log(level: str) -> Callable[[], None]:
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
 Inbox = queue.SimpleQueue[tuple[str, Task | None]]  # of a pool's thread: a name and a task, or none
-
-
-def nothing() -> None:
-    pass
 
 
 class Worker(threading.Thread):
@@ -1121,7 +1112,7 @@ class PlainTransport:
         """Raises OSError where the peer is gone already."""
         self._sock = sock
         self._lock = threading.Lock()
-        self.wants_flush: Callable[[], None] = nothing  # plain TCP never does
+        self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
         self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
         tune(sock, control=True)
@@ -1447,7 +1438,7 @@ class Stream:
         self._draining = False  # a drainer is at work
         self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
         self._received = 0  # bytes from the tunnel
-        self._send_window = SendWindow(session.peer_window)
+        self._credit = session.peer_window  # bytes of DATA that this side may still send
         self._receive_window = ReceiveWindow(session.ways.window)
         # guarded by Writer._lock
         self.silenced = False  # this side's last frame is queued
@@ -1484,7 +1475,7 @@ class Stream:
         """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
         with self._lock:
             if not self._has_ended_locked():
-                self._send_window.grant(*U32.unpack(payload))
+                self._credit = add_credit(self._credit, *U32.unpack(payload))
                 self._changed.notify_all()
 
     def blocked_received(self, _: bytes = b"") -> None:
@@ -1517,7 +1508,7 @@ class Stream:
             return {
                 "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
                 "queued": len(self._queue), "seconds": time.monotonic() - self._opened_at,
-                "window": self._receive_window.size, "credit": self._send_window.credit,
+                "window": self._receive_window.size, "credit": self._credit,
                 "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
             }  # fmt: skip
 
@@ -1527,7 +1518,6 @@ class Stream:
             self._abort_locked(cause)
 
     def _abort_locked(self, cause: str) -> None:
-        assert self._lock.locked()
         if self._cause is None:
             self._cause = cause
             self._stop_receiving_locked()
@@ -1535,13 +1525,11 @@ class Stream:
 
     def _stop_receiving_locked(self, state: Receiving = Receiving.ENDED) -> None:
         """Nothing more goes to the socket, neither what is queued nor FIN."""
-        assert self._lock.locked()
         self._receiving = state
         self._queue = ByteQueue()
         self._changed.notify_all()
 
     def _end_pump_locked(self) -> None:
-        assert self._lock.locked()
         self._is_over = True
         if self._sock is not None:
             with contextlib.suppress(OSError):
@@ -1549,7 +1537,6 @@ class Stream:
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
-        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             return True
         if self._receiving is not Receiving.BROKEN and not self._has_ended_locked():
@@ -1558,7 +1545,6 @@ class Stream:
 
     def _has_ended_locked(self) -> bool:
         """For the wire: both ends have sent EOF, or one CLOSE_CONN, or one is about to."""
-        assert self._lock.locked()
         half = self._receiving is not Receiving.OPEN
         return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
@@ -1567,7 +1553,6 @@ class Stream:
 
         Returns how much it took; all, where it will never take more.
         """
-        assert self._lock.locked()
         assert self._sock is not None
         try:
             count = self._sock.send(data, DONT_WAIT or 0)
@@ -1590,7 +1575,6 @@ class Stream:
 
     def _write_queue_locked(self) -> None:
         """What the socket takes of the queue; behind all of it FIN, where the peer has ended."""
-        assert self._lock.locked()
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
@@ -1606,11 +1590,10 @@ class Stream:
         self._changed.notify_all()
 
     def _fin_sent_locked(self) -> None:
-        """For level 0. Called with its lock held."""
+        """For level 0."""
 
     def _end_receiving_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
-        assert self._lock.locked()
         if self._receiving is Receiving.OPEN:
             self._receiving = Receiving.ENDING
             self._moved_at = time.monotonic()
@@ -1722,13 +1705,13 @@ class PumpedStream(Stream):
         """
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while not self._is_over:
-            if not self._send_window.credit:
+            if not self._credit:
                 self._wait_for_credit(sock)
                 continue
             if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
                 continue
             try:
-                count = sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + self._send_window.credit])
+                count = sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + self._credit])
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -1740,7 +1723,7 @@ class PumpedStream(Stream):
             if self._is_over or self._sending is Sending.CLOSED:
                 continue  # discarded: the peer has forgotten the stream
             with self._lock:
-                self._send_window.spend(count)
+                self._credit -= count
             # The header stands in front of the payload: no copy on the way to the transport.
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
             self._session.writer.send(self, buffer[: HEADER_BYTES + count])
@@ -1753,11 +1736,11 @@ class PumpedStream(Stream):
         """With bytes to send and no credit says BLOCKED, once."""
         said = False
         with self._lock:
-            while not self._send_window.credit and not self._is_over:
+            while not self._credit and not self._is_over:
                 if not said and ready([sock], writing=False, seconds=0):
                     self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                     said = True
-                self._watch_locked(sock)
+                self._watch_locked(sock, self._session.unread_wait_s)
 
     def _end_sending(self, sock: socket.socket) -> None:
         """The socket has no more: say so, and wait until the other direction has ended, too."""
@@ -1774,10 +1757,11 @@ class PumpedStream(Stream):
             while self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
 
-    def _watch_locked(self, sock: socket.socket) -> None:
+    def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
         assert self._lock.locked()
-        if not self._changed.wait(WATCH_S) and (self._receiving is Receiving.BROKEN or has_error(sock)):
+        was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
+        if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
@@ -1921,6 +1905,7 @@ class Session:
     """
 
     role = ""  # "server" or "client"
+    unread_wait_s = 0.0  # what a socket received before its reset waits so long for credit
 
     def __init__(self, transport: Transport, program: Program) -> None:
         self.transport = transport
@@ -1931,7 +1916,6 @@ class Session:
         self.budget = Budget(program.settings.session_budget_bytes)
         self.ways = ORIGINAL  # until the level is fixed, before the first stream
         self.peer_window = UNLIMITED  # where each stream's credit starts
-        self.refused: Refused | None = None  # the reader's
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
         self._received_at = time.monotonic()  # the reader's; the clock looks at it
@@ -1960,9 +1944,6 @@ class Session:
         try:
             self._read()
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
-        except Refused as refused:
-            self.refused = refused
-            self.refuse(refused)
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
@@ -1973,7 +1954,7 @@ class Session:
         self._farewell_said.wait()
         self.transport.close()
         # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
-        self.transport.wants_flush = nothing
+        self.transport.wants_flush = lambda: None
         with self._lock:
             self._cancel_timers_locked()
             return self._cause or "ended"
@@ -1987,20 +1968,17 @@ class Session:
             self._received_at = time.monotonic()
             for event in self.decoder.feed(buffer[:count]):
                 if isinstance(event, DataPart):
-                    self.check_may_send("DATA")
                     if stream := self._find(event.stream):
                         stream.feed(event.part)
                 else:
                     check(event, level=self.level, role=self.role)
                     self.on_frame(event)
-            self.on_received()
             if count == len(buffer) < READER_BUFFER_BYTES:
                 buffer = memoryview(bytearray(4 * len(buffer)))
 
     def on_frame(self, frame: Frame) -> None:
         """A whole frame that `check` has passed. Raises ProtocolError."""
         kind = KNOWN[frame.type]
-        self.check_may_send(kind.name)
         if not kind.on_stream or kind is FrameType.NEW_CONN:
             getattr(self, kind.handler)(frame)
         elif stream := self._find(frame.stream):
@@ -2015,19 +1993,6 @@ class Session:
             raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
         self.shortest_rtt_s = min(self.rtt_s, self.shortest_rtt_s or self.rtt_s)
-
-    def on_goaway(self, frame: Frame) -> None:
-        """The peer will open, or take, no more streams here."""
-
-    def refuse(self, refused: Refused) -> None:
-        """Tell the peer, where it can be told, and end."""
-        self.end(str(refused))
-
-    def on_received(self) -> None:
-        """Called after each receive was dispatched."""
-
-    def check_may_send(self, name: str) -> None:
-        """Raises ProtocolError where the peer may not send such a frame yet."""
 
     def _find(self, number: int) -> Stream | None:
         """The stream, None where it has ended. Raises ProtocolError for one that never was."""
@@ -2058,7 +2023,6 @@ class Session:
                 self._timers[action.__name__] = CLOCK.after(seconds, action)
 
     def _cancel_timers_locked(self) -> None:
-        assert self._lock.locked()
         while self._timers:
             CLOCK.cancel(self._timers.popitem()[1])
 
@@ -2135,7 +2099,6 @@ class Session:
     def state(self) -> dict[str, object]:
         """What a line of the log says about it; its numbers are read without the lock."""
         receipt = self.transport.receipt
-        # What is left of the budget is read without the lock: one number.
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
             "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
@@ -2148,7 +2111,6 @@ class Session:
 
     def add_locked(self, stream: Stream) -> None:
         """Raises SessionEnded."""
-        assert self._lock.locked()
         if self._cause is not None:
             raise SessionEnded(self._cause)
         self._last_stream = max(self._last_stream, stream.number)
@@ -2208,7 +2170,7 @@ class Program:
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
         if self._context is not None:
-            for file, _, days_left in self._context.expiring():
+            for file, days_left in self._context.days_left(rtunnel_tls.WARN_DAYS).items():
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
@@ -2311,7 +2273,7 @@ class ServerSession(Session):
         super().__init__(transport, server)
         self._server, self._deadline = server, deadline
         self.carrier = carrier  # whose place among the strangers it has
-        self._heard = False  # what no original says that has nothing to say; the reader's
+        self.decoder.unknown_limit = MAX_UNKNOWN_FRAMES_BEFORE_INIT
         self.init: Init | None = None  # this and the next two are the reader's
         self.instance = ""  # INIT's
         self.holder = ""  # of a lease: the certificate's name, in plain mode the instance
@@ -2333,38 +2295,28 @@ class ServerSession(Session):
         return super().run()
 
     def on_init(self, frame: Frame) -> None:
-        self.on_received()  # what came in front of it
         if self.init is not None:
             raise ProtocolError("a second INIT")
-        self.init = Init.parse(frame.payload)
-        self.instance = self.init.instance
-        self.holder = self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
-        self._server.open_lease(self, self.init)
-
-    def on_received(self) -> None:
-        if self.is_client:
-            return
-        unknown = self.decoder.unknown_frames
-        self._heard |= unknown > 0 or self.decoder.is_inside_control()
-        if unknown > MAX_UNKNOWN_FRAMES_BEFORE_INIT:
-            raise ProtocolError(f"over {MAX_UNKNOWN_FRAMES_BEFORE_INIT} unknown frames before INIT")
+        try:
+            self.init = Init.parse(frame.payload)
+            self.instance = self.init.instance
+            self.holder = self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
+            self._server.open_lease(self, self.init)
+            self.decoder.unknown_limit = UNLIMITED
+        except Refused as refused:
+            # A bad request comes before the level is fixed, and only from a client of level 1.
+            bad = refused.code == "bad-request" and not self.has_had_streams()
+            self.end(str(refused), (LEVEL_1 if bad else self.ways).refusal(refused))
+            raise
 
     def on_goaway(self, frame: Frame) -> None:
         self._server.leave_lease(self, "client: " + quoted(frame.payload.decode("ascii", "replace")), linger=False)
 
-    def check_may_send(self, name: str) -> None:
-        # An original's streams of before a reconnect may speak first (O-5).
-        if not self.is_client and name not in ("INIT", "DATA", "CLOSE_CONN"):
-            raise ProtocolError(f"{name} before INIT")
-
-    def refuse(self, refused: Refused) -> None:
-        # A bad request comes before the level is fixed, and only from a client of level 1.
-        bad = refused.code == "bad-request" and not self.has_had_streams()
-        self.end(str(refused), (LEVEL_1 if bad else self.ways).refusal(refused))
-
     def _join_silent(self) -> None:
-        if not self.is_client and not self._heard:
-            self._server.join_silent(self)
+        # An original that has nothing to say begins no other frame; if it has, its INIT may come.
+        if not self.decoder.unknown_frames and not self.decoder.is_inside_control():
+            with contextlib.suppress(Refused):
+                self._server.open_lease(self, Init(0, ""))
 
     def _check_hello(self) -> None:
         if not self.is_client:
@@ -2510,7 +2462,7 @@ class Server(Program):
             session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
             with self.registered(session):
                 reason = session.run()
-                self.leave_lease(session, reason, linger=session.ways.lingers)
+            self.leave_lease(session, reason, linger=session.ways.lingers)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         finally:
@@ -2525,16 +2477,20 @@ class Server(Program):
 
     def _client_count_locked(self) -> int:
         """Sessions, those too that have left their lease, but have streams."""
-        assert self._lock.locked()
         return sum(isinstance(each, ServerSession) and each.is_client for each in self._connections)
 
     # -- leases
 
     def open_lease(self, session: ServerSession, init: Init) -> None:
-        """What INIT asks for: a port of its own, or a share of the global one. Raises Refused."""
+        """A port of its own, or a share of the global one. Raises Refused.
+
+        For a silent client the clock asks, unless its INIT, or its end, was faster.
+        """
         peer = session.transport.peer
         try:
             with self._lock:
+                if init is not session.init and (session.is_client or session not in self._connections):
+                    return
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
                     session.ways, session.peer_window = LEVEL_1, init.window
@@ -2568,7 +2524,6 @@ class Server(Program):
 
     def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
-        assert self._lock.locked()
         identity = session.transport.identity
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
@@ -2591,7 +2546,6 @@ class Server(Program):
 
     def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
-        assert self._lock.locked()
         key = (session.holder, init.instance)
         port = init.port or self._assigned.get(key, 0)
         try:
@@ -2618,16 +2572,6 @@ class Server(Program):
                 self.leave_lease(session, reason_of(error), linger=False)
                 session.end(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
-
-    def join_silent(self, session: ServerSession) -> None:
-        """A connection without INIT becomes a client of the global port, where there is a place."""
-        with self._lock:
-            lease, full = self.global_lease, self._client_count_locked() >= MAX_CLIENTS
-            if lease is None or full or session.lease is not None:  # its INIT was faster
-                return
-            lease.join(session)
-            self._strangers.pop(session.carrier, None)
-        log_event(INFO, "session-opened", peer=session.transport.peer, level=0, port=lease.listener.address.port)
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
         """No more visitors for it. Without another session its port closes, or lingers for 5 s."""
@@ -2768,12 +2712,14 @@ class ClientSession(Session):
     """The client's side: asks for a port, dials the local service for each NEW_CONN."""
 
     role = "client"
+    unread_wait_s = WRITE_TIMEOUT_S  # an answer is for the visitor; at the server he has gone
 
     def __init__(self, transport: Transport, client: Client, mapping: Mapping, takeover: bool = True) -> None:
         super().__init__(transport, client)
         self.over = threading.Event()  # the mapping may go on: a GOAWAY has come, or the end
         self.reason = ""  # of its end
-        self.goaway: str | None = None  # the server's reason; the reader's
+        self.goaway: str | None = None  # the server's reason; this and the next are the reader's
+        self.refused: Refused | None = None
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
         self._client, self._mapping = client, mapping
@@ -2803,7 +2749,11 @@ class ClientSession(Session):
         super().on_frame(frame)
 
     def on_welcome(self, frame: Frame) -> None:
-        welcome = Welcome.parse(frame.payload)
+        try:
+            welcome = Welcome.parse(frame.payload)
+        except Refused as refused:
+            self.refused = refused
+            raise
         self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
         self.ways, self.peer_window = LEVEL_1, welcome.window
         self._client.expects_welcome = True
@@ -3028,14 +2978,12 @@ class OriginalStream(PumpedStream):
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""
-        assert self._lock.locked()
         self._sending = Sending.CLOSED
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
     def _fin_sent_locked(self) -> None:
         """A socket that does not answer our FIN is closed (E-7)."""
-        assert self._lock.locked()
         if self._peer_closed:
             CLOCK.after(LINGER_S, self._end_linger)
 
@@ -3263,7 +3211,7 @@ def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
     if not settings.tls:
         return None
     name = (settings.tls_server_name or settings.server.host) if settings.command == "client" else None
-    return rtunnel_tls.make_context(
+    return rtunnel_tls.TlsContext(
         settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
         crl=settings.tls_crl or None, verify_name=name,
     )  # fmt: skip

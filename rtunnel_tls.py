@@ -14,10 +14,6 @@ OpenSSL's threading rule
     unlocked passes every test, and corrupts memory one day. So `_Ssl` alone touches an SSL object,
     `TlsTransport` alone holds an `_Ssl`, and calls it under its one lock.
 
-    Records must leave in the order in which they were made. So only the holder of the writer's turn
-    (which the session hands out) takes and sends them: `send`, `flush`, `finish`. Those that the
-    reader causes, an alert or the answer to a KeyUpdate, wait: by `wants_flush` it asks for them.
-
 Errors
     TlsError: TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A
     carrier's OSError passes through, but becomes a HandshakeError in the handshake.
@@ -26,7 +22,6 @@ Errors
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import ipaddress
@@ -168,27 +163,47 @@ def _reason(error: Exception) -> str:
 # ---- contexts ----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class TlsContext:
-    """The settings of all connections of one role.
+    """The settings of all connections of one role, loaded and checked.
 
-    Threads: any; nothing changes after `make_context`. A reload makes another: a store only adds.
+    Threads: any; nothing changes once it is made. A reload makes another: a store only adds.
     """
 
-    role: Role
-    profile: Profile
-    peer_name: str | Address | None  # what the server's certificate must name; a server has None
-    expiries: tuple[tuple[str, datetime.datetime], ...]  # of each file: when the first in it ends
-    keylog: str | None  # the file that SSLKEYLOGFILE makes us write secrets to: worth a warning
-    ssl_context: SSL.Context = dataclasses.field(repr=False)
-    revocations: tuple[CertificateRevocationList, ...] = dataclasses.field(repr=False)
+    def __init__(
+        self, role: Role, profile_name: str, *,
+        cert: PathLike, key: PathLike, ca: PathLike, crl: PathLike | None = None, verify_name: str | None = None,
+    ) -> None:  # fmt: skip
+        """What can be wrong is told here, at start: raises TlsConfigError.
 
-    def expiring(self) -> list[tuple[str, datetime.datetime, int]]:
-        """File, end and days left of whatever has WARN_DAYS or fewer."""
-        return [(file, end, _days_left(end)) for file, end in self.expiries if _days_left(end) <= WARN_DAYS]
+        `cert` holds our certificate and then any authorities below the root, `ca` the roots that a
+        peer's chain may end in, `crl` a list of every authority in a chain. `verify_name` is the
+        host or address that the server's certificate must name: a client has one, a server none.
+        """
+        if (role == "client") != (verify_name is not None):
+            raise ValueError("a client verifies the server's name, and only a client does")
+        if profile_name not in PROFILES:
+            raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
+        self.role, self.profile = role, PROFILES[profile_name]
+        self.ssl_context = _bare_context(self.profile)
+        self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
+        self.peer_name: str | Address | None = None
+        if verify_name is not None:
+            with _told("the server's name"):
+                self.peer_name = parse_name(verify_name)
+                _set_peer_name(self.ssl_context, self.peer_name)
+        roots, chain = self._load_roots(ca), self._load_own(cert, key)
+        self.revocations = [] if crl is None else self._load_lists(crl, [*chain[1:], *roots])
+        # The file that SSLKEYLOGFILE makes us write secrets to: worth a warning.
+        self.keylog = os.environ.get("SSLKEYLOGFILE") or None
+        if self.keylog is not None:
+            _log_secrets(self.ssl_context, self.keylog)
+        ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
+        ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
+        self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
 
-    def days_left(self) -> dict[str, int]:
-        return {file: _days_left(end) for file, end in self.expiries}
+    def days_left(self, most: float = float("inf")) -> dict[str, int]:
+        """Of each file that has no more than these."""
+        return {file: days for file, end in self.ends.items() if (days := _days_left(end)) <= most}
 
     def revokes(self, receipt: Receipt) -> bool:
         """Whether an open session's chain holds what a list of the same authority's key revokes."""
@@ -198,44 +213,55 @@ class TlsContext:
             for each in self.revocations
         )
 
+    def _load_roots(self, file: PathLike) -> list[Certificate]:
+        make = f"{PROGRAM} pki init{self.profile.pki_option}"
+        with _told(f"--tls-ca {file}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
+            roots = _load_certificates(file)
+            _check_chain(roots, self.profile)
+            for root in roots:
+                if "authority" not in _roles(root):
+                    raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
+                self._store.add_cert(crypto.X509.from_cryptography(root))
+            return roots
 
-def make_context(
-    role: Role, profile_name: str, *,
-    cert: PathLike, key: PathLike, ca: PathLike, crl: PathLike | None = None, verify_name: str | None = None,
-) -> TlsContext:  # fmt: skip
-    """Load and check all that a role needs, so that what can be wrong is told at start.
+    def _load_own(self, file: PathLike, key: PathLike) -> list[Certificate]:
+        """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
+        options = ("--server HOST" if self.role == "server" else "--client") + self.profile.pki_option
+        remedy = f"the authority makes one by: {PROGRAM} pki issue NAME {options}, or by: {PROGRAM} pki renew NAME"
+        with _told(f"--tls-cert {file}", remedy):
+            chain = _load_certificates(file)
+            _check_leaf(chain[0], self.role, self.profile)
+            _check_chain(chain, self.profile)
+            if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
+                raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
+            self.ssl_context.use_certificate(chain[0])
+            for authority in chain[1:]:
+                self.ssl_context.add_extra_chain_cert(authority)
+        with _told(f"--tls-key {key}"):
+            if _load_key(key).public_key() != chain[0].public_key():
+                raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
+            # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
+            self.ssl_context.use_privatekey_file(str(key))
+            return chain
 
-    `cert` holds our certificate and then any authorities below the root, `ca` the roots that a
-    peer's chain may end in, `crl` a revocation list of every authority in a chain. `verify_name` is
-    the host or address that the server's certificate must name. Raises TlsConfigError.
-    """
-    if (role == "client") != (verify_name is not None):
-        raise ValueError("a client verifies the server's name, and only a client does")
-    if profile_name not in PROFILES:
-        raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
-    profile = PROFILES[profile_name]
-    context, peer_name = _bare_context(profile), None
-    if verify_name is not None:
-        with _told("the server's name"):
-            peer_name = parse_name(verify_name)
-            _set_peer_name(context, peer_name)
-    remedy = f"copy ca.crt from the authority's folder, or make an authority by: {PROGRAM} pki init{profile.pki_option}"
-    with _told(f"--tls-ca {ca}", remedy):
-        roots, store = _load_certificates(ca), cast(crypto.X509Store, context.get_cert_store())
-        _check_chain(roots, profile)
-        for root in roots:
-            if "authority" not in _roles(root):
-                raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
-            store.add_cert(crypto.X509.from_cryptography(root))
-    chain = _load_own(context, profile, role, cert, key)
-    lists = [] if crl is None else _load_lists(store, profile, crl, [*chain[1:], *roots])
-    keylog = os.environ.get("SSLKEYLOGFILE") or None
-    if keylog is not None:
-        _log_secrets(context, keylog)
-    ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
-    ends += [(str(crl), each.next_update_utc) for each in lists if each.next_update_utc]
-    expiries = tuple(dict(sorted(ends, reverse=True)).items())  # of a file's ends the first stays
-    return TlsContext(role, profile, peer_name, expiries, keylog, context, tuple(lists))
+    def _load_lists(self, file: PathLike, authorities: list[Certificate]) -> list[CertificateRevocationList]:
+        """By a list that is forged, or out of time, OpenSSL would refuse everybody."""
+        remedy = f"copy crl.pem from the authority's folder, where a new one is made by: {PROGRAM} pki revoke"
+        with _told(f"--tls-crl {file}", remedy):
+            lists = _load_revocations(file)
+            for each in lists:
+                _admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures, self.profile)
+                # One that names no end has ended: nobody could tell when it grew stale.
+                _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
+                named = {authority for authority in authorities if authority.subject == each.issuer}
+                issuer = each.issuer.rfc4514_string()
+                if named and not any(_has_signed(authority, each) for authority in named):
+                    raise ValueError(f"the {issuer} that we trust has not signed it")
+                if len(named) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
+                    raise ValueError(f"a list does not say which {issuer} has signed it, and there are two")
+                self._store.add_crl(each)
+            self._store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+            return lists
 
 
 def _bare_context(profile: Profile) -> SSL.Context:
@@ -244,9 +270,13 @@ def _bare_context(profile: Profile) -> SSL.Context:
     with _told(f"--tls-profile {profile.name}", "it needs: pip install 'cryptography>=49' 'pyOpenSSL>=26.4'"):
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_max_proto_version(SSL.TLS1_3_VERSION)
-        _set_list(context, "SSL_CTX_set1_curves_list", profile.groups)
-        _set_list(context, "SSL_CTX_set1_sigalgs_list", profile.signatures)
         context.set_tls13_ciphersuites(":".join(profile.ciphers).encode())
+        # pyOpenSSL 26.4 has no setters for these two.
+        for binding, names in (("curves_list", profile.groups), ("sigalgs_list", profile.signatures)):
+            if getattr(lib, f"SSL_CTX_set1_{binding}")(context._context, ":".join(names).encode()) != 1:
+                lib.ERR_clear_error()
+                version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
+                raise ValueError(f"{version} lacks one of {', '.join(names)}")
     # No resumption: each session proves both keys afresh. The option makes tickets stateful, and
     # without a cache they lead nowhere; two small ones still go out to a client that has passed.
     context.set_options(SSL.OP_NO_TICKET)
@@ -260,16 +290,8 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_list(context: SSL.Context, binding: str, names: Sequence[str]) -> None:
-    """Admit these groups, or signature algorithms, and no others; pyOpenSSL 26.4 has no setters."""
-    if getattr(lib, binding)(context._context, ":".join(names).encode()) != 1:
-        lib.ERR_clear_error()
-        lacks = f"{SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()} lacks one of {', '.join(names)}"
-        raise SSL.Error([("", "", lacks)])
-
-
 def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Hold the peer's subjectAltName, and nothing else, to this name. Raises SSL.Error."""
+    """Hold the peer's subjectAltName, and nothing else, to this name. Raises ValueError."""
     wanted = lib.SSL_CTX_get0_param(context._context)
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
@@ -279,50 +301,7 @@ def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
         applied = lib.X509_VERIFY_PARAM_set1_ip(wanted, name.packed, len(name.packed))
     if applied != 1:
         lib.ERR_clear_error()
-        raise SSL.Error([("", "", "OpenSSL cannot verify such a name")])
-
-
-def _load_own(context: SSL.Context, profile: Profile, role: Role, file: PathLike, key: PathLike) -> list[Certificate]:
-    """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
-    options = ("--server HOST" if role == "server" else "--client") + profile.pki_option
-    remedy = f"the authority makes one by: {PROGRAM} pki issue NAME {options}, or by: {PROGRAM} pki renew NAME"
-    with _told(f"--tls-cert {file}", remedy):
-        chain = _load_certificates(file)
-        _check_leaf(chain[0], role, profile)
-        _check_chain(chain, profile)
-        if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
-            raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
-        context.use_certificate(chain[0])
-        for authority in chain[1:]:
-            context.add_extra_chain_cert(authority)
-    with _told(f"--tls-key {key}"):
-        if _load_key(key).public_key() != chain[0].public_key():
-            raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
-        # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
-        context.use_privatekey_file(str(key))
-        return chain
-
-
-def _load_lists(
-    store: crypto.X509Store, profile: Profile, file: PathLike, authorities: Sequence[Certificate]
-) -> list[CertificateRevocationList]:
-    """By a list that is forged, or out of time, OpenSSL would refuse everybody."""
-    remedy = f"copy crl.pem from the authority's folder, where a new one is made by: {PROGRAM} pki revoke"
-    with _told(f"--tls-crl {file}", remedy):
-        lists = _load_revocations(file)
-        for each in lists:
-            _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
-            # One that names no end has ended: nobody could tell when it grew stale.
-            _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
-            named = [authority for authority in authorities if authority.subject == each.issuer]
-            issuer = each.issuer.rfc4514_string()
-            if named and not any(_has_signed(authority, each) for authority in named):
-                raise ValueError(f"the {issuer} that we trust has not signed it")
-            if len(set(named)) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
-                raise ValueError(f"a list does not say which {issuer} has signed it, and there are two")
-            store.add_crl(each)
-        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
-        return lists
+        raise ValueError("OpenSSL cannot verify such a name")
 
 
 def _log_secrets(context: SSL.Context, file: str) -> None:
@@ -366,10 +345,10 @@ def _load(label: str, parse: Callable[[bytes], Any], file: PathLike) -> list[Any
     """All PEM blocks of that label: whole ones, and one at least. Raises OSError, ValueError."""
     content = Path(file).read_bytes()
     blocks = re.findall(rf"-----BEGIN [^-]*{label}-----.+?-----END [^-]*{label}-----".encode(), content, re.DOTALL)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(*_UNFIT):
         if blocks and content.count(f"{label}-----".encode()) == 2 * len(blocks):
             return [parse(block) for block in blocks]
-    raise ValueError(f"{file} holds no {label} (PEM), or a broken one")
+    raise ValueError(f"it holds no {label} (PEM), or a broken one")
 
 
 _load_certificates = functools.partial(_load, "CERTIFICATE", x509.load_pem_x509_certificate)
@@ -564,6 +543,7 @@ class _Ssl:
 
     def __init__(self, context: TlsContext) -> None:
         self._connection = SSL.Connection(context.ssl_context, None)
+        self.do_handshake = self._connection.do_handshake  # WantReadError: OpenSSL needs more
         self.close_notify = self._connection.shutdown  # makes the alert; SSL.Error after a failure
         if context.role == "server":
             self._connection.set_accept_state()
@@ -571,13 +551,6 @@ class _Ssl:
             self._connection.set_connect_state()
         if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
             self._connection.set_tlsext_host_name(context.peer_name.encode())
-
-    def handshake(self) -> bool:
-        """True when it is done, False where OpenSSL needs more from the peer. Raises SSL.Error."""
-        with contextlib.suppress(SSL.WantReadError):
-            self._connection.do_handshake()
-            return True
-        return False
 
     def negotiated(self) -> tuple[str, str, str, list[Certificate]]:
         """Version, group, cipher and verified chain, as `check_peer` takes them."""
@@ -606,33 +579,39 @@ class _Ssl:
         if lib.BIO_write(self._connection._into_ssl, ffi.from_buffer(records), len(records)) != len(records):
             raise MemoryError("OpenSSL could not take the peer's bytes")
 
-    def read_into(self, view: memoryview) -> int:
-        """Plaintext of one record at most; 0 where OpenSSL needs more from the peer. SSL.Error."""
-        ssl = self._connection._ssl
-        count: int = lib.SSL_read(ssl, ffi.from_buffer(view, require_writable=True), len(view))
-        if count > 0:
-            return count
-        if lib.SSL_get_error(ssl, count) != lib.SSL_ERROR_WANT_READ:
-            self._connection._raise_ssl_error(ssl, count)
-        return 0
+    def read_into(self, view: memoryview) -> tuple[int, SSL.Error | None]:
+        """Plaintext, until `view` is full or OpenSSL needs more from the peer, and what has ended it.
 
-    def write(self, plaintext: Readable) -> None:
-        """Encrypt all of it. Raises SSL.Error.
-
-        WantReadError is one: the peer has sent a part of a handshake message (RFC 8446, 4.6), and
-        OpenSSL will not write before the rest is there. No honest peer stops in between.
+        That is ZeroReturnError where close_notify has come.
         """
-        ssl = self._connection._ssl
-        count = lib.SSL_write(ssl, ffi.from_buffer(plaintext), len(plaintext))
-        if count <= 0:  # it writes all or nothing: see `_bare_context`
-            self._connection._raise_ssl_error(ssl, count)
+        ssl, count = self._connection._ssl, 0
+        while count < len(view):
+            got = lib.SSL_read(ssl, ffi.from_buffer(view[count:], require_writable=True), len(view) - count)
+            if got <= 0:
+                if lib.SSL_get_error(ssl, got) == lib.SSL_ERROR_WANT_READ:
+                    break
+                try:
+                    self._connection._raise_ssl_error(ssl, got)
+                except SSL.Error as error:
+                    return count, error.with_traceback(None)
+            count += got
+        return count, None
 
     def unsent(self) -> int:
         """Bytes of records that wait to be taken."""
         return int(lib.BIO_get_mem_data(self._connection._from_ssl, ffi.NULL))
 
-    def take(self, spare: memoryview) -> memoryview:
-        """All records that wait; in `spare` where they fit, so valid until that is used again."""
+    def take(self, spare: memoryview, plaintext: Readable = b"") -> memoryview:
+        """All records that wait, and behind them those of the plaintext. Raises SSL.Error.
+
+        They are in `spare` where they fit, so valid until that is used again. WantReadError is an
+        error here: the peer has sent a part of a handshake message (RFC 8446, 4.6), and OpenSSL
+        will not write before the rest is there. No honest peer stops in between.
+        """
+        ssl = self._connection._ssl
+        # It writes all or nothing: see `_bare_context`.
+        if plaintext and (written := lib.SSL_write(ssl, ffi.from_buffer(plaintext), len(plaintext))) <= 0:
+            self._connection._raise_ssl_error(ssl, written)
         count = self.unsent()
         buffer = spare if count <= len(spare) else memoryview(bytearray(count))
         if count and lib.BIO_read(self._connection._from_ssl, ffi.from_buffer(buffer), count) != count:
@@ -643,11 +622,12 @@ class _Ssl:
 class TlsTransport:
     """What a session reads and writes: an open TLS connection whose peer has passed.
 
-    Threads: `receive_into` from the session reader; `send`, `flush` and `finish` from the holder of
-    the writer's turn; `shutdown` from any; `close` from the reader, after all others have left.
+    Threads: `receive_into` from the session reader; `send` and `finish` from the holder of the
+    writer's turn; `shutdown` from any; `close` from the reader, after all others have left.
     Locking: `_lock` guards `_ssl`; it is held while OpenSSL computes, never while anything waits.
-    Invariant: where the lock is free, the records that wait in `_ssl` are such as reading has
-    caused: a writer takes all in the step that makes them, and sends them while it has the turn.
+    Invariant: records leave in the order in which they were made. A writer takes all in the step
+    that makes them, and sends them while it has the turn. Those that reading causes, an alert or
+    the answer to a KeyUpdate, wait in `_ssl` for the next: `wants_flush` asks for one.
     """
 
     def __init__(self, carrier: Carrier, ssl: _Ssl, receipt: Receipt) -> None:
@@ -658,9 +638,8 @@ class TlsTransport:
         # the reader's
         self._incoming = memoryview(bytearray(INCOMING_BYTES))
         self._silent = True  # no plaintext has come yet
-        self._drained = False  # OpenSSL has said that it needs more from the peer
-        self._closed = False  # close_notify has come
-        self._failed: TransportError | None = None
+        self._drained = False  # OpenSSL can give nothing before more has come
+        self._end: SSL.Error | None = None  # nothing more comes, and why
         # the turn's holder's
         self._outgoing = memoryview(bytearray(OUTGOING_BYTES))
         self._finished = False  # close_notify has been sent: nothing can follow it
@@ -684,7 +663,7 @@ class TlsTransport:
                 raise HandshakeError("certificate", f"it cannot be read: {error}") from error
             transport = cls(carrier, ssl, receipt)
             _limit_waits(carrier, remaining())
-            transport.flush()
+            transport.send(b"")
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
@@ -707,61 +686,41 @@ class TlsTransport:
         received = 0
         while True:
             count = unsent = 0
-            if received or not self._drained:
+            if not self._end and (received or not self._drained):
                 with self._lock:
                     if received:
                         self._ssl.feed(self._incoming[:received])
-                    count = self._read_locked(view)
+                    count, self._end = self._ssl.read_into(view)
                     unsent = self._ssl.unsent()
+                self._drained = count < len(view)
             if unsent:
                 self.wants_flush()
-            if unsent > MAX_UNSENT_BYTES and not self._failed:
-                self._failed = TransportError("the peer makes us answer, and faster than it takes the answers")
+            if unsent > MAX_UNSENT_BYTES and not self._end:
+                self._end = SSL.Error([("", "", "the peer makes us answer, and faster than it takes the answers")])
             if count:
                 self._silent = False
                 return count
-            if self._closed:
+            if isinstance(self._end, SSL.ZeroReturnError):  # close_notify
                 return 0
-            if self._failed:
-                raise self._failed
+            if self._end:
+                raise TransportError(_reason(self._end))
             received = self._carrier.receive_into(self._incoming)
             if not received:
                 why = "closed by peer after the handshake" if self._silent else "truncated: ended without close_notify"
                 raise TransportError(why)
 
-    def _read_locked(self, view: memoryview) -> int:
-        """Decrypt until `view` is full or OpenSSL needs more; what ends the connection is kept."""
-        assert self._lock.locked()
-        count = 0
-        self._drained = False
-        try:
-            while count < len(view) and not self._closed and not self._failed:
-                got = self._ssl.read_into(view[count:])
-                if not got:
-                    self._drained = True
-                    break
-                count += got
-        except SSL.ZeroReturnError:
-            self._closed = True
-        except SSL.Error as error:
-            self._failed = TransportError(_reason(error))
-        return count
-
     def send(self, frames: Readable) -> None:
-        """Encrypt and send all. Raises TransportError, OSError, and then nothing can be sent."""
+        """Encrypt and send all, and what TLS itself has to say; of empty frames nothing else.
+
+        Raises TransportError or the carrier's OSError, and then nothing can be sent.
+        """
         try:
             with self._lock:
-                if frames:
-                    self._ssl.write(frames)
-                records = self._ssl.take(self._outgoing)
+                records = self._ssl.take(self._outgoing, frames)
         except SSL.Error as error:
             raise TransportError(_reason(error)) from error
         if records and not self._finished:  # what reading causes afterwards goes nowhere
             self._carrier.send(records)
-
-    def flush(self) -> None:
-        """Send what TLS itself has to say, if anything. Raises the carrier's OSError."""
-        self.send(b"")
 
     def finish(self) -> None:
         """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
@@ -779,7 +738,9 @@ class TlsTransport:
 def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> None:
     """Carry a handshake's flights but our last. Raises SSL.Error, HandshakeError, OSError."""
     buffer, begun = memoryview(bytearray(HANDSHAKE_BYTES)), False
-    while not ssl.handshake():
+    while True:
+        with contextlib.suppress(SSL.WantReadError):
+            return ssl.do_handshake()
         _limit_waits(carrier, remaining())
         if records := ssl.take(buffer):
             carrier.send(records)
@@ -808,15 +769,13 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
     """Send our alert, if we have one, and give the peer time to read it."""
     end = time.monotonic() + ALERT_LINGER_S
     discarded = memoryview(bytearray(HANDSHAKE_BYTES))
-    with contextlib.suppress(OSError):  # the peer may be gone; we leave anyway
+    with contextlib.suppress(OSError):  # the peer may be gone, or talk on; we leave anyway
         carrier.set_timeout(ALERT_LINGER_S)
         if alert:
             carrier.send(alert)
         carrier.finish()
-        while (left := end - time.monotonic()) > 0:
-            carrier.set_timeout(left)
-            if not carrier.receive_into(discarded):
-                break
+        while carrier.receive_into(discarded):
+            _limit_waits(carrier, end - time.monotonic())
 
 
 # ---- certificate authority ---------------------------------------------------------------------
@@ -824,10 +783,6 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 # A folder with ca.crt, ca.key, crl.pem, issued.pem (all that was issued, the authority first) and,
 # for each NAME, NAME.crt and NAME.key. Who has ca.key can be anybody: the folder stays on one
 # machine, and the others get ca.crt, crl.pem and their own pair.
-#
-# A rotation without a pause, each step on all machines before the next: make an authority in a new
-# folder; put its ca.crt and crl.pem behind the old ones, in the same files, and reload; give each
-# machine a pair of the new authority, and reload; take the old ca.crt and crl.pem out, and reload.
 #
 # The five commands raise TlsConfigError. All but `show` return the file that they have made.
 
@@ -848,11 +803,12 @@ def init_authority(
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-    with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force):
+    with _held(where) as files:
+        _refuse_present(where, force, "ca.crt", "ca.key", "crl.pem", "issued.pem")
         extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
-        authority, pem, key = _make(name, algorithm, 365 * years, extensions)
-        files = {"crl.pem": _revocations(authority, key, 1, ()), "issued.pem": _pem(authority)}
-        _replace(where, {"ca.crt": _pem(authority), "ca.key": pem} | files)
+        authority, files["ca.key"], key = _make(name, algorithm, 365 * years, extensions)
+        files["ca.crt"] = files["issued.pem"] = _pem(authority)
+        files["crl.pem"] = _revocations(authority, key, 1, ())
     return where / "ca.crt"
 
 
@@ -865,13 +821,13 @@ def issue(
 
     A pair that is replaced stays valid until it ends or is revoked.
     """
-    where = Path(folder)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
         rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
     if hosts is not None and not hosts:
         raise ValueError("--server: name the hosts or addresses that clients dial")
-    with _authority(where, f"{name}.crt", f"{name}.key", force=force) as (authority, signer, issued):
+    with _authority(where := Path(folder)) as (authority, signer, issued, files):
+        _refuse_present(where, force, f"{name}.crt", f"{name}.key")
         longest = _days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
             raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
@@ -882,16 +838,16 @@ def issue(
         if hosts is not None:
             extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
-        certificate, pem, _ = _make(name, kind, days, extensions, authority, signer)
-        files = {f"{name}.crt": _pem(certificate), f"{name}.key": pem}
-        _replace(where, files | {"issued.pem": _pem(authority, *issued, certificate)})
+        certificate, files[f"{name}.key"], _ = _make(name, kind, days, extensions, authority, signer)
+        files[f"{name}.crt"] = _pem(certificate)
+        files["issued.pem"] = _pem(authority, *issued, certificate)
     return where / f"{name}.crt"
 
 
 @_told()
 def renew(folder: PathLike, name: str) -> Path:
     """Issue another pair to NAME, with the last one's role, hosts, algorithm and days."""
-    with _authority(Path(folder)) as (authority, _, issued):
+    with _authority(Path(folder)) as (authority, _, issued, _):
         named = [each for each in issued if each.subject.rfc4514_string() == f"CN={name}"]
     if not named:
         raise ValueError(f"{folder} has issued nothing to {name}; use: {PROGRAM} pki issue")
@@ -909,10 +865,10 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
     `target` is a NAME, of which all are revoked that are still valid, or a certificate's file;
     `serial` is in hex, as the log tells it, and need not be on record.
     """
-    where, file = Path(folder), Path(folder, "crl.pem")
+    file = Path(folder, "crl.pem")
     if serial is not None and not re.fullmatch(r"0*(?!0)[0-9a-fA-F]{1,40}", serial := serial.replace(":", "")):
         raise ValueError(f"--serial {serial!r}: write it as the log does, in up to 40 hexadecimal digits")
-    with _authority(where) as (authority, key, issued):
+    with _authority(file.parent) as (authority, key, issued, files):
         with _told(str(file), _RESTORE):
             old = _load_revocations(file)[0]
             number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
@@ -923,9 +879,10 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
         if target is not None and not serials:
             if named or not Path(target).exists():
                 raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
-            certificate = _load_certificates(target)[0]
-            if not _has_signed(authority, certificate):
-                raise ValueError(f"{target} is of another authority, which alone can revoke it")
+            with _told(str(target)):
+                certificate = _load_certificates(target)[0]
+                if not _has_signed(authority, certificate):
+                    raise ValueError("it is of another authority, which alone can revoke it")
             serials = {certificate.serial_number}
         if serial is not None:
             serials.add(int(serial, 16))
@@ -933,7 +890,7 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             raise ValueError("this is the authority itself, without which nobody is admitted")
         fresh = sorted(serials - {entry.serial_number for entry in old})
         entries = [*old, *(x509.RevokedCertificateBuilder(each, _now()).build() for each in fresh)]
-        _replace(where, {file.name: _revocations(authority, key, number + 1, entries)})
+        files[file.name] = _revocations(authority, key, number + 1, entries)
     return file
 
 
@@ -944,27 +901,31 @@ def show(target: PathLike) -> list[str]:
     files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: {PROGRAM} pki init")
-    listed, record = files[0].with_name("crl.pem"), path / "issued.pem"
+    listed, root, record = files[0].with_name("crl.pem"), files[0].with_name("ca.crt"), path / "issued.pem"
     with _told(str(listed), _RESTORE):
         lists = _load_revocations(listed) if listed.exists() else []
+    with _told(str(root)):
+        authorities = _load_certificates(root) if root.exists() else []
     shown: dict[Certificate, list[str]] = {}
     for file in [*files, record] if record.exists() else files:
-        for certificate in _load_certificates(file):
-            shown.setdefault(certificate, [str(file), *_facts(certificate, lists)])
+        with _told(str(file)):
+            held = _load_certificates(file)
+            authorities += [each for each in held if "authority" in _roles(each)]
+            for certificate in held:
+                shown.setdefault(certificate, [str(file), *_facts(certificate, authorities, lists)])
     return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList]) -> Iterator[str]:
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    revoked, issuer = (
-        "unknown, for there is no list of its issuer",
-        _extension(certificate, x509.AuthorityKeyIdentifier),
-    )
-    for each in lists:
-        own = _extension(each, x509.AuthorityKeyIdentifier)
-        if each.issuer == certificate.issuer and (issuer is None or own in (None, issuer)):
-            entry = each.get_revoked_certificate_by_serial_number(certificate.serial_number)
-            revoked = f"YES, on {_iso(entry.revocation_date_utc)}" if entry else "no"
+def _facts(
+    certificate: Certificate, authorities: list[Certificate], lists: list[CertificateRevocationList]
+) -> Iterator[str]:
+    begin, end, serial = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number
+    issuers = [each for each in authorities if _has_signed(each, certificate)]
+    own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
+    entries = [entry for each in own if (entry := each.get_revoked_certificate_by_serial_number(serial))]
+    revoked = "no" if own else "unknown, for there is no list of its issuer"
+    if entries:
+        revoked = f"YES, on {_iso(entries[0].revocation_date_utc)}"
     yield f"  subject    {certificate.subject.rfc4514_string()}"
     yield f"  issuer     {certificate.issuer.rfc4514_string()}"
     yield f"  role       {' and '.join(_roles(certificate)) or 'none'}"
@@ -978,8 +939,13 @@ def _facts(certificate: Certificate, lists: Iterable[CertificateRevocationList])
 
 
 @contextlib.contextmanager
-def _held(folder: Path, *names: str, force: bool = False) -> Iterator[None]:
-    """The folder, for one process at a time; these files must not be there, but for `force`."""
+def _held(folder: Path) -> Iterator[dict[str, bytes]]:
+    """The folder, for one process at a time. What the dict gets is written at the end.
+
+    All of these files or none, whatever happens in between: they are made in a folder of their own,
+    and from its renaming on they count. Who reloads meanwhile can meet a certificate without its
+    key: it refuses that, and keeps what it has.
+    """
     with open(folder / ".lock", "ab", opener=_private) as lock:  # the system lets go of it
         if sys.platform == "win32":
             import msvcrt
@@ -990,59 +956,59 @@ def _held(folder: Path, *names: str, force: bool = False) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX)
         _settle(folder)
-        for name in names:
-            if not force and (folder / name).exists():
-                raise ValueError(f"{folder / name} exists; --force replaces it")
-        yield
-
-
-@contextlib.contextmanager
-def _authority(folder: Path, *names: str, force: bool = False) -> Iterator[tuple[Certificate, Any, list[Certificate]]]:
-    """A folder's authority, its key, and all that it has issued; the folder is held meanwhile."""
-    if not (folder / "ca.crt").exists():
-        raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
-    with _held(folder, *names, force=force):
-        authority, key = _load_certificates(folder / "ca.crt")[0], _load_key(folder / "ca.key")
-        if key.public_key() != authority.public_key():
-            raise ValueError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}")
-        record = folder / "issued.pem"
-        with _told(str(record), _RESTORE):
-            issued = _load_certificates(record) if record.exists() else []
-        for file in sorted(folder.glob("*.crt")):  # of before there was a record
-            with contextlib.suppress(OSError, *_UNFIT):
-                issued += _load_certificates(file)[:1]
-        issued = [each for each in dict.fromkeys(issued) if each != authority and _has_signed(authority, each)]
-        yield authority, key, issued
-
-
-def _replace(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all of these files, or none, whatever happens in between.
-
-    They are made in a folder of their own, and from its renaming on they count. Who reloads
-    meanwhile can meet a certificate without its key: it refuses that, and keeps what it has.
-    """
-    making = folder / ".making"
-    try:
-        making.mkdir(mode=0o700)
-        for name, content in files.items():
-            # Readable by its owner only from its first byte on.
-            opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)
-            with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        making.rename(folder / ".ready")
-    finally:
-        _settle(folder)
+        files: dict[str, bytes] = {}
+        yield files
+        making = folder / ".making"
+        try:
+            making.mkdir(mode=0o700)
+            for name, content in files.items():
+                # Readable by its owner only from its first byte on.
+                opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)
+                with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            making.rename(folder / ".ready")
+        finally:
+            _settle(folder)
 
 
 def _settle(folder: Path) -> None:
-    """Finish a `_replace` from its renaming on, or undo it; after a crash the next command does."""
+    """Finish what `_held` writes from its renaming on, or undo it, now or after a crash."""
     shutil.rmtree(folder / ".making", ignore_errors=True)
     if (ready := folder / ".ready").exists():
         for file in sorted(ready.iterdir()):
             file.replace(folder / file.name)
         ready.rmdir()
+
+
+def _refuse_present(folder: Path, force: bool, *names: str) -> None:
+    for name in names:
+        if not force and (folder / name).exists():
+            raise ValueError(f"{folder / name} exists; --force replaces it")
+
+
+@contextlib.contextmanager
+def _authority(folder: Path) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
+    """A folder's authority, its key, all that it has issued, and what `_held` writes at the end."""
+    if not (folder / "ca.crt").exists():
+        raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
+    with _held(folder) as files:
+        own, secret, record = folder / "ca.crt", folder / "ca.key", folder / "issued.pem"
+        with _told(str(own)):
+            authority = _load_certificates(own)[0]
+        with _told(str(record), _RESTORE):
+            issued = _load_certificates(record) if record.exists() else [authority]
+            # A wrong byte, here or in ca.crt: what looks like another's would be forgotten.
+            if issued.pop(0) != authority or not all(_has_signed(authority, each) for each in issued):
+                raise ValueError(f"it is not the record of the authority in {own}")
+        with _told(str(secret)):
+            if (key := _load_key(secret)).public_key() != authority.public_key():
+                raise ValueError(f"it is not the key of {own}")
+        for file in sorted(folder.glob("*.crt")):  # of before there was a record
+            with contextlib.suppress(OSError, *_UNFIT):
+                issued += [each for each in _load_certificates(file)[:1] if _has_signed(authority, each)]
+        yield authority, key, [each for each in dict.fromkeys(issued) if each != authority], files
 
 
 def _general_name(host: str) -> x509.GeneralName:

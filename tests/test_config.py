@@ -276,6 +276,26 @@ def test_systems_without_descriptor_limits(monkeypatch: pytest.MonkeyPatch) -> N
     rtunnel.raise_descriptor_limit()
 
 
+@pytest.mark.parametrize(("most", "soft"), [(245_760, 65_536), (30_000, 10_240), (2**63, 2**63 - 1)])
+def test_an_unlimited_hard_limit(monkeypatch: pytest.MonkeyPatch, most: int, soft: int) -> None:
+    """Where the hard limit is "unlimited", and the kernel refuses that and what it has not (macOS), more than the 256
+    descriptors of a login are had all the same, and the hard limit stays."""
+    resource = pytest.importorskip("resource")
+    unlimited = 2**63 - 1
+    limits = (256, unlimited)
+
+    def set_limits(_: int, wanted: tuple[int, int]) -> None:
+        nonlocal limits
+        if wanted[0] > most:
+            raise ValueError("current limit exceeds maximum limit")
+        limits = wanted
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", set_limits)
+    rtunnel.raise_descriptor_limit()
+    assert limits == (soft, unlimited)
+
+
 def test_no_traceback_from_the_program_itself() -> None:
     """The real command says the same: one sentence, status 2."""
     ended = subprocess.run(

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 
@@ -41,6 +42,31 @@ def test_open_streams_finish(server: Factory, client: Factory, role: str) -> Non
         assert ends_with(visitor) == "eof"
         assert stopping.wait() == 0
         assert time.monotonic() - started < 4.0
+
+
+# On Windows Ctrl+Break is SIGBREAK. Another signal plays it elsewhere, and gets its name.
+BREAK = """
+import enum, signal
+names = {each.name: each.value for each in signal.Signals}
+signal.SIGBREAK = names["SIGBREAK"] = names.pop("SIGUSR2")
+signal.Signals = enum.IntEnum("Signals", names)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no signals to spare")
+def test_ctrl_break(server: Factory, client: Factory) -> None:
+    """Ctrl+Break, which Windows has in place of SIGTERM, lets the open streams finish too; a second one ends that."""
+    with echo_service() as service:
+        serving = server("--drain=20", before=BREAK)
+        client("--server", text(serving.control_address), "--local", service.text)
+        with connect(serving.lease_address()) as visitor:
+            check_echo(visitor)
+            serving.send_signal(signal.SIGUSR2)
+            serving.wait_for("stopping", signal="SIGBREAK")
+            check_echo(visitor)
+            serving.send_signal(signal.SIGUSR2)
+            assert ends_with(visitor) == "reset"
+        assert serving.wait() == 0
 
 
 def drained(

@@ -412,7 +412,8 @@ def other(name: str, stream: str = "stream", payload: str = "payload") -> str:
 
 MUTATIONS = [
     Mutation("F-2", "server", "m.FRAME_SENT_BYTES = 1 << 18"),
-    Mutation("W-2", "server", "m.SendWindow.spend = lambda window, count: None", say_nothing),
+    Mutation("W-2", "server", "m.Stream._credit = property(lambda stream: m.UNLIMITED, lambda stream, credit: None)",
+             say_nothing),
     Mutation("W-6", "client", other("WINDOW", payload="m.U32.pack(1 << 20)")),
     Mutation("W-5", "server", double("BLOCKED"), say_nothing),
     Mutation("S-1", "server", other("NEW_CONN", stream="stream + 1")),

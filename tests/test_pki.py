@@ -275,7 +275,7 @@ def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_
     issue(tmp_path / "other", "x", hosts=None)
     shutil.copy(tmp_path / "other" / "x.crt", folder / "x.crt")
     refuse("nothing that was issued to x", revoke, folder, "x")
-    refuse("x.crt is of another authority", revoke, folder, folder / "x.crt")
+    refuse("x.crt: it is of another authority", revoke, folder, folder / "x.crt")
     shutil.copy(tmp_path / "other" / "crl.pem", folder / "crl.pem")
     refuse("crl.pem|another authority", revoke, folder)
 
@@ -552,7 +552,7 @@ def test_a_reload_between_two_files_keeps_what_it_has(folder: Path, monkeypatch:
     def watched(self: Path, target: Path) -> Path:
         for _ in range(2):
             try:
-                rtunnel_tls.make_context("server", "default", **files)  # type: ignore[arg-type]
+                rtunnel_tls.TlsContext("server", "default", **files)  # type: ignore[arg-type]
                 seen.append("a pair")
             except TlsConfigError as error:
                 seen.append("told" if "copy both files" in str(error) else str(error))
@@ -579,7 +579,7 @@ def test_show_forges_nothing(tmp_path: Path, name: str) -> None:
     assert len(lines) == 11
     assert all(line.isprintable() for line in lines)
     leaf = signer.issue(tmp_path, "leaf", [], subject=name).cert
-    refuse("CN=|is no authority", rtunnel_tls.make_context, "server", "default", cert=leaf, key=leaf, ca=leaf)
+    refuse("CN=|is no authority", rtunnel_tls.TlsContext, "server", "default", cert=leaf, key=leaf, ca=leaf)
 
 
 def test_show_of_a_file_with_several_tells_of_each(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from level1 import Peer, Unwelcome, stop
+from level1 import Peer, PeerServer, Unwelcome, mapping, stop
 from support import Program, Service, connect, echo_service, ends_with, eventually, free_port, read_exactly, running
 from tls_peers import House
 from tunnels import Factory, text
@@ -250,6 +250,27 @@ def test_a_handshake_beside_the_reload(own: House) -> None:
         with program.registered(session):
             assert session.run() == "its certificate is revoked"
     stop(program)
+
+
+def test_a_renewal_beside_the_reload(house: House) -> None:
+    """A client that has begun to load its certificate when it is reloaded does not bring the old one back: here the
+    reload, of one without TLS, counts."""
+    loading, reloaded = threading.Event(), threading.Event()
+
+    def load() -> rtunnel_tls.TlsContext:
+        loading.set()
+        assert reloaded.wait(10.0)
+        return house.client(name="127.0.0.1")
+
+    with PeerServer() as server, contextlib.ExitStack() as stack:
+        where = rtunnel.Address(*server.address)
+        asking = rtunnel.Client(where, [mapping(("127.0.0.1", 9))], 1.0, rtunnel.Settings(), None, load)
+        stack.callback(stop, asking)
+        asking.start()
+        assert loading.wait(10.0)
+        asking.reload(rtunnel.Program(rtunnel.Settings(), None))
+        reloaded.set()
+        server.accept()
 
 
 def test_the_clients_reload(guarded: Guarded) -> None:

@@ -41,8 +41,9 @@ def test_systemd_takes_it(tmp_path: Path, unit: str) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_what_it_starts(unit: str) -> None:
-    """It starts the command with options that there are, waits until that says READY, drains, reloads by SIGHUP, and
-    has room for 10,000 visitors; it runs as nobody, with no right but to open low ports, which only the server has."""
+    """It starts the command with options that there are, waits until that says READY, as long as a wrong clock keeps
+    it, drains, reloads by SIGHUP, and has room for 10,000 visitors; it runs as nobody, with no right but to open low
+    ports, which only the server has."""
     keys = service(unit)
     role = unit.removeprefix("rtunnel-")
     assert (keys["Type"], keys["NotifyAccess"]) == (["notify"], ["main"])
@@ -50,6 +51,7 @@ def test_what_it_starts(unit: str) -> None:
     assert (Path(program).name, command) == ("rtunnel", role)
     assert flags == ["-c", f"/etc/rtunnel/{role}.ini", "--drain", "10"]
     assert {"drain"} <= {option.name for option in rtunnel.OPTIONS[role]}
+    assert keys["TimeoutStartSec"] == ["infinity"]  # READY waits for a clock that is right: make_in_time
     assert int(keys["TimeoutStopSec"][0]) > 10 + rtunnel.STOP_TIMEOUT_S
     assert keys["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
     assert int(keys["LimitNOFILE"][0]) >= 10_000 + rtunnel.MAX_CLIENTS + rtunnel.MAX_STRANGERS

@@ -26,7 +26,6 @@ from rtunnel_tls import (
     TlsConfigError,
     TlsContext,
     check_peer,
-    make_context,
 )
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
@@ -38,9 +37,9 @@ def root() -> Signer:
 
 
 def refuse(words: str, role: str = "server", profile: str = "default", **settings: Any) -> None:
-    """make_context refuses, in one line that holds all the words."""
+    """TlsContext refuses, in one line that holds all the words."""
     with pytest.raises(TlsConfigError) as refused:
-        make_context(role, profile, **settings)  # type: ignore[arg-type]
+        TlsContext(role, profile, **settings)  # type: ignore[arg-type]
     text = str(refused.value)
     assert "\n" not in text
     assert all(word in text for word in words.split("|")), text
@@ -148,7 +147,7 @@ def test_a_chain_file_brings_the_authorities_below_the_root(root: Signer, tmp_pa
     """A server whose file holds its leaf and an intermediate authority is accepted by who knows the root only."""
     between = Signer("mldsa87", name="between", by=root)
     pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"])
-    server = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    server = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
     client = house.client(ca=root.save(tmp_path))
     with session(server, client) as (_, end):
         assert end.receipt.issuer == "CN=between"
@@ -265,14 +264,14 @@ def test_a_file_whose_time_has_not_come_can_be_waited_for(
         later["crl"].write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now)
     with pytest.raises(NotYetValid) as early:
-        make_context("server", "default", **(files | {option: later[option]}))
+        TlsContext("server", "default", **(files | {option: later[option]}))
     assert str(early.value).startswith(f"--tls-{option} {later[option]}: validity: ")
     assert "is not valid before 20" in str(early.value)
     assert rtunnel_tls._iso(now) in str(early.value)
     assert "pki" not in str(early.value).replace(str(tmp_path), "")
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + 20 * 365 * 24 * HOUR)
     with pytest.raises(TlsConfigError, match="expired on") as late:
-        make_context("server", "default", **(files | {option: later[option]}))
+        TlsContext("server", "default", **(files | {option: later[option]}))
     assert not isinstance(late.value, NotYetValid)
 
 
@@ -400,12 +399,12 @@ def test_four_authorities_may_stand_between(tmp_path: Path, between: int) -> Non
         peer = raw_peer(raw_context(server, None, groups="X25519MLKEM768", signatures=None), "server")
         own = Signer().issue(tmp_path, "own", [CLIENT_AUTH])
         files |= {"cert": own.cert, "key": own.key}
-        refused, _ = meet(make_context("client", "default", verify_name="localhost", **files), peer)
+        refused, _ = meet(TlsContext("client", "default", verify_name="localhost", **files), peer)
         assert isinstance(refused, HandshakeError)
         assert "chain too long" in str(refused)
         return
-    ours = make_context("server", "default", cert=server.cert, key=server.key, ca=ca)
-    with session(ours, make_context("client", "default", verify_name="localhost", **files)) as (end, other):
+    ours = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca)
+    with session(ours, TlsContext("client", "default", verify_name="localhost", **files)) as (end, other):
         assert len(end.receipt.chain) == len(other.receipt.chain) == between + 2
 
 
@@ -416,8 +415,8 @@ def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> No
     ca = root.save(tmp_path)
     server, client = (between.issue(tmp_path, name, [use], ["localhost"]) for name, use in
                       (("server", SERVER_AUTH), ("client", CLIENT_AUTH)))  # fmt: skip
-    ours = make_context("server", "default", cert=server.cert, key=server.key, ca=ca)
-    theirs = make_context("client", "default", cert=client.cert, key=client.key, ca=ca, verify_name="localhost")
+    ours = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca)
+    theirs = TlsContext("client", "default", cert=client.cert, key=client.key, ca=ca, verify_name="localhost")
     now = datetime.datetime.now(datetime.timezone.utc)
     entry = x509.RevokedCertificateBuilder(between.certificate.serial_number, now).build()
     lists = [rtunnel_tls._revocations(root.certificate, root.key, 1, entries) for entries in ((), (entry,))]
@@ -425,7 +424,7 @@ def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> No
     with session(ours, theirs) as (end, _):
         for content, revoked in zip(lists, (False, True), strict=True):
             (tmp_path / "crl.pem").write_bytes(content)
-            fresh = make_context("server", "default", cert=server.cert, key=server.key, ca=ca, crl=tmp_path / "crl.pem")
+            fresh = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca, crl=tmp_path / "crl.pem")
             assert fresh.revokes(end.receipt) == revoked
 
 
@@ -479,12 +478,15 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
     files = house.files("server")
     pair = Pair.__new__(Pair)
     pair.cert, pair.key = files["cert"], files["key"]
-    for restriction, reason in (
-        (("SSL_CTX_set1_curves_list", ["MLKEM1024"]), "group"),
-        (("SSL_CTX_set1_sigalgs_list", ["mldsa87"]), "signature"),
+    pure = PROFILES["pure"]
+    for restricted, reason in (
+        (pure._replace(groups=("MLKEM1024",)), "group"),
+        (pure._replace(signatures=("mldsa87",)), "signature"),
     ):
-        context = raw_context(pair, house.ca, groups="MLKEM768", signatures="mldsa65:mldsa87")
-        rtunnel_tls._set_list(context, *restriction)
+        context = rtunnel_tls._bare_context(restricted)
+        context.use_certificate_chain_file(str(pair.cert))
+        context.use_privatekey_file(str(pair.key))
+        context.load_verify_locations(str(house.ca))
         refused, told = meet(house.client("pure"), raw_peer(context, "server"))
         if reason == "group":
             assert isinstance(refused, Receipt), "asked for the other group, and agreed"
@@ -507,12 +509,12 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
         outcome, told = meet(house.server("pure"), raw_peer(context, "client"))
         assert isinstance(outcome, Receipt) == good, (name, told)
     nameless = root.issue(tmp_path, "nameless", [SERVER_AUTH], subject="localhost")
-    server = make_context("server", "pure", cert=nameless.cert, key=nameless.key, ca=house.ca)
+    server = TlsContext("server", "pure", cert=nameless.cert, key=nameless.key, ca=house.ca)
     context = raw_context(pair, root.save(tmp_path))
     rtunnel_tls._set_peer_name(context, "localhost")
     refused, told = meet(server, raw_peer(context, "client"))
     assert isinstance(refused, HandshakeError), "a common name is no host name"
-    with pytest.raises(SSL.Error):
+    with pytest.raises(ValueError, match="cannot verify"):
         rtunnel_tls._set_peer_name(SSL.Context(SSL.TLS_METHOD), "a\0b")
 
 
@@ -545,9 +547,9 @@ def test_what_is_no_name_is_refused(house: House, name: str) -> None:
 def test_a_client_without_a_name_to_verify_cannot_be_made(house: House) -> None:
     """There is no way to leave the check of the server's name out, and none to give a server one."""
     with pytest.raises(ValueError, match="verifies"):
-        make_context("client", "default", **house.files("client"))
+        TlsContext("client", "default", **house.files("client"))
     with pytest.raises(ValueError, match="verifies"):
-        make_context("server", "default", verify_name="localhost", **house.files("server"))
+        TlsContext("server", "default", verify_name="localhost", **house.files("server"))
 
 
 # --- time, lists, secrets -----------------------------------------------------------------------------------
@@ -558,8 +560,8 @@ def test_what_ends_soon_is_known(root: Signer, tmp_path: Path, house: House) -> 
     day = datetime.timedelta(days=1)
     for left, listed in ((31 * day + HOUR, False), (30 * day + HOUR, True), (HOUR, True)):
         pair = root.issue(tmp_path, "soon", [SERVER_AUTH], ["localhost"], after=left)
-        context = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
-        assert [(file, days) for file, _, days in context.expiring()] == [(str(pair.cert), left.days)] * listed
+        context = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+        assert context.days_left(rtunnel_tls.WARN_DAYS) == ({str(pair.cert): left.days} if listed else {})
 
 
 def test_a_file_ends_with_the_first_that_it_holds(
@@ -575,16 +577,16 @@ def test_a_file_ends_with_the_first_that_it_holds(
         context = house.server(ca=tmp_path / "roots", crl=tmp_path / "lists")
         days = {str(tmp_path / "roots"): 0, str(tmp_path / "lists"): 5}
         assert context.days_left() == days | {str(house.files("server")["cert"]): 396}
-        assert {file: left for file, _, left in context.expiring()} == days
+        assert context.days_left(rtunnel_tls.WARN_DAYS) == days
 
 
 def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path: Path, house: House) -> None:
     """A certificate file ends with the authority in it, where that ends before the leaf."""
     between = Signer("mldsa87", name="between", by=root)
     pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"], after=datetime.timedelta(days=90))
-    context = make_context("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
-    end = between.certificate.not_valid_after_utc
-    assert context.expiring() == [(str(pair.cert), end, 0)]
+    context = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    assert context.days_left(rtunnel_tls.WARN_DAYS) == {str(pair.cert): 0}
+    assert context.ends[str(pair.cert)] == between.certificate.not_valid_after_utc
 
 
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

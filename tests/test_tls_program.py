@@ -527,6 +527,23 @@ def test_certificates_that_end_soon_are_warned_of(server: Factory, client: Facto
         assert len(opened.client.events("certificate-expires")) == 1
 
 
+def test_certificates_are_looked_at_daily(server: Factory, tmp_path: Path) -> None:
+    """Nobody restarts a tunnel that works: the warning comes again, each day, here each tenth of a second; a reload
+    changes what is warned of."""
+    house = House(tmp_path / "pki")
+    rtunnel_tls.issue(house.folder, "server", hosts=["localhost"], days=20, force=True)
+    serving = server(*house.flags("server"), limits={"EXPIRY_CHECK_S": 0.1})
+    serving.wait_for_count(3, "certificate-expires", certificate=house.files("server")["cert"])
+    rtunnel_tls.issue(house.folder, "server", hosts=["localhost"], force=True)
+    serving.send_signal(signal.SIGHUP)
+    serving.wait_for("reloaded")
+    warned = len(serving.events("certificate-expires"))
+    rtunnel_tls.issue(house.folder, "server", hosts=["localhost"], days=10, force=True)
+    serving.send_signal(signal.SIGHUP)
+    serving.wait_for("certificate-expires", days_left="9")
+    assert len(serving.events("certificate-expires", days_left="19")) <= warned
+
+
 # --- pki ----------------------------------------------------------------------------------------------------
 
 

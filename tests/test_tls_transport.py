@@ -275,7 +275,7 @@ def test_key_updates_are_answered_and_followed(house: House, role: str) -> None:
         assert receive(transport, 5) == b"after"
         assert flushes
         assert transport._ssl.unsent() > 1000
-        transport.flush()
+        transport.send(b"")
         assert transport._ssl.unsent() == 0
         transport.send(b"under the last key")
         kinds = []
@@ -360,7 +360,7 @@ def load(house: House, seconds: float) -> tuple[list[Watched], int]:
         def flush(end: TlsTransport, turn: threading.Lock) -> None:
             while time.monotonic() < stop:
                 with turn:
-                    end.flush()
+                    end.send(b"")
 
         def drain(number: int) -> None:
             buffer = view(65536)
@@ -411,7 +411,7 @@ def test_the_watch_sees_a_lock_that_is_not_held(house: House, monkeypatch: pytes
         reader = Task(server.receive_into, view())
         client.send(b"x")
         assert inside.wait(10)
-        server.flush()
+        server.send(b"")
         assert slow.most == 2
         leave.set()
         assert reader.result() == 1
@@ -524,7 +524,7 @@ def test_nothing_is_sent_after_finish(house: House) -> None:
         assert receive(transport, 1) == b"x"
         assert transport._ssl.unsent()
         assert asked
-        transport.flush()
+        transport.send(b"")
         with pytest.raises(EOFError):
             forger.receive()
         with pytest.raises(TransportError):

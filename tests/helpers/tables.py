@@ -1,7 +1,7 @@
 """Reads the thread table and the lock table of rtunnel.py, and finds where they are not true.
 
 `parse` takes them from the docstring, `complaints` compares them with what recorder.py has seen,
-`unlocked` and `unasserted` look at the source: at fields that a lock guards, at `_locked` methods.
+`unlocked` looks at the source: at fields that a lock guards, and at calls of `_locked` methods.
 Each fault is one sentence.
 """
 
@@ -264,7 +264,7 @@ def _members(owner: ast.ClassDef) -> Iterator[str]:
 
 
 class Access(NamedTuple):
-    """A field that a lock guards, used where the source does not show that the lock is held."""
+    """A guarded field or a `_locked` method, used where the source does not show the lock held."""
 
     file: str
     line: int
@@ -274,12 +274,12 @@ class Access(NamedTuple):
     writes: bool
 
     def __str__(self) -> str:
-        what = "writes" if self.writes else "reads"
+        what = "calls" if self.expression.endswith("_locked") else "writes" if self.writes else "reads"
         return f"{self.file}:{self.line}: {self.function} {what} {self.expression}, which {self.guard}._lock guards"
 
 
 def unlocked(sources: dict[str, str] = SOURCES) -> list[Access]:
-    """Accesses to guarded fields outside `with ..._lock`, `_locked` methods and `__init__`.
+    """Guarded fields and `_locked` methods used outside `with ..._lock`, `_locked` methods, `__init__`.
 
     A read that is meant is marked by the words of MARK; a write never is.
     """
@@ -331,8 +331,10 @@ class _Accesses:
 
     def _look_at(self, node: ast.Attribute, statement: ast.stmt, held: set[str], function: ast.FunctionDef, owner: str,
                  exempt: bool) -> None:  # fmt: skip
-        source, receiver = self.source, ast.unparse(node.value)
-        if receiver == "self":
+        source, receiver = self.source, ast.unparse(node.value).replace("super()", "self")
+        if node.attr.endswith("_locked"):
+            guard = source.maker(owner) if owner and receiver == "self" else receiver
+        elif receiver == "self":
             guard = source.guard(owner, node.attr) if owner else None
             if guard is None or function.name == "__init__":
                 return
@@ -357,19 +359,3 @@ class _Accesses:
         else:
             guards = {self.source.guards[each][field] for each in having if receiver in each.lower()}
         return guards.pop() if len(guards) == 1 else None
-
-
-def unasserted() -> list[str]:
-    """`_locked` methods that neither begin by asserting the lock nor say who holds it."""
-    found = []
-    for file, text in SOURCES.items():
-        for owner in _classes(text):
-            for function in owner.body:
-                if not isinstance(function, ast.FunctionDef) or not function.name.endswith("_locked"):
-                    continue
-                body = function.body[1:] if ast.get_docstring(function) else function.body
-                begins = ast.unparse(body[0]) if body else ""
-                said = re.search(r"assert \w+(\.\w+)*\._lock\.locked\(\)", begins)
-                if not said and not _WHOLE_CLASS.search(ast.get_docstring(function) or ""):
-                    found.append(f"{file}:{function.lineno}: {owner.name}.{function.name}")
-    return found

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from load import HEADER, Load
 from longrun import Stage, main, require, stage
+from OpenSSL import SSL
 from support import ROOT, Address, eventually
 
 import rtunnel
@@ -42,9 +43,10 @@ class Attackers:
     def __init__(self, control: Address, public: Address, pki: Path, seconds: float) -> None:
         self._control, self._public, self._seconds = control, public, seconds
         files = {"cert": pki / "mallory.crt", "key": pki / "mallory.key", "ca": pki / "ca.crt"}
-        self._context = rtunnel_tls.make_context("client", "default", **files, verify_name="127.0.0.1")
+        self._context = rtunnel_tls.TlsContext("client", "default", **files, verify_name="127.0.0.1")
         hello = rtunnel_tls._Ssl(self._context)
-        hello.handshake()
+        with contextlib.suppress(SSL.WantReadError):
+            hello.do_handshake()
         self._hello = bytes(hello.take(memoryview(b"")))
         self._sources = itertools.count(1)
 
