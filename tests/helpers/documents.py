@@ -311,13 +311,13 @@ class Reader:
 
 def copy_of_the_sources(target: Path) -> None:
     """What a clone has, or an unpacked sdist: nothing that was made here."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    made = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "pki", "target")
-    if listed.returncode != 0:
+    if not (ROOT / ".git").exists():
+        made = shutil.ignore_patterns(".[!cg]*", "build", "dist", "*.egg-info", "__pycache__", "pki", "target")
         shutil.copytree(ROOT, target, ignore=made)
         return
-    for name in filter(None, listed.stdout.splitlines()):
-        if (ROOT / name).exists():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
 
