@@ -18,7 +18,8 @@ from test_dissector import missing as nothing_to_capture_with
 
 import rtunnel
 
-README, OPERATIONS, LAB = ((ROOT / f"{name}.md").read_text("utf-8") for name in ("README", "OPERATIONS", "LAB"))
+NAMES = ("README", "OPERATIONS", "LAB", "CONTRIBUTING", "README.zh")
+README, OPERATIONS, LAB, CONTRIBUTING, CHINESE = ((ROOT / f"{name}.md").read_text("utf-8") for name in NAMES)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench/NOTES.md"])
 # Options that are no row of the table behind the others.
 ALSO = {"config", "print-config"}
@@ -35,6 +36,15 @@ def test_operations(tmp_path: Path) -> None:
     """OPERATIONS.md's server is installed as a service, renewed, reloaded and upgraded; its examples are right."""
     with Reader(tmp_path) as reader:
         reader.read(OPERATIONS)
+
+
+def test_contributing(tmp_path: Path) -> None:
+    """What CONTRIBUTING.md says to type works, and what it shows of our code is our code."""
+    with Reader(tmp_path) as reader:
+        reader.read(CONTRIBUTING)
+    shown = [block.text for block in blocks(CONTRIBUTING) if block.language == "python"]
+    assert shown
+    assert all(text in (ROOT / "rtunnel.py").read_text() for text in shown)
 
 
 FIRST, *EXPERIMENTS = dict.fromkeys(block.chapters[0] for block in blocks(LAB))
@@ -93,13 +103,38 @@ def rows(document: str, *heads: str) -> list[list[str]]:
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_options(role: str) -> None:
     """README.md's tables have each option of the command, once, with its default."""
-    documented = {name: row for row in rows(README, role, "both") for name in re.findall(r"`--([a-z-]+)`", row[0])}
+    of_role = [row for row in rows(README, "option") if row[1] in (role, "both")]
+    documented = {name: row for row in of_role for name in re.findall(r"`--([a-z-]+)`", row[0])}
     options = {option.name: option for option in rtunnel.OPTIONS[role]}
     assert set(documented) == set(options) | ALSO
     for name, option in options.items():
         if option.default and isinstance(option.default, str):
             default = option.default.replace(f"/{role}.", "/ROLE.")
-            assert default in documented[name][1] or default.endswith(".key"), name
+            assert default in documented[name][2] or default.endswith(".key"), name
+
+
+def commands(document: str) -> list[str]:
+    """What its blocks say to type, without comments, one command a string."""
+    typed = "".join(re.sub(r" *#.*", "", block.text) for block in blocks(document) if block.language == "sh")
+    return [" ".join(line.split()) for line in typed.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_the_chinese_readme() -> None:
+    """README.zh.md has commands of README.md alone, in its order, and the same options with the same defaults."""
+    left = iter(commands(README))
+    for command in commands(CHINESE):
+        assert command in left, f"not in README.md, or not in this order: {command}"  # takes from the iterator
+
+    def options(document: str, head: str) -> dict[str, list[str]]:
+        return {name: row[1:3] for row in rows(document, head) for name in re.findall(r"`--([a-z-]+)`", row[0])}
+
+    english, chinese = options(README, "option"), options(CHINESE, "选项")
+    assert list(english) == list(chinese)
+    of = {"server": "服务器", "client": "客户端", "both": "两端"}
+    for name, (who, default) in english.items():
+        assert chinese[name][0] == of[who], name
+        if re.fullmatch(r"`[^`]*`", default):
+            assert chinese[name][1] == default, name
 
 
 def events() -> set[str]:
