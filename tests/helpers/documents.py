@@ -1,20 +1,22 @@
-"""Types what a document says: its ```sh blocks, in their order, each into a terminal (bash) of its own.
+"""Types what a document says: its ```sh blocks, in order, each into a terminal (bash) of its own.
 
-What a document shows as ```text must then stand in some terminal, line by line; `…` there is anything.
+What a document shows as ```text must then stand in some terminal, line by line; `…` is anything.
 
 What is typed differs from what is written only where it must:
-- the ports of PORTS are free ones, a server's default too (by the environment), and `tunnel.example.org` is `localhost`;
-- a block `sh on=NAME` is typed on another machine: a folder. `ssh`, `scp` and `pkill` are scripts that reach these
-  folders, and the programs that were started here, and nothing else;
+- the ports of PORTS are free ones, a server's default too (by the environment);
+- `tunnel.example.org` is `localhost`, and the folders of ELSEWHERE are in the reader's own;
+- `sh on=NAME` is typed on another machine, which is a folder. `ssh`, `scp` and `pkill` are scripts
+  that reach these folders and the programs that were started here, and nothing else;
+- `systemctl` and `journalctl` are scripts that start, signal and restart what a unit says, without
+  its restrictions;
 - a new terminal says `. .venv/bin/activate` by itself, as README.md asks for;
 - pip gets nothing from the network: what it would fetch is there already;
-- a program that goes on (`rtunnel server`, say) is waited for until it says that it works, and is stopped with Ctrl+C
-  before the next chapter. A web server goes on until the end;
+- a program that goes on (`rtunnel server`, say) is waited for until it says that it works, or what
+  `sh until=WORD` says. It is stopped with Ctrl+C before the next chapter, or by
+  `sh after=Ctrl+C`; a web server goes on until the end;
 - `make` says what it would do. What that does, other tests do;
-- `sh check` is not run but asked, by `--print-config`, whether its options and files are right;
-- `sh fails` must fail; `sh after=Ctrl+C` comes when all has been stopped; `sh until=WORD` goes on until it says so;
-- the folders of ELSEWHERE are in the reader's own, and `systemctl` and `journalctl` are a script that starts,
-  signals and restarts what the unit there says, without its restrictions.
+- `sh check` is asked, by `--print-config`, whether its options and files are right;
+- `sh fails` must fail.
 """
 
 from __future__ import annotations
@@ -174,8 +176,9 @@ class Terminal:
             os.killpg(self.process.pid, signal.SIGINT)
         self.process.wait(WAIT_S)
         self._reader.join()
-        says = f"status {self.process.returncode} of:\n{self.typed}\n{self.shown}"
-        assert self.process.returncode in ([0] if "rtunnel" in self.typed else [0, -signal.SIGINT, -signal.SIGPIPE]), says
+        well = [0] if "rtunnel" in self.typed else [0, -signal.SIGINT, -signal.SIGPIPE]
+        status = self.process.returncode
+        assert status in well, f"status {status} of:\n{self.typed}\n{self.shown}"
 
     def close(self) -> None:
         """End it whatever it does."""

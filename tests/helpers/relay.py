@@ -56,9 +56,7 @@ class Relay:
     Locking: none. Orders are run by the relaying thread, which owns all links.
     """
 
-    def __init__(
-        self, target: Address, one_way_s: float = 0.0, queue_bytes: int = QUEUE_BYTES, port: int = 0
-    ) -> None:
+    def __init__(self, target: Address, one_way_s: float = 0.0, queue_bytes: int = QUEUE_BYTES, port: int = 0) -> None:
         self._target = target
         self._one_way_s = one_way_s
         self._queue_bytes = queue_bytes
@@ -266,7 +264,10 @@ class Relay:
 def main() -> None:
     host, _, port = sys.argv[1].rpartition(":")
     listen = int(sys.argv[3]) if len(sys.argv) > 3 else 0
-    with Relay((host, int(port)), float(sys.argv[2]), 256 << 20, listen) as relay, contextlib.suppress(KeyboardInterrupt):
+    with (
+        Relay((host, int(port)), float(sys.argv[2]), 256 << 20, listen) as relay,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         print(f"{relay.address[0]}:{relay.address[1]}", flush=True)
         if listen:
             threading.Event().wait()
