@@ -16,7 +16,9 @@ def version() -> str:
     return found[1]
 
 
+METRICS = ["prometheus-client>=0.20"]
 TEST = [
+    *METRICS,
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -52,7 +54,7 @@ setup(
     python_requires=">=3.10",
     # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
     install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
-    extras_require={"test": TEST, "dev": DEV, "fuzz": FUZZ},
+    extras_require={"metrics": METRICS, "test": TEST, "dev": DEV, "fuzz": FUZZ},
     py_modules=["rtunnel", "rtunnel_tls"],
     entry_points={"console_scripts": ["rtunnel = rtunnel:entry"]},
 )

@@ -22,7 +22,7 @@ NAMES = ("README", "OPERATIONS", "LAB", "CONTRIBUTING", "README.zh")
 README, OPERATIONS, LAB, CONTRIBUTING, CHINESE = ((ROOT / f"{name}.md").read_text("utf-8") for name in NAMES)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench/NOTES.md"])
 # Options that are no row of the table behind the others.
-ALSO = {"config", "print-config"}
+ALSO = {"config", "print-config", "example-config"}
 
 
 def test_readme(tmp_path: Path) -> None:

@@ -634,7 +634,7 @@ def test_clients_that_say_goaway_count(ends: Ends, monkeypatch: pytest.MonkeyPat
         ends.log.wait_for("lease-closed")
         with pytest.raises(Unwelcome, match="too-many-clients"):
             Peer.as_client(control)
-    eventually(lambda: ends.server.limits_used()["clients"] == "0/2")
+    eventually(lambda: ends.server.figures()["limit_used", "clients"] == 0)
 
 
 def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,7 +649,7 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(2):
             silent.append(stack.enter_context(connect(control)))
             ends.log.wait_for("session-opened", len(silent))
-        assert ends.server.limits_used()["clients"] == "2/2"
+        assert ends.server.figures()["limit_used", "clients"] == 2
         third = stack.enter_context(connect(control))
         with pytest.raises(Unwelcome, match="too-many-clients"):
             Peer.as_client(control)
@@ -657,7 +657,7 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
         assert "no INIT" in ends.log.wait_for("refused", peer=text(third.getsockname()))["reason"]
         assert count_open(silent) == 2
         silent.pop().close()
-        eventually(lambda: ends.server.limits_used()["clients"] == "1/2")
+        eventually(lambda: ends.server.figures()["limit_used", "clients"] == 1)
         Peer.as_client(control).sock.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import select
@@ -109,7 +110,8 @@ class Ends:
     ) -> rtunnel.Client:
         """Start a client."""
         shared = rtunnel.Settings(**settings)
-        client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, self._contexts[1])
+        there = [dataclasses.replace(each, server=rtunnel.Address(*server)) for each in mappings]
+        client = rtunnel.Client(there, reconnect_max_s, shared, self._contexts[1])
         client.start()
         self._clients.append(client)
         self._stack.callback(stop, client)
@@ -148,7 +150,7 @@ def stop(program: rtunnel.Program) -> None:
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:
     """A mapping to a local service; its instance is a new one unless it is given."""
-    return rtunnel.Mapping(port, rtunnel.Address(*local), instance or new_instance())
+    return rtunnel.Mapping(port, rtunnel.Address(*local), instance=instance or new_instance())
 
 
 def new_instance() -> str:
