@@ -156,6 +156,12 @@ def test_events() -> None:
     assert named == events()
 
 
+def test_metrics() -> None:
+    """OPERATIONS.md has each figure that --metrics serves, with its label."""
+    table = {name: row[1] for row in rows(OPERATIONS, "metric") for name in re.findall(r"`rtunnel_(\w+)`", row[0])}
+    assert table == {name: f"`{label}`" if label else "" for name, (_, label, _) in rtunnel.METRICS.items()}
+
+
 def test_statuses_and_signals() -> None:
     """OPERATIONS.md has the exit statuses of rtunnel.py's docstring, and each signal that it handles."""
     assert rtunnel.__doc__ is not None

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from support import ROOT, eventually, free_port
 
-PORTS = ("7000", "7001", "8000", "8080", "8081", "8082", "9100")
+PORTS = ("7000", "7001", "8000", "8080", "8081", "8082", "9400")
 ELSEWHERE = ("/opt/rtunnel", "/etc/rtunnel", "/etc/systemd/system", "/var/lib/rtunnel", "/srv/authority")
 WAIT_S = 20.0
 # What goes on, and what it says once it works.
