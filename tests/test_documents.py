@@ -32,6 +32,7 @@ def test_readme(tmp_path: Path) -> None:
         reader.read(README)
 
 
+@pytest.mark.timeout(120)
 def test_operations(tmp_path: Path) -> None:
     """OPERATIONS.md's server is installed as a service, renewed, reloaded and upgraded; its examples are right."""
     with Reader(tmp_path) as reader:
