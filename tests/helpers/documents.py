@@ -258,7 +258,7 @@ class Reader:
         activate = self.clone / ".venv/bin/activate"
         if activate.exists():
             typed = f". {activate}\n{typed}"
-        terminal = Terminal(folder, self._environment, typed)
+        terminal = Terminal(folder, {**self._environment, "HOME": str(folder)}, typed)
         self.terminals.append(terminal)
         (self.folder / "terminals").write_text("\n".join(str(each.process.pid) for each in self.terminals))
         terminal.type()
