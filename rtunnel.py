@@ -27,7 +27,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
     acceptor         1 a port        takes control connections,     Listener._accept,
-                                     or visitors                    Listener.get_request, Pool.run,
+                                     visitors or scrapes            Listener.get_request, Pool.run,
                                      (Listener._accept)             Listener.process_request*
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
@@ -999,16 +999,16 @@ class HttpProxy:
     """An HTTP proxy that leads to servers by CONNECT (RFC 9110, section 9.3.6)."""
 
     address: Address
-    credentials: str = dataclasses.field(repr=False)  # user:password, or empty
+    credentials: bytes = dataclasses.field(repr=False)  # user:password, or empty
 
     @classmethod
     def parse(cls, text: str) -> HttpProxy | None:
         """`http://[USER:PASSWORD@]HOST:PORT`. Raises ConfigError, which does not repeat it."""
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, UnicodeEncodeError):
             if not text:
                 return None
             if found := re.fullmatch(r"http://(?:(\S+:\S*)@)?([^\s@/]+)/?", text):
-                return cls(Address.parse(found[2]), urllib.parse.unquote(found[1] or ""))
+                return cls(Address.parse(found[2]), urllib.parse.unquote_to_bytes(found[1] or ""))
         raise ConfigError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, other letters as %40")
 
     def dial(self, server: Address, seconds: float) -> socket.socket:
@@ -1016,7 +1016,7 @@ class HttpProxy:
         deadline, sock = Deadline(seconds), None
         lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
         if self.credentials:
-            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials.encode()).decode()}")
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials).decode()}")
         try:
             sock = dial(self.address, seconds)
             sock.sendall("\r\n".join([*lines, "", ""]).encode())  # into an empty buffer
@@ -1209,9 +1209,8 @@ class Metrics:
         self._program = program
         self._places = threading.BoundedSemaphore(MAX_SCRAPES)
         self._lock = threading.Lock()
-        zeros = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
         # guarded by _lock
-        self._totals = collections.Counter(zeros)
+        self._totals = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
         self._open: set[Stream] = set()
 
     def count(self, name: str, value: str = "") -> None:
@@ -1227,14 +1226,15 @@ class Metrics:
     def closed(self, stream: Stream) -> None:
         with self._lock:
             self._open.remove(stream)
-            self._totals.update(stream.carried())
+            for name, count in stream.carried().items():
+                self._totals[name] += count
 
     def totals(self) -> Figures:
         with self._lock:
             totals, streams = self._totals.copy(), list(self._open)
-        for stream in streams:
-            totals.update(stream.carried())
-        return dict(totals)
+        for name, count in (each for stream in streams for each in stream.carried().items()):
+            totals[name] += count
+        return {**totals}
 
     def listen(self, address: Address) -> Listener:
         """The port, not started. Raises ConfigError, OSError."""
@@ -1263,10 +1263,13 @@ class Metrics:
     def serve(self, sock: socket.socket, peer: Address) -> None:
         """A scrape; closed at once where too many are here."""
         if self._places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
+            try:
                 sock.settimeout(SCRAPE_S)
                 self._answer(sock, peer, None)
-            self._places.release()
+            except (OSError, TypeError, ValueError) as error:  # its parser
+                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
+            finally:
+                self._places.release()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -2390,7 +2393,7 @@ class Program:
                 self.metrics.count("refusals_total", error.rule)
                 raise
         self.metrics.count("handshakes_total")
-        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.pairs())
+        log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.facts)
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
         return transport
@@ -3470,7 +3473,7 @@ def make_client(settings: argparse.Namespace) -> Client:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
-    refuse_twice("--forward", (f"port {each.remote_port or each.local}" for each in mappings))
+    refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
     shared = shared._replace(server_name=settings.tls_server_name, **own)

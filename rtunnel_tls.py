@@ -184,13 +184,20 @@ class TlsContext:
             raise ValueError("a client verifies the server's name, and only a client does")
         if profile_name not in PROFILES:
             raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
-        self.role, self.profile = role, PROFILES[profile_name]
+        self.role, self.peer_role = role, "client" if role == "server" else "server"
+        self.profile = PROFILES[profile_name]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
         self.peer_name: str | Address | None = None
         if verify_name is not None:
             self.peer_name = self.naming(verify_name).peer_name
-        roots, chain = self._load_roots(ca), self._load_own(cert, key)
+        make = f"{PROGRAM} pki init{self.profile.pki_option}"
+        with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
+            roots = _load_certificates(ca)
+            for root in roots:
+                _check_chain([root], "authority", self.profile)
+                self._store.add_cert(crypto.X509.from_cryptography(root))
+        chain = self._load_own(cert, key)
         self.revocations = [] if crl is None else self._load_lists(crl, [*chain[1:], *roots])
         # The file that SSLKEYLOGFILE makes us write secrets to: worth a warning.
         self.keylog = os.environ.get("SSLKEYLOGFILE") or None
@@ -219,25 +226,13 @@ class TlsContext:
             for each in self.revocations
         )
 
-    def _load_roots(self, file: PathLike) -> list[Certificate]:
-        make = f"{PROGRAM} pki init{self.profile.pki_option}"
-        with _told(f"--tls-ca {file}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
-            roots = _load_certificates(file)
-            _check_chain(roots, self.profile)
-            for root in roots:
-                if "authority" not in _roles(root):
-                    raise ValueError(f"{root.subject.rfc4514_string()} is no authority")
-                self._store.add_cert(crypto.X509.from_cryptography(root))
-            return roots
-
     def _load_own(self, file: PathLike, key: PathLike) -> list[Certificate]:
         """Our own chain and its key, by the peer's rules: what it would refuse is told here."""
         options = ("--server HOST" if self.role == "server" else "--client") + self.profile.pki_option
         remedy = f"the authority makes one by: {PROGRAM} pki issue NAME {options}, or by: {PROGRAM} pki renew NAME"
         with _told(f"--tls-cert {file}", remedy):
             chain = _load_certificates(file)
-            _check_leaf(chain[0], self.role, self.profile)
-            _check_chain(chain, self.profile)
+            _check_chain(chain, self.role, self.profile)
             if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
                 raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
             self.ssl_context.use_certificate(chain[0])
@@ -246,7 +241,7 @@ class TlsContext:
         with _told(f"--tls-key {key}"):
             if _load_key(key).public_key() != chain[0].public_key():
                 raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
-            # From its file: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
+            # By name: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
             self.ssl_context.use_privatekey_file(str(key))
             return chain
 
@@ -411,31 +406,35 @@ def _days_left(end: datetime.datetime) -> int:
     return (end - _now()).days  # rounded down: negative once it is past
 
 
+def _facts(certificate: Certificate) -> dict[str, str]:
+    """What is shown of a certificate; a part of it is logged."""
+    end = certificate.not_valid_after_utc
+    return {
+        "subject": certificate.subject.rfc4514_string(),
+        "issuer": certificate.issuer.rfc4514_string(),
+        "role": " and ".join(_roles(certificate)) or "none",
+        "names": ", ".join(map(str, _names(certificate))) or "none",
+        "algorithm": _algorithm(certificate.public_key_algorithm_oid),
+        "signed by": _algorithm(certificate.signature_algorithm_oid),
+        "valid": f"{_iso(certificate.not_valid_before_utc)} to {_iso(end)}, {_days_left(end)} days left",
+        "serial": f"{certificate.serial_number:x}",
+        "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
+    }
+
+
 # ---- peer check and receipt --------------------------------------------------------------------
 
 
 class Receipt(NamedTuple):
-    """What is known of a session's peer, and how: a line of the log, and facts for the program."""
+    """What is known of a session's peer, and how."""
 
-    version: str
-    group: str
-    cipher: str
-    signature: str  # by which the peer proved its key
     identity: str
-    issuer: str
-    serial: int
-    sha256: str  # of the certificate, in hex
-    expiry: datetime.datetime
     chain: tuple[Certificate, ...]  # as it was verified, the peer's own first, the root last
+    facts: dict[str, str]  # for a line of the log
 
     @property
     def days_left(self) -> int:
-        return _days_left(self.expiry)
-
-    def pairs(self) -> dict[str, str]:
-        """Keys and values of the log line."""
-        shown = {"serial": f"{self.serial:x}", "expiry": _iso(self.expiry), "days_left": str(self.days_left)}
-        return {key: value for key, value in (self._asdict() | shown).items() if key != "chain"}
+        return _days_left(self.chain[0].not_valid_after_utc)
 
 
 def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[Certificate]) -> Receipt:
@@ -452,19 +451,12 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     _admit("cipher", cipher, profile.ciphers, profile)
     if not chain:
         raise HandshakeError("certificate", "the peer has shown none")
-    leaf, wanted = chain[0], context.peer_name
-    identity = _check_leaf(leaf, "client" if context.role == "server" else "server", profile)
-    _check_chain(chain, profile)
-    accepted = {wanted}
-    # RFC 9525, 6.3: `*` is one label of three or more.
-    if isinstance(wanted, str) and wanted.count(".") > 1:
-        accepted.add("*." + wanted.partition(".")[2])
-    if wanted is not None and accepted.isdisjoint(_names(leaf)):
-        raise HandshakeError("name", _misnamed(leaf, wanted))
-    signature = _algorithm(leaf.public_key_algorithm_oid)  # an ML-DSA key signs in one way
-    issuer, serial, sha256 = leaf.issuer.rfc4514_string(), leaf.serial_number, leaf.fingerprint(hashes.SHA256()).hex()
-    facts = (version, group, cipher, signature, identity, issuer, serial, sha256, leaf.not_valid_after_utc)
-    return Receipt(*facts, tuple(chain))
+    identity = _check_chain(chain, context.peer_role, profile, context.peer_name)
+    own, end = _facts(chain[0]), chain[0].not_valid_after_utc
+    facts = {"version": version, "group": group, "cipher": cipher}
+    facts |= {"signature": own["algorithm"], "identity": identity}  # an ML-DSA key signs in one way
+    facts |= {key: own[key] for key in ("issuer", "serial", "sha256")}
+    return Receipt(identity, tuple(chain), facts | {"expiry": _iso(end), "days_left": str(_days_left(end))})
 
 
 def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
@@ -472,23 +464,31 @@ def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> 
         raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
 
 
-def _check_leaf(leaf: Certificate, role: Role, profile: Profile) -> str:
-    """The identity that a certificate gives to who plays `role`. Raises HandshakeError."""
+def _check_chain(
+    chain: Sequence[Certificate], role: str, profile: Profile, dialled: str | Address | None = None
+) -> str:
+    """The identity that a chain gives to who plays `role`. Raises HandshakeError."""
+    for each in chain:  # the root's own signature proves nothing, but tells its key
+        _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
+        _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
+    leaf = chain[0]
     _admit("key", _algorithm(leaf.public_key_algorithm_oid), profile.signatures, profile)
     if role not in _roles(leaf):  # `any purpose` is none: it would let a client play the server
-        raise HandshakeError("purpose", f"the certificate is not for a {role}")
+        raise HandshakeError("purpose", f"the certificate of {leaf.subject.rfc4514_string()} is no {role}'s")
+    if role == "authority":  # which may have any name
+        return leaf.subject.rfc4514_string()
     names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if len(names) != 1 or not re.fullmatch(rf"[ -~]{{1,{MAX_IDENTITY_CHARS}}}", names[0]) or names == [NO_IDENTITY]:
         wanted = f"one common name, 1 to {MAX_IDENTITY_CHARS} printable ASCII characters, and not {NO_IDENTITY}"
         raise HandshakeError("identity", f"a certificate must have {wanted}")
+    # RFC 9525, 6.3: `*` is one label of three or more.
+    wild = "*." + dialled.partition(".")[2] if isinstance(dialled, str) and dialled.count(".") > 1 else None
+    if dialled is not None and {dialled, wild}.isdisjoint(held := _names(leaf)):
+        told = [str(name) for name in held[:MAX_NAMES_TOLD]] or ["no host"]
+        if len(held) > MAX_NAMES_TOLD:
+            told.append(f"{len(held) - MAX_NAMES_TOLD} more")
+        raise HandshakeError("name", f"the certificate is for {', '.join(told)}, not for {dialled}")
     return names[0]
-
-
-def _check_chain(chain: Sequence[Certificate], profile: Profile) -> None:
-    """Hold every signature to the profile, and every certificate to the time. HandshakeError."""
-    for each in chain:  # the root's own proves nothing, but tells its key, which made the next
-        _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
-        _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
 
 
 def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> None:
@@ -498,13 +498,6 @@ def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> 
         raise HandshakeError("validity", clock, early=True)
     if end < now:
         raise HandshakeError("validity", f"{what} expired on {_iso(end)}")
-
-
-def _misnamed(leaf: Certificate, wanted: str | Address | None) -> str:
-    names = [str(name) for name in _names(leaf)]
-    if len(names) > MAX_NAMES_TOLD:
-        names[MAX_NAMES_TOLD:] = [f"{len(names) - MAX_NAMES_TOLD} more"]
-    return f"the certificate is for {', '.join(names) or 'no host'}, not for {wanted}"
 
 
 # ---- TLS transport -----------------------------------------------------------------------------
@@ -525,9 +518,6 @@ class Carrier(Protocol):
 
 
 _RULES: Final = {  # words in what OpenSSL says when it ends a handshake; the first that fits counts
-    "validity": ("expired", "not yet valid"),
-    "name": ("name mismatch", "address mismatch"),
-    "purpose": ("purpose",),
     "revoked": ("revoked",),
     "authority": ("issuer certificate", "self-signed"),
     "tls": ("wrong version number",),  # of a record: this is no TLS at all
@@ -565,20 +555,20 @@ class _Ssl:
         chain = self._connection.get_verified_chain(as_cryptography=True)
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
-    def refusal(self, error: SSL.Error, wanted: str | Address | None) -> HandshakeError:
-        """Why OpenSSL ended the handshake, by the rule's name: for messages only."""
-        reason = _reason(error)
-        if reason.startswith(_FROM_PEER):
-            return HandshakeError("alert", reason.replace(_FROM_PEER, "refused by the peer: "))
+    def refusal(self, error: SSL.Error, context: TlsContext) -> HandshakeError:
+        """Why OpenSSL ended the handshake, by the rule's name. Raises HandshakeError, too."""
+        detail = _reason(error)
+        if detail.startswith(_FROM_PEER):
+            return HandshakeError("alert", detail.replace(_FROM_PEER, "refused by the peer: "))
         # What OpenSSL has against the certificate, if anything; pyOpenSSL 26.4 has no getter.
-        code = lib.SSL_get_verify_result(self._connection._ssl)
-        objection = ffi.string(lib.X509_verify_cert_error_string(code)).decode() if code else ""
-        detail = objection or reason
+        if code := lib.SSL_get_verify_result(self._connection._ssl):
+            detail = ffi.string(lib.X509_verify_cert_error_string(code)).decode()
         rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
-        rule = next(rules, "certificate" if objection else "tls")
+        rule = next(rules, "certificate" if code else "tls")
         with contextlib.suppress(*_UNFIT):
-            if rule == "name" and (shown := self._connection.get_peer_cert_chain(as_cryptography=True)):
-                detail = _misnamed(shown[0], wanted)
+            if code and rule == "certificate" and (chain := self.negotiated()[3]):
+                # Which raises it by its own name, and says of which certificate.
+                _check_chain(chain, context.peer_role, context.profile, context.peer_name)
         return HandshakeError(rule, detail)
 
     def feed(self, records: memoryview) -> None:
@@ -587,10 +577,7 @@ class _Ssl:
             raise MemoryError("OpenSSL could not take the peer's bytes")
 
     def read_into(self, view: memoryview) -> tuple[int, SSL.Error | None]:
-        """Plaintext, until `view` is full or OpenSSL needs more from the peer, and what has ended it.
-
-        That is ZeroReturnError where close_notify has come.
-        """
+        """Plaintext, until `view` is full or OpenSSL needs more, and what has ended the session."""
         ssl, count = self._connection._ssl, 0
         while count < len(view):
             got = lib.SSL_read(ssl, ffi.from_buffer(view[count:], require_writable=True), len(view) - count)
@@ -599,7 +586,7 @@ class _Ssl:
                     break
                 try:
                     self._connection._raise_ssl_error(ssl, got)
-                except SSL.Error as error:
+                except SSL.Error as error:  # ZeroReturnError: close_notify has come
                     return count, error.with_traceback(None)
             count += got
         return count, None
@@ -660,9 +647,27 @@ class TlsTransport:
 
         Raises HandshakeError, once the peer could read our alert. The caller closes the carrier.
         """
-        ssl = _Ssl(context)
+        ssl, buffer, begun = _Ssl(context), memoryview(bytearray(HANDSHAKE_BYTES)), False
         try:
-            _exchange(carrier, ssl, remaining)
+            while True:
+                with contextlib.suppress(SSL.WantReadError):
+                    ssl.do_handshake()
+                    break
+                _limit_waits(carrier, remaining())
+                if records := ssl.take(buffer):
+                    carrier.send(records)
+                _limit_waits(carrier, remaining())
+                count = carrier.receive_into(buffer)
+                if not count:
+                    said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
+                    raise HandshakeError("closed", f"the peer closed the connection {said}")
+                # A frame of the tunnel, no record: type, stream, length (PROTOCOL.md). The
+                # alert, protocol_version, shows the peer what we speak; OpenSSL would not send it.
+                if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
+                    carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
+                    raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
+                begun = True
+                ssl.feed(buffer[:count])
             # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
             try:
                 receipt = check_peer(context, *ssl.negotiated())
@@ -675,7 +680,7 @@ class TlsTransport:
             return transport
         except SSL.Error as error:
             _leave(carrier, ssl.take(memoryview(b"")))
-            raise ssl.refusal(error, context.peer_name) from error
+            raise ssl.refusal(error, context) from error
         except HandshakeError:
             _leave(carrier, b"")
             raise
@@ -707,7 +712,7 @@ class TlsTransport:
             if count:
                 self._silent = False
                 return count
-            if isinstance(self._end, SSL.ZeroReturnError):  # close_notify
+            if isinstance(self._end, SSL.ZeroReturnError):
                 return 0
             if self._end:
                 raise TransportError(_reason(self._end))
@@ -717,10 +722,7 @@ class TlsTransport:
                 raise TransportError(why)
 
     def send(self, frames: Readable) -> None:
-        """Encrypt and send all, and what TLS itself has to say; of empty frames nothing else.
-
-        Raises TransportError or the carrier's OSError, and then nothing can be sent.
-        """
+        """Send all, and what TLS itself has to say. After TransportError, OSError all is over."""
         try:
             with self._lock:
                 records = self._ssl.take(self._outgoing, frames)
@@ -740,29 +742,6 @@ class TlsTransport:
         if records:
             self._carrier.send(records)
         self._carrier.finish()
-
-
-def _exchange(carrier: Carrier, ssl: _Ssl, remaining: Callable[[], float]) -> None:
-    """Carry a handshake's flights but our last. Raises SSL.Error, HandshakeError, OSError."""
-    buffer, begun = memoryview(bytearray(HANDSHAKE_BYTES)), False
-    while True:
-        with contextlib.suppress(SSL.WantReadError):
-            return ssl.do_handshake()
-        _limit_waits(carrier, remaining())
-        if records := ssl.take(buffer):
-            carrier.send(records)
-        _limit_waits(carrier, remaining())
-        count = carrier.receive_into(buffer)
-        if not count:
-            said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
-            raise HandshakeError("closed", f"the peer closed the connection {said}")
-        # A frame of the tunnel in place of a record: type, stream, length (PROTOCOL.md). The alert,
-        # protocol_version, which OpenSSL would not send, shows a peer in plain mode what we speak.
-        if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
-            carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
-            raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
-        begun = True
-        ssl.feed(buffer[:count])
 
 
 def _limit_waits(carrier: Carrier, seconds: float) -> None:
@@ -810,8 +789,7 @@ def init_authority(
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
         raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
-    with _held(where) as files:
-        _refuse_present(where, force, "ca.crt", "ca.key", "crl.pem", "issued.pem")
+    with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force) as files:
         extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
         authority, files["ca.key"], key = _make(name, algorithm, 365 * years, extensions)
         files["ca.crt"] = files["issued.pem"] = _pem(authority)
@@ -824,20 +802,17 @@ def issue(
     folder: PathLike, name: str, *, hosts: Sequence[str] | None,
     days: int = LEAF_DAYS, algorithm: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Issue NAME.crt and NAME.key, for a server that is dialled by one of `hosts`, or for a client.
-
-    A pair that is replaced stays valid until it ends or is revoked.
-    """
+    """Issue NAME.crt and NAME.key, for a server that is dialled by `hosts`, or for a client."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
         rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
     if hosts is not None and not hosts:
         raise ValueError("--server: name the hosts or addresses that clients dial")
-    with _authority(where := Path(folder)) as (authority, signer, issued, files):
-        _refuse_present(where, force, f"{name}.crt", f"{name}.key")
+    where, (cert, key) = Path(folder), (f"{name}.crt", f"{name}.key")
+    with _authority(where, cert, key, force=force) as (authority, signer, issued, files):
         longest = _days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
-            raise ValueError(f"--days: 1 to {longest}, for then the authority itself ends")
+            raise ValueError(f"--days: 1 to {longest}, for the authority ends on {_iso(authority.not_valid_after_utc)}")
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
         purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
@@ -845,10 +820,9 @@ def issue(
         if hosts is not None:
             extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
-        certificate, files[f"{name}.key"], _ = _make(name, kind, days, extensions, authority, signer)
-        files[f"{name}.crt"] = _pem(certificate)
-        files["issued.pem"] = _pem(authority, *issued, certificate)
-    return where / f"{name}.crt"
+        certificate, files[key], _ = _make(name, kind, days, extensions, authority, signer)
+        files |= {cert: _pem(certificate), "issued.pem": _pem(authority, *issued, certificate)}
+    return where / cert
 
 
 @_told()
@@ -919,39 +893,24 @@ def show(target: PathLike) -> list[str]:
             held = _load_certificates(file)
             authorities += [each for each in held if "authority" in _roles(each)]
             for certificate in held:
-                shown.setdefault(certificate, [str(file), *_facts(certificate, authorities, lists)])
+                issuers = [each for each in authorities if _has_signed(each, certificate)]
+                own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
+                found = [each.get_revoked_certificate_by_serial_number(certificate.serial_number) for each in own]
+                revoked = "no" if own else "unknown, for there is no list of its issuer"
+                if entry := next(filter(None, found), None):
+                    revoked = f"YES, on {_iso(entry.revocation_date_utc)}"
+                facts = _facts(certificate) | {"revoked": revoked}
+                shown.setdefault(certificate, [str(file), *(f"  {key:10} {value}" for key, value in facts.items())])
     return [_escaped(line) for lines in shown.values() for line in lines]
 
 
-def _facts(
-    certificate: Certificate, authorities: list[Certificate], lists: list[CertificateRevocationList]
-) -> Iterator[str]:
-    begin, end, serial = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.serial_number
-    issuers = [each for each in authorities if _has_signed(each, certificate)]
-    own = [each for each in lists if any(_has_signed(issuer, each) for issuer in issuers)]
-    entries = [entry for each in own if (entry := each.get_revoked_certificate_by_serial_number(serial))]
-    revoked = "no" if own else "unknown, for there is no list of its issuer"
-    if entries:
-        revoked = f"YES, on {_iso(entries[0].revocation_date_utc)}"
-    yield f"  subject    {certificate.subject.rfc4514_string()}"
-    yield f"  issuer     {certificate.issuer.rfc4514_string()}"
-    yield f"  role       {' and '.join(_roles(certificate)) or 'none'}"
-    yield f"  names      {', '.join(map(str, _names(certificate))) or 'none'}"
-    yield f"  algorithm  {_algorithm(certificate.public_key_algorithm_oid)}"
-    yield f"  signed by  {_algorithm(certificate.signature_algorithm_oid)}"
-    yield f"  valid      {_iso(begin)} to {_iso(end)}, {_days_left(end)} days left"
-    yield f"  serial     {certificate.serial_number:x}"
-    yield f"  sha256     {certificate.fingerprint(hashes.SHA256()).hex()}"
-    yield f"  revoked    {revoked}"
-
-
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[dict[str, bytes]]:
-    """The folder, for one process at a time. What the dict gets is written at the end.
+def _held(folder: Path, *fresh: str, force: bool = False) -> Iterator[dict[str, bytes]]:
+    """The folder, for one process at a time; `fresh` files must not be there, but for `force`.
 
-    All of these files or none, whatever happens in between: they are made in a folder of their own,
-    and from its renaming on they count. Who reloads meanwhile can meet a certificate without its
-    key: it refuses that, and keeps what it has.
+    What the dict gets is written at the end: all of these files or none, whatever happens. They are
+    made in a folder of their own, and from its renaming on they count. Who reloads meanwhile can
+    meet a certificate without its key: it refuses that, and keeps what it has.
     """
     with open(folder / ".lock", "ab", opener=_private) as lock:  # the system lets go of it
         if sys.platform == "win32":
@@ -963,6 +922,9 @@ def _held(folder: Path) -> Iterator[dict[str, bytes]]:
 
             fcntl.flock(lock, fcntl.LOCK_EX)
         _settle(folder)
+        for name in fresh:
+            if not force and (folder / name).exists():
+                raise ValueError(f"{folder / name} exists; --force replaces it")
         files: dict[str, bytes] = {}
         yield files
         making = folder / ".making"
@@ -989,18 +951,14 @@ def _settle(folder: Path) -> None:
         ready.rmdir()
 
 
-def _refuse_present(folder: Path, force: bool, *names: str) -> None:
-    for name in names:
-        if not force and (folder / name).exists():
-            raise ValueError(f"{folder / name} exists; --force replaces it")
-
-
 @contextlib.contextmanager
-def _authority(folder: Path) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
+def _authority(
+    folder: Path, *fresh: str, force: bool = False
+) -> Iterator[tuple[Certificate, Any, list[Certificate], dict[str, bytes]]]:
     """A folder's authority, its key, all that it has issued, and what `_held` writes at the end."""
-    if not (folder / "ca.crt").exists():
+    if not (folder / "ca.crt").exists() and not (folder / ".ready").exists():
         raise ValueError(f"{folder} holds no authority (ca.crt); make one by: {PROGRAM} pki init")
-    with _held(folder) as files:
+    with _held(folder, *fresh, force=force) as files:
         own, secret, record = folder / "ca.crt", folder / "ca.key", folder / "issued.pem"
         with _told(str(own)):
             authority = _load_certificates(own)[0]

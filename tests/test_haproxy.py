@@ -40,7 +40,7 @@ def join(client: Factory, servers: list[Program], *forwards: str) -> Program:
 @wanted("haproxy", "nginx")
 def test_failover() -> None:
     """One server killed and back, the other drained and restarted, the client restarted: no request fails."""
-    failover.failover(3.0)
+    failover.failover(1.5)
 
 
 @wanted("haproxy")

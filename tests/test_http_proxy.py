@@ -174,8 +174,8 @@ def read_request(sock: socket.socket) -> list[str]:
     return request.decode().split("\r\n")[:-2]
 
 
-def proxy_at(service: Service, credentials: str = "") -> rtunnel.HttpProxy:
-    return rtunnel.HttpProxy(rtunnel.Address(*service.address), credentials)
+def proxy_at(service: Service) -> rtunnel.HttpProxy:
+    return rtunnel.HttpProxy(rtunnel.Address(*service.address), b"")
 
 
 TARGET = rtunnel.Address("tunnel.invalid", 7000)
@@ -298,6 +298,7 @@ WRONG = [
     f"http://alice:{SECRET}",
     f"http://alice:{SECRET}@host:1/path",
     f"http://alice:{SECRET} {SECRET}@host:1",
+    f"http://alice:{SECRET}\udcff@host:1",
     "http://:1",
     "socks5://host:1",
 ]

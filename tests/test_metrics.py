@@ -237,6 +237,27 @@ def test_scrapers_that_say_nothing(server: Factory) -> None:
     assert not serving.events("internal-error")
 
 
+ACCEPTS = [
+    "application/openmetrics-text; version=x; escaping=y",
+    "text/plain;version=1.0.0;escaping",
+    ";=;,;",
+    "\xff",
+    "%s",
+]
+
+
+@pytest.mark.parametrize("accept", ACCEPTS)
+def test_strange_scrapers(server: Factory, accept: str) -> None:
+    """What a scraper asks for is no error of ours, and takes nobody's place."""
+    serving = server(PORT)
+    for _ in range(rtunnel.MAX_SCRAPES + 1):
+        with connect(serving.metrics_address) as sock:
+            sock.sendall(f"GET /?name[]=a&name[]= HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("latin-1"))
+            assert ends_with(sock) == "eof"
+    assert "rtunnel_ready 1" in asked(serving.metrics_address)
+    assert not serving.events("internal-error")
+
+
 @wanted("promtool")
 @pytest.mark.parametrize("role", ["server", "client"])
 def test_promtool(server: Factory, client: Factory, house: House, role: str) -> None:

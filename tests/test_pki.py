@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import contextlib
 import datetime
 import functools
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from OpenSSL._util import lib
 from support import ROOT
 from tls_peers import House, Signer, Task, session
 
@@ -453,6 +457,68 @@ def test_a_broken_record_is_named_and_kept(folder: Path) -> None:
         assert record.read_bytes() == content
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@pytest.mark.parametrize("broken", ["ca.crt", "ca.key", "crl.pem", "issued.pem"])
+def test_one_wrong_byte_in_the_folder_forgets_nothing(folder: Path, broken: str) -> None:
+    """Whichever byte of a file is wrong: a command does its work, or is one sentence that names a file.
+
+    What was issued stays on record, and what was revoked on the list, so that the right file mends all.
+    """
+    issue(folder, "gate", hosts=["localhost"])
+    thief = load(issue(folder, "thief", hosts=None)).serial_number
+    revoke(folder, "thief")
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+    on_record = set(rtunnel_tls._load_certificates(folder / "issued.pem"))
+    commands: tuple[Any, ...] = (
+        functools.partial(issue, folder, "new", hosts=None),
+        functools.partial(renew, folder, "gate"),
+        functools.partial(revoke, folder, "gate"),
+        functools.partial(revoke, folder, folder / "gate.crt"),
+        functools.partial(show, folder),
+    )
+    told = []
+    for number, content in enumerate(wrong_bytes(good[broken])):
+        (folder / broken).write_bytes(content)
+        command = commands[number % len(commands)]
+        if sentence := refusal(command):
+            told.append(sentence)
+        elif command.func is not show:
+            assert on_record <= set(rtunnel_tls._load_certificates(folder / "issued.pem"))
+        if broken != "crl.pem":
+            assert thief in revoked(folder)
+        for file in folder.iterdir():
+            if file.name not in good:
+                file.unlink()
+        for name, before in good.items():
+            (folder / name).write_bytes(before)
+    assert len(told) > 50
+    assert all(str(folder) in sentence and sentence.isprintable() for sentence in told), told
+    assert lib.ERR_peek_error() == 0, "nothing is left for a later call to trip over"
+
+
+def refusal(command: Any) -> str:
+    """Why the command was refused; empty where it was not."""
+    try:
+        command()
+    except TlsConfigError as error:
+        return str(error)
+    return ""
+
+
+def wrong_bytes(pem: bytes) -> Iterator[bytes]:
+    """The file with one byte changed: of the text, and of what it encodes, densely where its fields are."""
+    for at in range(0, len(pem), max(1, len(pem) // 60)):
+        yield pem[:at] + bytes([pem[at] ^ 1]) + pem[at + 1 :]
+    head, der, tail = (
+        pem.partition(b"\n")[0],
+        base64.b64decode(pem.split(b"-----")[2]),
+        pem.rstrip().rpartition(b"\n")[2],
+    )
+    for at in [*range(0, min(len(der), 400), 3), *range(400, len(der), 500)]:
+        changed = der[:at] + bytes([der[at] ^ (1 << at % 8)]) + der[at + 1 :]
+        yield b"\n".join((head, base64.encodebytes(changed).strip(), tail, b""))
+
+
 def test_another_authority_begins_with_an_empty_record(folder: Path) -> None:
     """`init --force` makes the old certificates void: none of them is on the new record or list."""
     issue(folder, "alice", hosts=None)
@@ -542,6 +608,49 @@ def test_a_crash_at_any_step_leaves_a_pair_or_is_mended(
     assert {before, load(folder / "gate.crt").serial_number} <= on_record
 
 
+@POSIX
+@pytest.mark.parametrize("room", [0, 100, 5000, 6000, 12000])
+def test_a_disk_that_is_full_keeps_the_old_pair(folder: Path, room: int) -> None:
+    """The kernel refuses what goes beyond so many bytes of a file, which is the key, the certificate or the record."""
+    issue(folder, "gate", hosts=["localhost"])
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    script = (
+        "import resource, rtunnel_tls, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "try:\n"
+        f"    rtunnel_tls.renew({str(folder)!r}, 'gate')\n"
+        "except rtunnel_tls.TlsConfigError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+    )
+    assert re.fullmatch(rf"{re.escape(str(folder))}/\S+: File too large\n", done.stdout), done.stdout
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    renew(folder, "gate")
+    assert fits(folder, "gate")
+
+
+def test_an_authority_whose_making_was_cut_short_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its files were made when `init` died: the next command puts them where they belong, and goes on."""
+    with monkeypatch.context() as patched:
+        patched.setattr(rtunnel_tls, "_settle", lambda _: None)
+        init_authority(tmp_path)
+    assert not (tmp_path / "ca.crt").exists()
+    issue(tmp_path, "alice", hosts=None)
+    revoke(tmp_path, "alice")
+    assert not (tmp_path / ".ready").exists()
+
+
+def test_an_authority_that_has_ended_issues_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says when it ended, also to `renew`, which was asked for no days."""
+    end = load(issue(folder, "alice", hosts=None).with_name("ca.crt")).not_valid_after_utc
+    monkeypatch.setattr(rtunnel_tls, "_now", lambda: end + datetime.timedelta(days=1))
+    refuse(f"the authority ends on {end:%Y-%m-%d}", issue, folder, "bob", hosts=None)
+    refuse(f"the authority ends on {end:%Y-%m-%d}", renew, folder, "alice")
+
+
 def test_a_reload_between_two_files_keeps_what_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who loads the pair while it is replaced gets the old one, the new one, or a sentence: never a broken pair."""
     issue(folder, "gate", hosts=["localhost"])
@@ -599,6 +708,37 @@ def test_the_list_of_a_namesake_is_not_taken(folder: Path, tmp_path: Path) -> No
     for content, told in ((old, "YES"), (new, "unknown"), (old + new, "YES"), (new + old, "YES")):
         (folder / "crl.pem").write_bytes(content)
         assert f"  revoked    {told}" in "\n".join(show(folder / "alice.crt"))
+
+
+def test_a_list_that_nobody_has_signed_tells_nothing(folder: Path) -> None:
+    """One wrong byte in crl.pem, and `show` does not know who is revoked: by such a list nobody is innocent."""
+    serial = load(issue(folder, "alice", hosts=None)).serial_number
+    revoke(folder, "alice")
+    content = (folder / "crl.pem").read_bytes()
+    der = base64.b64decode(content.split(b"-----")[2])
+    at = der.index(serial.to_bytes(20, "big"))
+    pardoned = base64.encodebytes(der[:at] + bytes([der[at] ^ 1]) + der[at + 1 :])
+    (folder / "crl.pem").write_bytes(b"-----BEGIN X509 CRL-----\n" + pardoned + b"-----END X509 CRL-----\n")
+    for shown in (folder, folder / "alice.crt"):
+        assert [line.split()[1] for line in show(shown) if line.startswith("  revoked")][-1] == "unknown,"
+    refuse("crl.pem|another authority", revoke, folder)
+
+
+def test_of_two_lists_the_one_that_revokes_counts(folder: Path) -> None:
+    """An older list of the same authority, in front or behind, pardons nobody."""
+    issue(folder, "alice", hosts=None)
+    old = (folder / "crl.pem").read_bytes()
+    new = revoke(folder, "alice").read_bytes()
+    for content in (old + new, new + old):
+        (folder / "crl.pem").write_bytes(content)
+        assert "  revoked    YES" in "\n".join(show(folder / "alice.crt"))
+
+
+def test_show_names_the_file_that_is_broken(folder: Path) -> None:
+    """Among many, the operator is told which."""
+    issue(folder, "alice", hosts=None)
+    (folder / "bob.crt").write_text("no certificate")
+    refuse(f"{folder / 'bob.crt'}: it holds no CERTIFICATE", show, folder)
 
 
 @pytest.mark.parametrize("name", ["anonymous", "Anonymous"])

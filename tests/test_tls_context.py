@@ -150,7 +150,7 @@ def test_a_chain_file_brings_the_authorities_below_the_root(root: Signer, tmp_pa
     server = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
     client = house.client(ca=root.save(tmp_path))
     with session(server, client) as (_, end):
-        assert end.receipt.issuer == "CN=between"
+        assert end.receipt.facts["issuer"] == "CN=between"
     assert len(x509.load_pem_x509_certificates(pair.cert.read_bytes())) == 2
 
 
@@ -366,8 +366,8 @@ def test_an_open_session_is_found_revoked_by_its_own_authority(tmp_path: Path) -
     world = Rotation(tmp_path)
     world.trust(world.old, world.new)
     with session(world.old.server(ca=world.ca), world.old.client(ca=world.ca)) as (server, _):
-        serial = server.receipt.serial
-        rtunnel_tls.revoke(world.new.folder, serial=f"{serial:x}")
+        serial = server.receipt.facts["serial"]
+        rtunnel_tls.revoke(world.new.folder, serial=serial)
         world.trust(world.old, world.new)
         assert not world.old.server(ca=world.ca, crl=world.crl).revokes(server.receipt)
         rtunnel_tls.revoke(world.old.folder, "client")
@@ -490,7 +490,7 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
         refused, told = meet(house.client("pure"), raw_peer(context, "server"))
         if reason == "group":
             assert isinstance(refused, Receipt), "asked for the other group, and agreed"
-            assert refused.group == "MLKEM1024"
+            assert refused.facts["group"] == "MLKEM1024"
         else:
             assert isinstance(refused, HandshakeError)
             assert reason in told
