@@ -21,10 +21,12 @@ import rtunnel
 NAMES = ("README", "OPERATIONS", "LAB", "CONTRIBUTING", "README.zh")
 README, OPERATIONS, LAB, CONTRIBUTING, CHINESE = ((ROOT / f"{name}.md").read_text("utf-8") for name in NAMES)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), ROOT / "bench/NOTES.md"])
+LONG = pytest.mark.timeout(240)  # one test types a whole document
 # Options that are no row of the table behind the others.
 ALSO = {"config", "print-config", "example-config"}
 
 
+@LONG
 def test_readme(tmp_path: Path) -> None:
     """A stranger with README.md alone installs rtunnel, has a tunnel on one machine, one on two machines with a second
     client, and cuts a client off: each command does what it says."""
@@ -32,13 +34,14 @@ def test_readme(tmp_path: Path) -> None:
         reader.read(README)
 
 
-@pytest.mark.timeout(120)
+@LONG
 def test_operations(tmp_path: Path) -> None:
     """OPERATIONS.md's server is installed as a service, renewed, reloaded and upgraded; its examples are right."""
     with Reader(tmp_path) as reader:
         reader.read(OPERATIONS)
 
 
+@LONG
 def test_contributing(tmp_path: Path) -> None:
     """What CONTRIBUTING.md says to type works, and what it shows of our code is our code."""
     with Reader(tmp_path) as reader:
@@ -67,6 +70,7 @@ def missing(chapter: str) -> str:
     return next((f"there is no {tool}" for tool in ("openssl", "curl") if tool in typed and not shutil.which(tool)), "")
 
 
+@LONG
 @pytest.mark.parametrize("chapter", EXPERIMENTS)
 def test_lab(lab: Reader, chapter: str) -> None:
     """Each experiment of LAB.md, typed by itself, shows what it says."""

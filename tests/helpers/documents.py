@@ -38,7 +38,7 @@ from support import ROOT, eventually, free_port
 
 PORTS = ("7000", "7001", "8000", "8080", "8081", "8082", "9400")
 ELSEWHERE = ("/opt/rtunnel", "/etc/rtunnel", "/etc/systemd/system", "/var/lib/rtunnel", "/srv/authority")
-WAIT_S = 20.0
+WAIT_S = 60.0  # for a step, an installation on a busy machine included
 # What goes on, and what it says once it works.
 GOES_ON = {
     r"rtunnel(\.py)? server\b": r" listening kind=control ",
