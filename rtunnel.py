@@ -543,6 +543,18 @@ class Welcome(NamedTuple):
         return f"version=1\nport={self.port}\nwindow={self.window}".encode("ascii")
 
 
+def parse_visitor(payload: bytes) -> Address:
+    """NEW_CONN's visitor at level 1. Raises ProtocolError."""
+    try:
+        address = Address.parse(payload.decode("ascii"))
+        host = ipaddress.ip_address(address.host)
+        if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped or host.scope_id):
+            raise ValueError
+    except (ConfigError, ValueError):
+        raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
+    return address
+
+
 def proxy_line(visitor: Address | None, public: Address) -> bytes:
     """A PROXY protocol header (haproxy's proxy-protocol.txt, 2.1). `visitor` None: unknown."""
     if visitor is None:
@@ -561,7 +573,7 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
 
 
 def add_credit(credit: int, count: int) -> int:
-    """What may be sent after a WINDOW of `count`. Raises ProtocolError for 0 and for an overflow."""
+    """What may be sent after a WINDOW of so many. Raises ProtocolError for 0 and an overflow."""
     if not count or credit + count > MAX_CREDIT_BYTES:
         raise ProtocolError(f"WINDOW of {count} on top of {credit}, the limit is {MAX_CREDIT_BYTES}")
     return credit + count
@@ -1535,10 +1547,10 @@ class ByteQueue:
     Locking: its stream's.
     """
 
-    __slots__ = ("_blocks", "_count")
+    __slots__ = ("_count", "blocks")
 
     def __init__(self) -> None:
-        self._blocks: list[bytearray] = []
+        self.blocks: list[bytearray] = []  # the first goes next
         self._count = 0
 
     def __len__(self) -> int:
@@ -1547,23 +1559,19 @@ class ByteQueue:
     def append(self, part: memoryview) -> None:
         self._count += len(part)
         while part:
-            if not self._blocks or len(self._blocks[-1]) >= DRAIN_BYTES:
-                self._blocks.append(bytearray())
-            last = self._blocks[-1]
+            if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
+                self.blocks.append(bytearray())
+            last = self.blocks[-1]
             taken = part[: DRAIN_BYTES - len(last)]
             last += taken
             part = part[len(taken) :]
 
-    def first(self) -> bytearray:
-        """The block that goes next. There must be one."""
-        return self._blocks[0]
-
     def drop(self, count: int) -> None:
         """So many bytes of the first block have left."""
         self._count -= count
-        del self._blocks[0][:count]
-        if not self._blocks[0]:
-            del self._blocks[0]
+        del self.blocks[0][:count]
+        if not self.blocks[0]:
+            del self.blocks[0]
 
 
 class Receiving(enum.Enum):
@@ -1600,6 +1608,9 @@ class Stream:
     socket, a drainer is at work.
     """
 
+    level = 1  # of the session that carries it
+    first_window = WINDOW_BYTES
+
     def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
         self.number = number
@@ -1620,7 +1631,7 @@ class Stream:
         self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
         self._received = 0  # bytes from the tunnel
         self._credit = session.peer_window  # bytes of DATA that this side may still send
-        self._receive_window = ReceiveWindow(session.ways.window)
+        self._receive_window = ReceiveWindow(self.first_window)
         # guarded by Writer._lock
         self.silenced = False  # this side's last frame is queued
         if sock is not None and DONT_WAIT is None:
@@ -1763,7 +1774,7 @@ class Stream:
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
-            with memoryview(self._queue.first()) as view:
+            with memoryview(self._queue.blocks[0]) as view:
                 count = self._deliver_locked(view)
             if self._queue:  # else the socket takes no more, and all was dropped
                 self._queue.drop(count)
@@ -2037,49 +2048,6 @@ class Settings(NamedTuple):
     visitors: Networks = Networks()
 
 
-class Level(NamedTuple):
-    """What differs between the levels, beside their streams: the original says less, takes more."""
-
-    number: int
-    stream: type[PumpedStream]
-    window: int  # where a stream's begins
-    lingers: bool  # a lease whose session ended waits for its holder's return
-
-    def goaway(self, reason: str) -> bytes:
-        """The frame that says so; at level 0 there is none, as in the next two."""
-        return end_frame(FrameType.GOAWAY, 0, reason) if self.number else b""
-
-    def refusal(self, refused: Refused) -> bytes:
-        """The server's last frame to a client that it does not serve."""
-        text = f"error={refused.code}\nmessage={refused.message}"
-        return encode(FrameType.WELCOME, 0, text.encode("ascii", "replace")) if self.number else b""
-
-    def visitor_payload(self, visitor: Address) -> bytes:
-        """NEW_CONN's."""
-        return str(visitor).encode("ascii") if self.number else b""
-
-    def visitor(self, payload: bytes) -> Address | None:
-        """NEW_CONN's visitor; None at level 0. Raises ProtocolError."""
-        if not self.number:
-            return None
-        try:
-            address = Address.parse(payload.decode("ascii"))
-            host = ipaddress.ip_address(address.host)
-            if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped or host.scope_id):
-                raise ValueError
-        except (ConfigError, ValueError):
-            raise ProtocolError(f"NEW_CONN says that the visitor is {payload!r}") from None
-        return address
-
-    def is_new(self, number: int, last: int) -> bool:
-        """Whether NEW_CONN may open this stream, after the highest so far."""
-        # Level 0, in any order: the original numbers visitors before it queues their frames (S-2).
-        return number > last or not self.number
-
-
-LEVEL_1 = Level(1, PumpedStream, WINDOW_BYTES, lingers=True)
-
-
 class Session:
     """One control connection's life: its transport, its streams, its timers. Both sides have it.
 
@@ -2102,7 +2070,8 @@ class Session:
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
         self.budget = Budget(program.settings.session_budget_bytes)
-        self.ways = ORIGINAL  # until the level is fixed, before the first stream
+        # Until the level is fixed, before the first stream.
+        self.stream_kind: type[PumpedStream] = OriginalStream
         self.peer_window = UNLIMITED  # where each stream's credit starts
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
@@ -2119,7 +2088,7 @@ class Session:
 
     @property
     def level(self) -> int:
-        return self.ways.number
+        return self.stream_kind.level
 
     def run(self) -> str:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
@@ -2259,8 +2228,12 @@ class Session:
         self.writer.close(cause, last_frame)
 
     def goodbye(self, reason: str) -> None:
-        """End it with a GOAWAY, which at level 0 there is not."""
-        self.end(reason, self.ways.goaway(reason))
+        """End it with a GOAWAY."""
+        self.end(reason, self._goaway(reason))
+
+    def _goaway(self, reason: str) -> bytes:
+        """The frame; at level 0 there is none."""
+        return end_frame(FrameType.GOAWAY, 0, reason) if self.level else b""
 
     def stop(self) -> None:
         self.goodbye("stopping")
@@ -2272,7 +2245,7 @@ class Session:
 
     def retire(self, reason: str) -> None:
         """No new streams here; those that are open go on. A client of level 1 connects anew."""
-        if frame := self.ways.goaway(reason):
+        if frame := self._goaway(reason):
             with contextlib.suppress(SessionEnded):
                 self.writer.post(frame)
 
@@ -2282,6 +2255,9 @@ class Session:
 
     def stream_count(self) -> int:
         return len(self._streams)  # read without the lock: a number is whole
+
+    def has_ended(self) -> bool:
+        return self._cause is not None  # read without the lock: it stays as it is
 
     def has_had_streams(self) -> bool:
         return self._last_stream > 0  # read without the lock, likewise
@@ -2528,9 +2504,10 @@ class ServerSession(Session):
             self._server.open_lease(self, self.init)
             self.decoder.unknown_limit = UNLIMITED
         except Refused as refused:
+            text = f"error={refused.code}\nmessage={refused.message}".encode("ascii", "replace")
             # A bad request comes before the level is fixed, and only from a client of level 1.
-            bad = refused.code == "bad-request" and not self.has_had_streams()
-            self.end(str(refused), (LEVEL_1 if bad else self.ways).refusal(refused))
+            told = self.level or (refused.code == "bad-request" and not self.has_had_streams())
+            self.end(str(refused), encode(FrameType.WELCOME, 0, text) if told else b"")
             raise
 
     def on_goaway(self, frame: Frame) -> None:
@@ -2552,17 +2529,17 @@ class ServerSession(Session):
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
-            stream = self.ways.stream(self, self._last_stream + 1, sock, visitor)
+            stream = self.stream_kind(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
-            frame = encode(FrameType.NEW_CONN, stream.number, self.ways.visitor_payload(visitor))
-            self.writer.post(frame, wake=False)
+            payload = str(visitor).encode("ascii") if self.level else b""
+            self.writer.post(encode(FrameType.NEW_CONN, stream.number, payload), wake=False)
             self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
         self.guarded(stream.run)
 
     def retire(self, reason: str) -> None:
-        self._server.leave_lease(self, reason, linger=self.ways.lingers)
+        self._server.leave_lease(self, reason, linger=self.level > 0)
         super().retire(reason)
 
     def expel(self, reason: str) -> None:
@@ -2683,7 +2660,7 @@ class Server(Program):
             session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
             with self.registered(session):
                 reason = session.run()
-            self.leave_lease(session, reason, linger=session.ways.lingers)
+                self.leave_lease(session, reason, linger=session.level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
             reason = reason_of(error)
         finally:
@@ -2711,11 +2688,11 @@ class Server(Program):
         peer = session.transport.peer
         try:
             with self._lock:
-                if init is not session.init and (session.is_client or session not in self._connections):
+                if init is not session.init and (session.is_client or session.has_ended()):
                     return
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
-                    session.ways, session.peer_window = LEVEL_1, init.window
+                    session.stream_kind, session.peer_window = PumpedStream, init.window
                 found = self._find_lease_locked(session, init)
                 lease = found or self._bind_free_locked(session, init)
                 address = lease.listener.address
@@ -2991,7 +2968,7 @@ class ClientSession(Session):
         # Where a proxy is the transport's peer, we know the server as we were told of it.
         there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
         self._public = Address(there.host, welcome.port)
-        self.ways, self.peer_window = LEVEL_1, welcome.window
+        self.stream_kind, self.peer_window = PumpedStream, welcome.window
         self._client.welcomed.add(self.mapping.server)
         self.start_timers()
         self._open()
@@ -3028,14 +3005,16 @@ class ClientSession(Session):
             self.over.set()
 
     def on_new_conn(self, frame: Frame) -> None:
-        visitor, number = self.ways.visitor(frame.payload), frame.stream
+        visitor, number = parse_visitor(frame.payload) if self.level else None, frame.stream
         if self.writer.is_behind():
             raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
         full = self._client.stream_count() >= MAX_STREAMS
         with self._lock:
-            if not number or number in self._streams or not self.ways.is_new(number, self._last_stream):
+            # An original numbers its visitors before it queues their frames: in any order (S-2).
+            rises = number > self._last_stream or not self.level
+            if not number or number in self._streams or not rises:
                 raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
-            stream = self.ways.stream(self, number, None, visitor)
+            stream = self.stream_kind(self, number, None, visitor)
             self.add_locked(stream)
         try:
             if full:
@@ -3194,6 +3173,8 @@ class OriginalStream(PumpedStream):
     The window never runs out. What is queued is bounded by the reader, which waits.
     """
 
+    level = 0
+    first_window = UNLIMITED
     # guarded by _lock
     _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
 
@@ -3241,9 +3222,6 @@ class OriginalStream(PumpedStream):
     def _end_linger(self) -> None:
         with self._lock:
             self._end_pump_locked()
-
-
-ORIGINAL = Level(0, OriginalStream, UNLIMITED, lingers=False)
 
 
 # ---- command line -----------------------------------------------------------------------------

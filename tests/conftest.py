@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any
 import pytest
 from judged import judged as judged  # each test's sessions
 from judged import summary
+from starter import Starter
 from support import Program, eventually
 from tls_peers import House
 
+import rtunnel
+
 Factory = Callable[..., Program]
+
+# Of the program's constants in all tests: no line of the log is held back, no end waits long for a peer to close.
+LIMITS = {"LOG_BURST": 1_000_000, "FAREWELL_S": 0.2}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,6 +48,11 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
+def _processors() -> set[int]:
+    """Where this thread may run; empty where the system does not tell."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
 def _children() -> set[str]:
     """Processes that this one has started and not yet waited for; empty where the system does not tell."""
     found: set[str] = set()
@@ -52,11 +64,23 @@ def _children() -> set[str]:
     return found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def starter() -> Iterator[None]:
+    """Where the system has what it needs, programs under test are forked: a start costs 10 ms, and not 170."""
+    if sys.platform == "linux":
+        Program.starter = Starter()
+    yield
+    if Program.starter:
+        Program.starter.close()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """No test leaves a thread, a descriptor or a child process behind; a failure names it."""
     threads, descriptors, children = set(threading.enumerate()), _descriptors(), _children()
+    processors = _processors()
     yield
+    assert _processors() == processors, "the test has left the others fewer processors"
 
     def left() -> list[str]:
         return [
@@ -72,15 +96,21 @@ def no_leaks() -> Iterator[None]:
         pytest.fail("left behind: " + ", ".join(left()))
 
 
+@pytest.fixture(autouse=True)
+def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends in this process: a peer that does not close, as many of the tests' own, is left soon."""
+    monkeypatch.setattr(rtunnel, "FAREWELL_S", LIMITS["FAREWELL_S"])
+
+
 @pytest.fixture
 def program(no_leaks: None) -> Iterator[Factory]:
     """Starts `rtunnel.py ARGUMENTS`; all are ended after the test, and their logs shown where it failed.
 
-    No line of the log is held back, unless `limits` says so."""
+    `limits` wins over LIMITS."""
     started: list[Program] = []
 
     def start(*arguments: str, limits: Mapping[str, Any] | None = None, **options: Any) -> Program:
-        started.append(Program(*arguments, limits={"LOG_BURST": 1_000_000, **(limits or {})}, **options))
+        started.append(Program(*arguments, limits={**LIMITS, **(limits or {})}, **options))
         return started[-1]
 
     yield start

@@ -36,6 +36,7 @@ Command = Callable[..., tuple[int, str, str]]
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting comes from the environment, no program runs in this process, and all is left as it was."""
     monkeypatch.setattr(rtunnel, "run", lambda make: make() and 99)
+    monkeypatch.setattr(rtunnel, "stay_on_cpu", lambda *_: None)  # the tests use them all
     for name in [name for name in os.environ if name.startswith("RTUNNEL_")]:
         monkeypatch.delenv(name)
     log = rtunnel.LOG

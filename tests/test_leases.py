@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from level1 import (
+    LOOPBACK,
     Ends,
     Peer,
     PeerServer,
     Unwelcome,
     connect_small,
+    hear_silence,
     init,
     is_in_a_send,
+    leases,
     mapping,
     new_instance,
     small_control_sockets,
@@ -539,6 +542,37 @@ def test_a_global_port_serves_all(ends: Ends) -> None:
             while peer.hear(FrameType.NEW_CONN, FrameType.EOF)[0] != FrameType.NEW_CONN:
                 pass
     assert not ends.log.events("visitor-refused")
+
+
+def test_a_silent_client_that_has_gone(ends: Ends) -> None:
+    """[O-7]: a connection that ends in the moment in which it would become a client is none, and leaves nothing."""
+    address = ends.open_server(public=LOOPBACK)
+    with connect(address):
+        [session] = eventually(ends.server.sessions)
+    eventually(lambda: not ends.server.has_connections())
+    assert isinstance(session, rtunnel.ServerSession)
+    hear_silence(session)
+    [lease] = leases(ends.server)
+    assert (lease.sessions, session.is_client) == ([], False)
+
+
+def test_a_silent_client_whose_first_frame_came_in_two(ends: Ends) -> None:
+    """[O-7], [F-5]: DATA of an original's stream of before does not count, however it is cut. What has begun, and may
+    be an INIT, does."""
+    address = ends.open_server(public=LOOPBACK)
+    with NaivePeer.connect(address) as peer:
+        [session] = eventually(ends.server.sessions)
+        assert isinstance(session, rtunnel.ServerSession)
+        data = bytes([FrameType.DATA, 0, 0, 0, 9, 0, 0, 0, 1]) + b"x"
+        peer.send(data[:5])
+        eventually(session.decoder.is_inside_control)
+        hear_silence(session)
+        assert not session.is_client
+        peer.send(data[5:])
+        eventually(lambda: not session.decoder.is_inside_control())
+        hear_silence(session)
+        assert session.is_client
+        assert ends.log.wait_for("session-opened")["level"] == "0"
 
 
 # --- what the client is told -----------------------------------------------------------------------------------------

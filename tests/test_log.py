@@ -39,17 +39,12 @@ LOST = re.compile(r"WARNING log-lines-lost count=(\d+)")
 
 
 @contextlib.contextmanager
-def small_pipe() -> Iterator[tuple[int, int]]:
+def small_pipe() -> Iterator[tuple[io.FileIO, io.FileIO]]:
     """A pipe that holds 4 KiB: the end to read and the end to write. Both are closed in the end."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
-    ends = [reading, writing]
-    try:
-        yield reading, writing
-    finally:
-        for end in ends:
-            with contextlib.suppress(OSError):  # the test has closed it
-                os.close(end)
+    with open(reading, "rb", 0) as reader, open(writing, "wb", 0) as writer:
+        yield reader, writer
 
 
 # --- a program whose log goes nowhere ----------------------------------------------------------------------------
@@ -73,15 +68,15 @@ class Quiet:
 def unread_pipe() -> Iterator[int]:
     """Nobody reads it, and it is full at once."""
     with small_pipe() as (_, writing):
-        yield writing
+        yield writing.fileno()
 
 
 @contextlib.contextmanager
 def closed_pipe() -> Iterator[int]:
     """Whoever read it is gone."""
     with small_pipe() as (reading, writing):
-        os.close(reading)
-        yield writing
+        reading.close()
+        yield writing.fileno()
 
 
 @contextlib.contextmanager
@@ -178,14 +173,14 @@ def numbers_and_lost(lines: list[str]) -> tuple[list[int], int]:
 def test_lost_lines_are_counted(log: Log) -> None:
     """A pipe that is full and read later: who logs never waits, the first lines and the last ones are there, and
     between them a line says how many are not."""
-    with small_pipe() as (reading, writing), os.fdopen(os.dup(writing), "w", 1) as stream:
+    with small_pipe() as (reading, writing), os.fdopen(os.dup(writing.fileno()), "w", 1) as stream:
         flush = log(stream)
         for number in range(2000):
             rtunnel.log_event(rtunnel.INFO, "line", number=number)  # would wait for ever else
         lines: list[str] = []
 
         def read() -> None:
-            with os.fdopen(os.dup(reading)) as file:
+            with os.fdopen(os.dup(reading.fileno())) as file:
                 for line in file:
                     lines.append(line)
                     if "number=2000" in line:
@@ -246,18 +241,17 @@ def test_the_end_waits_for_the_last_lines(log: Log) -> None:
 
 def test_the_end_does_not_wait_for_a_reader(log: Log) -> None:
     """A pipe that nobody reads keeps the end for half a second at most."""
-    with small_pipe() as (reading, writing), os.fdopen(os.dup(writing), "w", 1) as stream:
+    with small_pipe() as (reading, writing), os.fdopen(os.dup(writing.fileno()), "w", 1) as stream:
         flush = log(stream)
         for number in range(2000):
             rtunnel.log_event(rtunnel.INFO, "line", number=number)
         deadline = rtunnel.Deadline(5.0)
         flush()
         assert deadline.remaining() > 4.0
-        os.set_blocking(reading, False)  # so that its thread can end
+        os.set_blocking(reading.fileno(), False)  # so that its thread can end
 
         def drained() -> bool:
-            with contextlib.suppress(BlockingIOError):
-                os.read(reading, 1 << 16)
+            reading.read(1 << 16)
             return not any(thread.name == "log flush" for thread in threading.enumerate())
 
         eventually(drained)

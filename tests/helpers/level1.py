@@ -204,6 +204,11 @@ def beat(session: rtunnel.Session) -> None:
     session._beat()
 
 
+def hear_silence(session: rtunnel.ServerSession) -> None:
+    """What the clock does with a global port's connection from which no INIT has come for 2 s."""
+    session._join_silent()
+
+
 def pretend_ping(session: rtunnel.Session, payload: bytes, seconds_ago: float) -> None:
     """As if this PING had been sent so long ago."""
     with session._lock:
@@ -231,7 +236,7 @@ def window_and_queue(stream: rtunnel.Stream) -> tuple[int, int]:
 def open_stream(session: rtunnel.Session, sock: socket.socket | None, visitor: rtunnel.Address) -> rtunnel.Stream:
     """A new stream of a session, at its level; `run` is its pump's."""
     with session._lock:
-        stream = session.ways.stream(session, session._last_stream + 1, sock, visitor)
+        stream = session.stream_kind(session, session._last_stream + 1, sock, visitor)
         session.add_locked(stream)
     return stream
 

@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from starter import HELPERS, ROOT, Forked, Starter
 from tap import VARIABLE
 
-HELPERS = Path(__file__).resolve().parent
-ROOT = HELPERS.parents[1]
 DEADLINE_S = 10.0  # what a test waits for an event that comes at once on an idle machine
 
 Address = tuple[str, int]
@@ -97,6 +96,9 @@ class Program:
     Locking: `_changed` guards `lines`, `records` and `_taken`.
     """
 
+    starter: ClassVar[Starter | None] = None  # where there is one, it forks all programs but those with a `before`
+    process: Forked | subprocess.Popen[str]
+
     def __init__(
         self,
         *arguments: str,
@@ -114,17 +116,21 @@ class Program:
         # script: so it is compiled once.
         assignments = "".join(f"assert hasattr(m, {n!r}); m.{n} = {v!r}\n" for n, v in (limits or {}).items())
         tap = TAP if VARIABLE in os.environ else ""
-        start = ["-c", f"{before}\nimport sys, rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nm.entry()"]
+        code = f"{before}\nimport sys, rtunnel as m\n{tap}{assignments}{OLD * old}{patch}\nm.entry()"
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RTUNNEL_")}
-        self.process = subprocess.Popen(
-            [sys.executable, *start, *arguments],
-            cwd=ROOT,
-            env={**clean, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="backslashreplace",
-        )
+        environment = {**clean, **(env or {})}
+        if self.starter and not before:
+            self.process = self.starter.start(code, arguments, environment)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="backslashreplace",
+            )
         self._changed = threading.Condition()
         self.lines: list[str] = []
         self.records: list[Record] = []

@@ -149,7 +149,7 @@ def http_proxy(raw: bytes) -> None:
 def proxy(raw: bytes) -> None:
     """What NEW_CONN says of a visitor is an address or refused, and makes a PROXY line of at most 107 bytes."""
     try:
-        visitor = rtunnel.LEVEL_1.visitor(raw)
+        visitor = rtunnel.parse_visitor(raw)
     except ProtocolError:
         return
     for host in ("203.0.113.1", "2001:db8::1"):
