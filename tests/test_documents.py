@@ -179,7 +179,7 @@ def test_statuses_and_signals() -> None:
 
 
 def test_the_container() -> None:
-    """The recipe copies what there is, and starts a command with options that there are; it is five steps long."""
+    """The recipe runs as nobody special, and starts a command with options that there are."""
     (recipe,) = [block.text for block in blocks(OPERATIONS) if block.language == "dockerfile"]
     steps = [line.split(" ", 1) for line in recipe.splitlines()]
     assert [step for step, _ in steps] == ["FROM", "COPY", "RUN", "USER", "WORKDIR", "ENTRYPOINT"]
