@@ -52,6 +52,8 @@ GOES_ON = {
 }
 ENDS = re.compile(r"--print-config|--help|--version|--example-config|&\s*$", re.MULTILINE)
 DONE = "--- done:"
+# Where the tests run in the background Ctrl+C is ignored, and who inherits that cannot be stopped by it.
+BASH = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', ['bash', '--norc'])"
 
 SCRIPTS = {
     "ssh": 'host=$1; shift; mkdir -p "$READER/$host"; cd "$READER/$host"; exec sh -c "$*"',
@@ -137,7 +139,7 @@ class Terminal:
     def __init__(self, folder: Path, environment: dict[str, str], typed: str) -> None:
         self.typed, self.shown = typed, ""
         self.process = subprocess.Popen(
-            ["bash", "--norc"], cwd=folder, env=environment, start_new_session=True,
+            [sys.executable, "-c", BASH], cwd=folder, env=environment, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, name=f"terminal {self.process.pid}")
