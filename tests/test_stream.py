@@ -522,7 +522,7 @@ def test_no_thread_for_a_local_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        client = rtunnel.Client(LOOPBACK, [mapping], 1.0, rtunnel.Settings(), None)
+        client = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
         rtunnel.CLOCK.start()
         session = rtunnel.ClientSession(rtunnel.PlainTransport(near), client, mapping)
         with running(session.run, lambda: stop(client)):
@@ -961,8 +961,9 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.01)
     with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
         control.settimeout(5)
-        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        asking = rtunnel.Client(rtunnel.Address(*control.getsockname()), [mapping], 1.0, rtunnel.Settings(), None)
+        where = rtunnel.Address(*control.getsockname())
+        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address), where)
+        asking = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
         on_frame = rtunnel.ClientSession.on_frame
         failures = [Boom()]
 
