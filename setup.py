@@ -26,9 +26,12 @@ TEST = [
     "tlslite-ng==0.9.0b2",
     "dilithium-py==1.5.1",
     "kyber-py==1.2.0",
+    # The sdist and the wheel are made, and installed, by a test that has no network.
+    "build>=1.2",
+    "setuptools>=77",
 ]
 FUZZ = [*TEST, "atheris>=3"]
-DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9"]
+DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9", "twine>=6.1"]
 
 setup(
     name="rtunnel",

@@ -1,4 +1,4 @@
-"""The budget for strangers and the other limits (README, "Limits"; SECURITY.md)."""
+"""The budget for strangers and the other limits (SECURITY.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Revocation and rotation without a restart (README, "Reload")."""
+"""Revocation and rotation without a restart (OPERATIONS.md, "How it behaves")."""
 
 from __future__ import annotations
 
