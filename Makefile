@@ -5,6 +5,7 @@
 # make profile where the time goes, per message and per byte
 # make attack  attackers of a dozen kinds beside good visitors, 60 s (make attack ARGS="--seconds 600"; so the next ones)
 # make faults  a network that cuts, stalls and truncates; processes that are killed, 450 s
+# make failover two servers behind HAProxy, one client: each is killed or restarted under load, 60 s; no request fails
 # make soak    mixed load with reconnects and reloads, 1,800 s: memory and descriptors stay flat
 # make fuzz    a coverage-guided fuzzer on all that is parsed, 600 s
 # make interop unrelated TLS stacks at the other end (Go, rustls, BouncyCastle, OpenSSL's tools): tests/interop/results.md
@@ -16,7 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: demo test check bench profile attack faults soak fuzz interop clean
+.PHONY: demo test check bench profile attack faults failover soak fuzz interop clean
 
 demo: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/demo.py
@@ -37,7 +38,7 @@ bench: $(VENV)/installed-test
 profile: $(VENV)/installed-dev
 	@$(IN_VENV) -u bench/hotpath.py $(ARGS)
 
-attack faults soak: $(VENV)/installed-test
+attack faults failover soak: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/long/$@.py $(ARGS)
 
 fuzz: $(VENV)/installed-fuzz

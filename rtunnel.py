@@ -18,35 +18,41 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     thread           how many        does (begins in)               may wait in
     main             1               signals, reload, drain and     heard, tell_systemd,
                                      stop (main)                    Listener.__init__,
-                                                                    Listener.start, Clock.start,
-                                                                    Pool.run, LogHandler.__init__,
+                                                                    Clock.start, Pool.run,
+                                                                    LogHandler.__init__,
                                                                     LogHandler.finish
     clock            1               what happens later; never      Clock._run
                                      waits in an action
                                      (Clock._run)
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
-    acceptor         1 a port        takes control connections,     Listener._accept,
-                                     or visitors                    Listener.get_request, Pool.run,
-                                     (Listener._accept)             Listener.process_request*
+    acceptor         1 a port,       takes control connections,     Listener.get_request, Pool.run,
+                     and more        visitors or scrapes; serves     Listener._has_successor*
+                                     it as one of the next rows
+                                     (Listener.serve_forever)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
                                      and dispatches frames, writes  PlainTransport.send, Pool.run,
-                                     none, dials nobody             Listener.start, Session.run,
+                                     none, dials nobody             Session.run,
                                      (Server.serve_control,         OriginalStream.feed
                                      Client._read)
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping,    dials the server, shakes       Client._run_mapping,
-                     at the client   hands, waits for the           Client._connect, dial,
-                                     session's end                  Client._serve, Pool.run,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping,
+                     and server, at  hands, waits for the           Client._connect, dial,
+                     the client      session's end                  Client._serve, Pool.run,
                                      (Client._run_mapping)          PlainTransport.receive_into,
-                                                                    PlainTransport.send
+                                                                    PlainTransport.send,
+                                                                    HttpProxy.dial,
+                                                                    ProxyAnswer.readinto
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
-                                     frames; closes the socket      PumpedStream._pump, Writer.send,
+                                     frames; closes the socket      PumpedStream._receive,
+                                                                    Writer.send,
                                      (Server.serve_visitor,         PumpedStream._watch_locked,
                                      PumpedStream.run)              PlainTransport.send, Pool.run*,
                                                                     Server._choose, Stream._close
+    scrape           1 a scrape, at  answers with the figures       Metrics.serve
+                     --metrics       (Metrics.serve)
     stream drainer   0 or 1 a        queue to socket                Stream._drain
                      stream          (Stream._drain)
     idle worker      what was        waits for the next task        Pool.work
@@ -59,9 +65,9 @@ Each is held for a few statements, and nobody waits under one.
     lock                    guards                            under it may be taken
     Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
                             strangers, visitors               PlainTransport._lock,
-                                                              Listener._closing, Event._cond
+                                                              Listener._lock, Event._cond
     Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
-                            the cause of the end              Event._cond
+                            the cause of the end              Event._cond, Metrics._lock
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
                             and the calls on its socket       scheduler._lock, Event._cond
     Writer._lock            what is queued, who writes        -
@@ -72,7 +78,8 @@ Each is held for a few statements, and nobody waits under one.
     Pool._lock,             no descriptor is shut when it is
     LimitLog._lock,         closed; a line of the file that
     PlainTransport._lock,   SSLKEYLOGFILE names
-    Listener._closing,
+    Listener._lock,
+    Metrics._lock,
     _log_secrets.lock
     scheduler._lock,        the library's: the clock's heap;  -
     Event._cond,            events; semaphores; the log's
@@ -111,12 +118,14 @@ if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 import argparse
+import base64
 import collections
 import contextlib
 import dataclasses
 import enum
 import errno
 import functools
+import http.client
 import ipaddress
 import itertools
 import json
@@ -131,9 +140,11 @@ import selectors
 import socket
 import socketserver
 import struct
+import textwrap
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -176,6 +187,8 @@ BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all o
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
+RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [Writer.send]
+GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
@@ -191,8 +204,9 @@ MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
 MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
-MAX_OPENING = 8  # control connections that a client opens at a time [Client._connect]
+MAX_OPENING = 8  # control connections that a client opens at a time at a server [Client._connect]
 LISTEN_BACKLOG = 1024  # that wait to be accepted, in the kernel [Listener]
+ACCEPTORS = 8  # that wait at a port: the more, the fewer are fetched from the pool [Listener]
 LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted [LogHandler]
 
 # how long
@@ -216,6 +230,7 @@ FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Bac
 REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
 REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
+SCRAPE_S, MAX_SCRAPES = 5.0, 8  # one wait of a scrape, and how many at a time [Metrics.serve]
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
@@ -229,6 +244,13 @@ EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Pro
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
+# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
+# words, then ours. One that a server makes up is `other`.
+REFUSALS = (
+    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
+    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
+    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
+)  # fmt: skip
 
 
 # ---- errors -----------------------------------------------------------------------------------
@@ -542,7 +564,9 @@ def proxy_line(visitor: Address | None, public: Address) -> bytes:
     """A PROXY protocol header (haproxy's proxy-protocol.txt, 2.1). `visitor` None: unknown."""
     if visitor is None:
         return b"PROXY UNKNOWN\r\n"
-    hosts = [ipaddress.ip_address(address.shown_host) for address in (visitor, public)]
+    hosts = [ipaddress.ip_address(visitor.shown_host), ipaddress.IPv4Address(0)]
+    with contextlib.suppress(ValueError):  # a server that only a proxy has looked up
+        hosts[1] = ipaddress.ip_address(public.shown_host)
     family = max(host.version for host in hosts)
     # One header has one family. An IPv4 address beside an IPv6 one is written mapped, in groups of
     # hexadecimal digits: the specification has no other form.
@@ -753,7 +777,8 @@ class LogHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
-        self._dropped = 0  # where the queue was full
+        self.dropped = 0  # where the queue was full
+        self.failed = 0  # in a write
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -761,7 +786,7 @@ class LogHandler(logging.Handler):
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
-            self._dropped += 1
+            self.dropped += 1
 
     def finish(self) -> None:
         """Write the rest, as far as it goes in LOG_FLUSH_S."""
@@ -771,16 +796,16 @@ class LogHandler(logging.Handler):
             self._thread.join(deadline.remaining())
 
     def _write(self) -> None:
-        failed = told = 0
+        told = 0
         for line in iter(self._lines.get, None):
             try:
                 sys.stderr.write(line)
-                if lost := self._dropped + failed - told:
+                if lost := self.dropped + self.failed - told:
                     about = LOG.makeRecord(LOG.name, WARNING, "", 0, f"log-lines-lost count={lost}", (), None)
                     sys.stderr.write(self.format(about))
                     told += lost
             except Exception:  # the line is lost
-                failed += 1
+                self.failed += 1
 
 
 def start_log(level: str) -> Callable[[], None]:
@@ -890,6 +915,9 @@ class LateCondition:
 # Windows has none. There stream sockets are non-blocking, and pumps wait in steps of DRAIN_STEP_S.
 DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
 
+# To the end of the CPU's queue, without the GIL. Windows has no such call.
+let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -937,6 +965,8 @@ def dial(address: Address, seconds: float) -> socket.socket:
     packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
+    if row := numeric(address):
+        return connect(row, seconds)
     rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
     # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
@@ -986,6 +1016,89 @@ def begin_to_connect(row: Any) -> socket.socket:
     return sock
 
 
+@functools.lru_cache
+def numeric(address: Address) -> Any:
+    """The row of getaddrinfo for an address that is no name; None for a name."""
+    with contextlib.suppress(socket.gaierror):
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
+    return None
+
+
+def connect(row: Any, seconds: float) -> socket.socket:
+    """To the only address. Raises OSError."""
+    sock = socket.socket(*row[:3])
+    try:
+        sock.settimeout(seconds)
+        sock.connect(row[4])
+    except OSError:
+        sock.close()
+        raise
+    sock.settimeout(None)
+    tune(sock)
+    return sock
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpProxy:
+    """An HTTP proxy that leads to servers by CONNECT (RFC 9110, section 9.3.6)."""
+
+    address: Address
+    credentials: bytes = dataclasses.field(repr=False)  # user:password, or empty
+
+    @classmethod
+    def parse(cls, text: str) -> HttpProxy | None:
+        """`http://[USER:PASSWORD@]HOST:PORT`. Raises ConfigError, which does not repeat it."""
+        with contextlib.suppress(ConfigError, UnicodeEncodeError):
+            if not text:
+                return None
+            if found := re.fullmatch(r"http://(?:(\S+:\S*)@)?([^\s@/]+)/?", text):
+                return cls(Address.parse(found[2]), urllib.parse.unquote_to_bytes(found[1] or ""))
+        raise ConfigError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, other letters as %40")
+
+    def dial(self, server: Address, seconds: float) -> socket.socket:
+        """A connection to a server, whose name the proxy looks up. Raises OSError: `proxy ...`."""
+        deadline, sock = Deadline(seconds), None
+        lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
+        if self.credentials:
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials).decode()}")
+        try:
+            sock = dial(self.address, seconds)
+            sock.sendall("\r\n".join([*lines, "", ""]).encode())  # into an empty buffer
+            answer = http.client.HTTPResponse(ProxyAnswer(sock, deadline), method="CONNECT")  # type: ignore[arg-type]
+            answer.begin()
+            if answer.status // 100 == 2:
+                sock.settimeout(None)
+                return sock
+            reason = f"{answer.status} {answer.reason}"
+            if answer.status in (401, 407):  # some say the one for a wrong password
+                reason += ": wrong user or password" if self.credentials else ": it wants USER:PASSWORD"
+            raise OSError(errno.EACCES, reason)
+        except (OSError, http.client.HTTPException) as error:
+            if sock is not None:
+                sock.close()
+            said = ("" if isinstance(error, OSError) else "it speaks no HTTP: ") + reason_of(error).strip()
+            number = errno.ETIMEDOUT if isinstance(error, TimeoutError) else getattr(error, "errno", errno.EPROTO)
+            raise OSError(number, f"proxy {self.address}: {said[:MAX_MESSAGE_CHARACTERS]}") from error
+
+
+class ProxyAnswer(socket.SocketIO):
+    """What http.client reads an answer from: until the deadline, and no byte beyond its header.
+
+    It is asked for a byte at a time, since it has no buffer: what follows is the server's.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        super().__init__(sock, "r")
+        self._limited, self._deadline = sock, deadline
+
+    def makefile(self, _: str) -> ProxyAnswer:
+        return self
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._limited.settimeout(max(self._deadline.remaining(), 0.001))
+        return super().readinto(buffer)
+
+
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
     """Make `close` send RST, the kernel's too when the process is killed; at a clean end FIN."""
     # struct linger has u_short on Windows.
@@ -1004,29 +1117,28 @@ def reason_of(error: BaseException) -> str:
 class Listener(socketserver.ThreadingTCPServer):
     """A listening port, the control port and the public ones alike.
 
-    A connection's life: the acceptor's `serve_forever` calls `get_request`, then `verify_request`
-    (`admit`: is it served?), then `process_request`, which gives it to a thread of the pool. That
-    calls `handle`, then `shutdown_request`, which tells `left` and closes it. Each override names
-    the trap of socketserver that it is there for.
-    Threads: `start` and `stop` from any; `admit` is called by the acceptor.
-    Locking: `_closing` is held while the socket is shut or closed, as in PlainTransport.
+    An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
+    wake a thread more. Before it serves it sees to it that another one waits.
+    A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
+    (`admit`: is it served?), then `process_request`, which calls `handle` and at the end
+    `shutdown_request`. Each override names the trap of socketserver that it is there for.
+    Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
+    Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
+    as in PlainTransport.
+    Invariant: from the start to the stop an acceptor waits, or is on its way.
     """
 
     allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(
-        self,
-        address: Address,
-        pool: Pool,
-        handle: Callable[[socket.socket, Address], None],
+        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
         admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
-        left: Callable[[socket.socket], None] = lambda sock: None,
-    ) -> None:
-        """Bind and listen; a name is resolved, which waits. Raises OSError."""
-        self._pool, self._admit, self._left = pool, admit, left
+        left: Callable[[socket.socket], None] = lambda sock: None, *, reset: bool = False,
+    ) -> None:  # fmt: skip
+        """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
+        self._pool, self._admit, self._left, self._reset = pool, admit, left, reset
         self._asked_to_stop = threading.Event()
-        self._closing = threading.Lock()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
 
@@ -1035,63 +1147,89 @@ class Listener(socketserver.ThreadingTCPServer):
 
         super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
         self.address = Address(*self.socket.getsockname()[:2])
-        self._acceptor = threading.Thread(target=self._accept, name=f"acceptor {self.address}", daemon=True)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._waiting = 0  # acceptors that wait, or are on their way
+
+    def server_bind(self) -> None:
+        """What is accepted inherits the options; on Windows nobody else gets our port."""
+        if self.address_family == socket.AF_INET6:  # IPv4 beside it, where all interfaces are meant
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        tune(self.socket)
+        reset_at_close(self.socket, self._reset)
+        super().server_bind()
+        if sys.platform != "linux":  # elsewhere a stop does not wake who accepts
+            self.socket.settimeout(STEP_S)
 
     def start(self) -> None:
         """Accept. Raises OSError where there is no thread."""
+        with self._lock:
+            self._waiting = 1
         try:
-            self._acceptor.start()
-        except RuntimeError as error:
+            self._pool.run(f"acceptor {self.address}", self.serve_forever)
+        except NoThread as error:
             self.socket.close()
             raise OSError(str(error)) from error
 
     def stop(self) -> None:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
-        with self._closing, contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes the selector
+        with self._lock:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes all acceptors
+            if not self._waiting:
+                self.socket.close()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(StopIteration):
-            self.serve_forever(poll_interval=STEP_S)
-        with self._closing:
-            self.socket.close()
+    def serve_forever(self, poll_interval: float = STEP_S) -> None:
+        """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
+        while self._is_wanted():
+            self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
 
-    def server_bind(self) -> None:
-        """IPv6 beside IPv4 where all interfaces are meant; on Windows nobody else on our port."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        super().server_bind()
-
-    def service_actions(self) -> None:
-        """`shutdown()` would wait for each port's selector in turn."""
-        if self._asked_to_stop.is_set():
-            raise StopIteration
+    def _is_wanted(self) -> bool:
+        """Whether this thread is to wait, or enough do; the last one closes the socket."""
+        with self._lock:
+            if self._waiting <= ACCEPTORS and not self._asked_to_stop.is_set():
+                return True
+            self._waiting -= 1
+            if not self._waiting:
+                self.socket.close()
+            return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Without descriptors the level-triggered selector would spin."""
+        """Without descriptors it would spin."""
         try:
             return super().get_request()
-        except OSError as error:
+        except OSError as error:  # also the stop, a step's end, a peer that has gone
             if error.errno in OUT_OF_RESOURCES:
                 log_limit("accept-failed", address=self.address, reason=reason_of(error))
                 self._asked_to_stop.wait(ACCEPT_PAUSE_S)
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return self._admit(request, Address(*client_address[:2]))
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread of the pool, in place of a new one each time and of as many as come."""
         peer = Address(*client_address[:2])
+        return self._admit(request, peer) and self._has_successor(peer)
+
+    def _has_successor(self, peer: Address) -> bool:
+        """Whether another waits in this thread's place; if need be, one of the pool."""
+        with self._lock:
+            if self._waiting > 1:
+                self._waiting -= 1
+                return True
         try:
-            self._pool.run(f"connection {peer}", lambda: self.process_request_thread(request, client_address))
+            self._pool.run(f"acceptor {self.address}", self.serve_forever)
+            return True
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
-            self.shutdown_request(request)
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
+            return False
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In this thread, in place of a new one each time."""
+        self.process_request_thread(request, client_address)
+        with self._lock:
+            self._waiting += 1
 
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
@@ -1101,6 +1239,106 @@ class Listener(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The safety net; socketserver prints to stderr."""
         log_internal_error()
+
+
+# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
+METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
+    "sessions": ("control connections now", "", ()),
+    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
+    "streams": ("visitors' connections now", "", ()),
+    "streams_total": ("visitors' connections since the start", "", ("",)),
+    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
+    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
+    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
+    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
+    "limit": ("the most of what is limited", "limit", ()),
+    "limit_used": ("how much of it is used", "limit", ()),
+    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
+    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
+}
+
+
+Figures = dict[tuple[str, str], float]  # by metric and label
+
+
+def limited(name: str, used: int, limit: int) -> Figures:
+    return {("limit_used", name): used, ("limit", name): limit}
+
+
+class Metrics:
+    """A program's totals since its start, and the port that tells Prometheus of them and of now.
+
+    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
+    Locking: `_lock` guards everything below the marker; no other is taken under it.
+    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._totals = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
+        self._open: set[Stream] = set()
+
+    def count(self, name: str, value: str = "") -> None:
+        """One more; where a peer has made the value up, of `other`."""
+        with self._lock:
+            self._totals[name, value if (name, value) in self._totals else "other"] += 1
+
+    def opened(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.add(stream)
+            self._totals["streams_total", ""] += 1
+
+    def closed(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.remove(stream)
+            for name, count in stream.carried().items():
+                self._totals[name] += count
+
+    def totals(self) -> Figures:
+        with self._lock:
+            totals, streams = self._totals.copy(), list(self._open)
+        for name, count in (each for stream in streams for each in stream.carried().items()):
+            totals[name] += count
+        return {**totals}
+
+    def listen(self, address: Address) -> Listener:
+        """The port, not started. Raises ConfigError, OSError."""
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError:
+            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(registry=registry)
+        self._answer = prometheus_client.MetricsHandler.factory(registry)
+        return Listener(address, self._program.pool, self.serve)
+
+    def collect(self) -> Iterator[Any]:
+        """What the registry asks for."""
+        figures = self._program.figures()
+        for name, (meaning, label, _) in METRICS.items():
+            labels = [label] if label else []
+            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
+            for value in (value for named, value in figures if named == name):
+                family.add_metric([value] * len(labels), figures[name, value])
+            yield family
+
+    def serve(self, sock: socket.socket, peer: Address) -> None:
+        """A scrape; closed at once where too many are here."""
+        if self._places.acquire(blocking=False):
+            try:
+                sock.settimeout(SCRAPE_S)
+                self._answer(sock, peer, None)
+            except (OSError, TypeError, ValueError) as error:  # its parser
+                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
+            finally:
+                self._places.release()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -1171,16 +1409,17 @@ class Writer:
     """Many threads' frames onto one transport, one send at a time, in groups.
 
     A pump that finds nobody writing writes all that is queued and its own frame: so a lone message
-    needs no other thread. Then it writes what has been queued meanwhile, once. The rest is the
-    control sender's, which writes until nothing is left. A pump that finds somebody writing leaves
-    its frame in the queue, and waits only where that is full: that is the back-pressure. One TLS
-    record then carries many small frames.
+    needs no other thread. Where several pumps have small frames, the first lets the others leave
+    theirs before it writes: one TLS record then carries many. A pump that finds somebody writing
+    leaves its frame in the queue, and waits only where that is full: that is the back-pressure.
+    What is left is the control sender's, which writes until nothing is.
 
     Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
     any.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
-    Invariant: where something is queued, somebody is writing or the control sender has been woken.
+    Invariant: where something is queued, somebody writes or gathers, or the control sender has been
+    woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
     WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
     else, which only the peer provokes.
@@ -1193,6 +1432,9 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
+        self._gathering = False  # a pump lets others leave their frames before it writes
+        # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
+        self._last = 0
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1221,12 +1463,25 @@ class Writer:
                 raise SessionEnded(self._cause)
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
-            if self._writing:
+            is_small = len(frame) < RECORD_BYTES
+            gathers = is_small and self._last not in (0, stream.number) and len(self._queue) < GROUP_FRAMES - 1
+            self._last = stream.number if is_small else 0
+            if self._writing or gathers:
                 if frame:
                     self._queue.append((stream, bytes(frame)))
                     self._queue_bytes += len(frame)
-                return
-            batch = self._take_all_locked(frame)
+                if self._writing or self._gathering:
+                    return  # who writes or gathers sees to it
+                self._gathering = True
+            else:
+                batch = self._take_all_locked(frame)
+        if gathers:
+            let_others_run()
+            with self._lock:
+                self._gathering = False
+                if self._writing or self._cause is not None or not self._has_work_locked():
+                    return
+                batch = self._take_all_locked()
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
@@ -1335,17 +1590,9 @@ class Writer:
         return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
-        """And what has come meanwhile, once: so nobody is enslaved. Raises SessionEnded.
-
-        The second write spares a hand-over to the control sender: 7 % of short connections.
-        """
+        """What comes meanwhile is the control sender's, so nobody is enslaved. SessionEnded."""
         try:
             self._transport.send(batch)
-            with self._lock:
-                more = self._cause is None and self._has_work_locked()
-                batch = self._take_all_locked() if more else b""
-            if more:
-                self._transport.send(batch)
         except TRANSPORT_ERRORS as error:
             self.close(reason_of(error))
             raise SessionEnded(reason_of(error)) from error
@@ -1523,6 +1770,10 @@ class Stream:
                 "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
             }  # fmt: skip
 
+    def carried(self) -> dict[tuple[str, str], int]:
+        """For Metrics. Both numbers are read without the lock."""
+        return {("stream_bytes_total", "from_tunnel"): self._received, ("stream_bytes_total", "to_tunnel"): self._sent}
+
     def abort(self, cause: str) -> None:
         """End both directions with a reset of the socket; the first cause stays. Never waits."""
         with self._lock:
@@ -1678,12 +1929,10 @@ class PumpedStream(Stream):
         """The pump's life: dial (client), socket to DATA frames, the ends, close."""
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
-            self._session.writer.send(self)  # its NEW_CONN, if it is new
             # Read without the lock: one that is not dialled has been there from the start.
             sock = self._dial(connect) if connect else self._sock
             if sock is not None:
-                self._pump(sock)
-                self._end_sending(sock)
+                self._end_sending(sock, self._pump(sock, is_new=connect is None))
             self._report_abort()
         except SessionEnded as ended:
             self.abort(str(ended))
@@ -1708,40 +1957,58 @@ class PumpedStream(Stream):
         self._start_drainer()
         return sock
 
-    def _pump(self, sock: socket.socket) -> None:
+    def _pump(self, sock: socket.socket, *, is_new: bool) -> bytes | memoryview:
         """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
 
+        Returns a frame that is to go with the end: a short answer is one record with it. The
+        NEW_CONN of a stream that is new waits for its first bytes where they are here already.
         Credit and states are read without the lock: only this thread spends credit, and an abort
         that is missed here shows at the next receive, since whoever aborts wakes the pump.
         """
-        buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
+        buffer, looks_for_end = memoryview(bytearray(FIRST_BUFFER_BYTES)), not is_new
         while not self._is_over:
             if not self._credit:
                 self._wait_for_credit(sock)
                 continue
-            if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S):
+            room = buffer[HEADER_BYTES : HEADER_BYTES + self._credit]
+            count = self._receive(sock, room, wait=not is_new)
+            if count is None:
+                if is_new:
+                    self._session.writer.send(self)
+                is_new = False
                 continue
-            try:
-                count = sock.recv_into(buffer[HEADER_BYTES : HEADER_BYTES + self._credit])
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                self._reset_behind_data = True
-                self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
-                return
             if not count:
-                return
+                break
             if self._is_over or self._sending is Sending.CLOSED:
                 continue  # discarded: the peer has forgotten the stream
+            more = self._receive(sock, room[count:], wait=False) if looks_for_end and room[count:] else None
+            count += more or 0
             with self._lock:
                 self._credit -= count
             # The header stands in front of the payload: no copy on the way to the transport.
             HEADER.pack_into(buffer, 0, DATA, self.number, count)
-            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent += count
+            if more == 0:
+                return buffer[: HEADER_BYTES + count]
+            self._session.writer.send(self, buffer[: HEADER_BYTES + count])
             self._sent_at = time.monotonic()
+            is_new = looks_for_end = False
             if HEADER_BYTES + count == len(buffer) < FRAME_SENT_BYTES:
                 buffer = memoryview(bytearray(4 * len(buffer)))
+        return b""
+
+    def _receive(self, sock: socket.socket, room: memoryview, *, wait: bool) -> int | None:
+        """How many bytes came; 0 at the end, None where nothing is there yet."""
+        if DONT_WAIT is None and not ready([sock], writing=False, seconds=DRAIN_STEP_S if wait else 0):
+            return None
+        try:
+            return sock.recv_into(room, 0, 0 if wait else DONT_WAIT or 0)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._reset_behind_data = True
+            self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
+            return 0
 
     def _wait_for_credit(self, sock: socket.socket) -> None:
         """With bytes to send and no credit says BLOCKED, once."""
@@ -1753,19 +2020,19 @@ class PumpedStream(Stream):
                     said = True
                 self._watch_locked(sock, self._session.unread_wait_s)
 
-    def _end_sending(self, sock: socket.socket) -> None:
+    def _end_sending(self, sock: socket.socket, unsent: bytes | memoryview) -> None:
         """The socket has no more: say so, and wait until the other direction has ended, too."""
         with self._lock:
             if self._receiving is Receiving.BROKEN:
                 self._reset_behind_data = True
                 self._abort_locked("reset")
-            if self._cause is not None or self._sending is not Sending.OPEN:
-                return
-            self._sent_at = time.monotonic()
-            frame = encode(self._end_sending_locked(), self.number)
-        self._session.writer.send(self, frame)  # behind its DATA
+            is_open = self._cause is None and self._sending is Sending.OPEN
+            if is_open:
+                self._sent_at = time.monotonic()
+                unsent = b"".join([unsent, encode(self._end_sending_locked(), self.number)])
+        self._session.writer.send(self, unsent)
         with self._lock:
-            while self._receiving is not Receiving.ENDED and not self._is_over:
+            while is_open and self._receiving is not Receiving.ENDED and not self._is_over:
                 self._watch_locked(sock)
 
     def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
@@ -1855,7 +2122,10 @@ class Settings(NamedTuple):
     heartbeat_s: float = HEARTBEAT_S
     session_budget_bytes: int = SESSION_BUDGET_BYTES
     drain_s: float = 0.0
-    proxy_protocol: bool = False  # the client's
+    metrics: Address | None = None
+    proxy_protocol: bool = False  # this and the next two are the client's
+    proxy: HttpProxy | None = None
+    server_name: str = ""  # what each server's certificate must name; empty: its host
     allow: PortRules = PortRules(())  # this and the next are the server's
     visitors: Networks = Networks()
 
@@ -1914,6 +2184,8 @@ class Session:
             self._read()
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
+            if isinstance(error, (ProtocolError, Refused)):
+                self.program.metrics.count("refusals_total", getattr(error, "code", "protocol"))
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -2089,6 +2361,7 @@ class Session:
         """Raises SessionEnded."""
         if self._cause is not None:
             raise SessionEnded(self._cause)
+        self.program.metrics.opened(stream)
         self._last_stream = max(self._last_stream, stream.number)
         self._streams[stream.number] = stream
 
@@ -2096,6 +2369,7 @@ class Session:
         """The stream's socket is closed."""
         with self._lock:
             del self._streams[stream.number]
+        self.program.metrics.closed(stream)
 
     def start_thread(self, name: str, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
@@ -2127,6 +2401,8 @@ class Program:
         # Main's reload replaces these three, whole. The last reads the files anew.
         self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
         self.pool = Pool()
+        self.metrics = Metrics(self)
+        self._scraped: Listener | None = None  # main's
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.stop_asked = threading.Event()
@@ -2142,6 +2418,19 @@ class Program:
         """Begin to serve. Raises RtunnelError."""
         CLOCK.start()
         self._warn_of_expiry()
+        if address := self.settings.metrics:
+            self._scraped = self.open_port("metrics", address, lambda: self.metrics.listen(address))
+
+    def open_port(self, option: str, address: Address, bind: Callable[[], Listener]) -> Listener:
+        """A port that an option asks for. Raises RtunnelError."""
+        try:
+            listener = bind()
+            listener.start()
+        except OSError as error:
+            self.stop()
+            raise RtunnelError(f"--{option} {address}: {reason_of(error)}") from error
+        log_event(INFO, "listening", kind=option.removesuffix("-listen"), address=listener.address)
+        return listener
 
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
@@ -2150,12 +2439,18 @@ class Program:
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
-    def secure(self, carrier: PlainTransport, deadline: Deadline, **about: object) -> Transport:
+    def secure(self, carrier: PlainTransport, deadline: Deadline, name: str = "", **about: object) -> Transport:
         """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
         if self._context is None:
             return carrier
+        context = self._context.naming(name) if name else self._context
         with self.registered(carrier):
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, deadline.remaining)
+            try:
+                transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
+            except rtunnel_tls.HandshakeError as error:
+                self.metrics.count("refusals_total", error.rule)
+                raise
+        self.metrics.count("handshakes_total")
         log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.facts)
         if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
@@ -2197,6 +2492,8 @@ class Program:
         """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
         self.stop_asked.set()
         self.take_nothing_new()
+        if self._scraped is not None:
+            self._scraped.stop()
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -2226,15 +2523,24 @@ class Program:
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
         days = {"certificate_days_left": min(self._context.days_left().values())} if self._context else {}
-        log_event(INFO, "state", threads=threading.active_count(), **self.limits_used(), **days)
+        figures = self.figures()
+        used = {name: value for (metric, name), value in figures.items() if metric == "limit_used"}
+        shown = {name: f"{value}/{figures.get(('limit', name), '')}".rstrip("/") for name, value in used.items()}
+        log_event(INFO, "state", threads=threading.active_count(), **shown, **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
                 log_event(INFO, "state-stream", session=session.transport.peer, **stream.state())
 
-    def limits_used(self) -> dict[str, str]:
-        """Of what is limited, `used/limit`."""
-        return {"streams": f"{self.stream_count()}/{MAX_STREAMS}"}
+    def figures(self) -> Figures:
+        """The value of each metric and label."""
+        streams = self.stream_count()
+        figures = self.metrics.totals() | limited("streams", streams, MAX_STREAMS)
+        figures |= {("sessions", ""): len(self.sessions()), ("streams", ""): streams}
+        for file, end in self._context.ends.items() if self._context else ():
+            figures["certificate_expiry_timestamp_seconds", file] = end.timestamp()
+        lost = (each.dropped + each.failed for each in LOG.handlers if isinstance(each, LogHandler))
+        return figures | {("log_lines_lost_total", ""): sum(lost)}
 
 
 # ---- server: strangers, leases, visitors ------------------------------------------------------
@@ -2297,6 +2603,7 @@ class ServerSession(Session):
 
     def _check_hello(self) -> None:
         if not self.is_client:
+            self.program.metrics.count("refusals_total", "silent")
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
     def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
@@ -2332,7 +2639,8 @@ class Lease:
         def serve(sock: socket.socket, visitor: Address) -> None:
             server.serve_visitor(self, sock, visitor)
 
-        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left)
+        # Reset, from the first moment: whatever kills us, no cut looks like an end.
+        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left, reset=True)
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
@@ -2396,23 +2704,19 @@ class Server(Program):
         super().start()
         try:  # an address that this machine does not have may come later, at boot
             if self._public_bind:
-                Lease(self, Address(self._public_bind, 0)).listener.server_close()
+                Lease(self, Address(self._public_bind, 0)).listener.stop()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-        try:
-            if self._public_address is not None:
-                option, address = "public", self._public_address
-                self.global_lease = lease = Lease(self, address)
+        if public := self._public_address:
+
+            def bind() -> Listener:
+                self.global_lease = lease = Lease(self, public)
                 self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
-                lease.listener.start()
-                log_event(INFO, "listening", kind=option, address=lease.listener.address)
-            option, address = "control", self._control_address
-            self._control = Listener(address, self.pool, self.serve_control)
-            self._control.start()
-            log_event(INFO, "listening", kind=option, address=self._control.address)
-        except OSError as error:
-            self.stop()
-            raise RtunnelError(f"--{option}-listen {address}: {reason_of(error)}") from error
+                return lease.listener
+
+            self.open_port("public-listen", public, bind)
+        address, serve = self._control_address, self.serve_control
+        self._control = self.open_port("control-listen", address, lambda: Listener(address, self.pool, serve))
 
     def take_nothing_new(self) -> None:
         super().take_nothing_new()
@@ -2449,6 +2753,7 @@ class Server(Program):
             log_event(INFO, "session-closed", peer=address, level=session.level, reason=reason, **session.rtt())
             return
         if gave_way:
+            self.metrics.count("refusals_total", "strangers")
             reason = f"over {MAX_STRANGERS} connections are no clients yet, most of its site"
         log_limit("refused", peer=address, level=session.level if session else 0, reason=reason)
 
@@ -2577,13 +2882,13 @@ class Server(Program):
 
     def admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
         """In the acceptor: before a byte is read, and before there is a thread."""
-        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
         with self._lock:
             self._visitors += 1
             full = self._visitors > MAX_STREAMS
         if not full and self.settings.visitors.admit(visitor):
             return True
         log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
+        self.metrics.count("refusals_total", "streams" if full else "visitors")
         return False
 
     def visitor_left(self, sock: socket.socket) -> None:
@@ -2595,7 +2900,6 @@ class Server(Program):
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
         try:
-            tune(sock)
             while session := self._choose(lease, ended, deadline):
                 try:
                     return session.serve_visitor(sock, visitor)
@@ -2607,6 +2911,7 @@ class Server(Program):
             raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
+            self.metrics.count("refusals_total", "no-client")
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
@@ -2631,29 +2936,36 @@ class Server(Program):
             about = {"address": lease.listener.address, "identity": lease.identity}
             log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
 
-    def limits_used(self) -> dict[str, str]:
+    def figures(self) -> Figures:
         with self._lock:
-            clients = f"{self._client_count_locked()}/{MAX_CLIENTS}"
-            used = {"strangers": f"{len(self._strangers)}/{MAX_STRANGERS}", "clients": clients}
-            used |= {"leases": str(len(self._leases)), "visitors": f"{self._visitors}/{MAX_STREAMS}"}
-        return super().limits_used() | used
+            figures = limited("strangers", len(self._strangers), MAX_STRANGERS)
+            figures |= limited("clients", self._client_count_locked(), MAX_CLIENTS)
+            figures |= limited("visitors", self._visitors, MAX_STREAMS)
+            figures["limit_used", "leases"] = len(self._leases)  # of each identity
+            figures["mappings_open", ""] = sum(len(lease.sessions) for lease in self._leases.values())
+            figures["ready", ""] = self._control is not None and not self._stopping
+        return super().figures() | figures
 
 
 # ---- client: mappings, retries ----------------------------------------------------------------
 
 
+NOWHERE = Address("", 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mapping:
-    """One public port and the local service that it leads to."""
+    """One public port of one server, and the local service that it leads to."""
 
     remote_port: int  # 0: the server chooses
     local: Address
+    server: Address = NOWHERE  # its control port
     # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
     def about(self) -> dict[str, object]:
         """For a log line."""
-        return {"local": self.local, "port": self.remote_port}
+        return {"server": self.server, "local": self.local, "port": self.remote_port}
 
     @classmethod
     def parse(cls, text: str) -> Mapping:
@@ -2699,11 +3011,14 @@ class ClientSession(Session):
         self.refused: Refused | None = None
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
-        self._client, self._mapping = client, mapping
+        self._client, self.mapping = client, mapping
         self._heard = False  # any frame; the reader's. The server's first one fixes the level
         self._public: Address | None = None  # told by WELCOME
         init = Init(mapping.remote_port, str(mapping.local), mapping.instance, 1, takeover=takeover)
         self.writer.post(encode(FrameType.INIT, 0, init.payload()))
+
+    def state(self) -> dict[str, object]:
+        return super().state() | self.mapping.about()
 
     def run(self) -> str:
         self.after(LIVED_S, self._check_lived)
@@ -2731,40 +3046,40 @@ class ClientSession(Session):
         except Refused as refused:
             self.refused = refused
             raise
-        self._public = Address(Address.parse(self.transport.peer).host, welcome.port)
+        # Where a proxy is the transport's peer, we know the server as we were told of it.
+        there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
+        self._public = Address(there.host, welcome.port)
         self.stream_kind, self.peer_window = PumpedStream, welcome.window
-        self._client.expects_welcome = True
+        self._client.welcomed.add(self.mapping.server)
         self.start_timers()
         self._open()
 
     def _check_lived(self) -> None:
         """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
-        if not self._heard and self._client.expects_welcome:
-            self._client.expects_welcome = False  # once: the server may have become an original
+        if not self._heard and self.mapping.server in self._client.welcomed:
+            self._client.welcomed.discard(self.mapping.server)  # once: it may be an original
             self.end(f"no WELCOME within {LIVED_S:g} s")
-        elif self._heard or self._mapping.remote_port:
+        elif self._heard or self.mapping.remote_port:
             self._open()
         else:
-            about = {**self._mapping.about(), "server": self.transport.peer}
             meaning = "an original server serves it at its global port, if it has one"
-            log_event(WARNING, "session-unanswered", **about, meaning=meaning)
+            log_event(WARNING, "session-unanswered", **self.mapping.about(), meaning=meaning)
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
         if not self.is_open:
             self.is_open = True
-            self._client.has_opened(self._mapping)
-            about = {**self._mapping.about(), "level": self.level, "server": self.transport.peer}
-            log_event(INFO, "session-opened", public=self._public or f"port {self._mapping.remote_port}", **about)
+            self._client.has_opened(self.mapping)
+            about = {**self.mapping.about(), "level": self.level, "peer": self.transport.peer}
+            log_event(INFO, "session-opened", public=self._public or f"port {self.mapping.remote_port}", **about)
 
     def on_goaway(self, frame: Frame) -> None:
         """The streams go on; the mapping connects anew: now, or where replaced, after the end."""
         if self.goaway is not None:
             return
         reason = frame.payload.decode("ascii", "replace")
-        about = {"server": self.transport.peer, **self._mapping.about(), "level": self.level}
-        log_event(INFO, "goaway", **about, reason=reason)
-        if reason != REPLACED and len(self._client.sessions()) >= self._client.max_sessions:
+        log_event(INFO, "goaway", **self.mapping.about(), level=self.level, reason=reason)
+        if reason != REPLACED and self._client.has_too_many(self.mapping.server):
             raise SessionEnded("GOAWAY again, and older sessions still have streams")
         self.goaway = reason
         if reason != REPLACED:
@@ -2788,37 +3103,40 @@ class ClientSession(Session):
             self.start_thread(f"pump {number}", lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
+            self._client.metrics.count("refusals_total", "streams")
             stream.refuse(reason_of(error))
 
     def _dial_local(self, stream: Stream) -> socket.socket:
         try:
-            sock = dial(self._mapping.local, DIAL_TIMEOUT_S)
+            sock = dial(self.mapping.local, DIAL_TIMEOUT_S)
             if self._client.settings.proxy_protocol:
-                public = self._public or self._mapping.local  # at level 0 it is not said
+                public = self._public or self.mapping.local  # at level 0 it is not said
                 sock.sendall(proxy_line(stream.visitor, public))  # into an empty buffer
             return sock
         except OSError as error:
-            about = {**self._mapping.about(), "stream": stream.number, "peer": stream.visitor}
+            about = {**self.mapping.about(), "stream": stream.number, "peer": stream.visitor}
             log_limit("dial-failed", **about, level=self.level, reason=reason_of(error))
+            self._client.metrics.count("failed_dials_total", "service")
             raise
 
 
 class Client(Program):
-    """One thread a mapping: dial the server, have the session read, wait for its end, again.
+    """One thread a mapping and server: dial it, have the session read, wait for its end, again.
 
     Threads: `start`, `stop`, `reload` from main; `_run_mapping` is each mapping's thread.
     Locking: Program's; it guards everything below the marker too.
     """
 
     def __init__(
-        self, server: Address, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
+        self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
         context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(settings, context, load_context)
-        self._server, self._mappings, self._reconnect_max_s = server, mappings, reconnect_max_s
-        self.max_sessions = len(mappings) + MAX_RETIRED
-        self._opening = threading.BoundedSemaphore(MAX_OPENING)
-        self.expects_welcome = False  # of level 1: silence is the network's; any reader sets it
+        self._mappings, self._reconnect_max_s = mappings, reconnect_max_s
+        # By server: one that swallows packets must not keep connections to others waiting.
+        self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
+        # Servers of level 1, whose silence is the network's. Any reader changes it, in one step.
+        self.welcomed: set[Address] = set()
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
@@ -2827,6 +3145,11 @@ class Client(Program):
         super().start()
         for mapping in self._mappings:
             self.pool.run(f"mapping {mapping.local}", functools.partial(self._run_mapping, mapping))
+
+    def has_too_many(self, server: Address) -> bool:
+        """Whether as many older sessions there as may have streams yet, after its GOAWAYs."""
+        there = sum(each.mapping.server == server for each in self.sessions() if isinstance(each, ClientSession))
+        return there >= sum(each.server == server for each in self._mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
         with self._lock:
@@ -2845,11 +3168,12 @@ class Client(Program):
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
-        about: dict[str, object] = {"server": self._server, **mapping.about()}
+        about = mapping.about()
         try:
-            session = self._connect(mapping, backoff.takeover, about)
+            session = self._connect(mapping, backoff.takeover)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
+            self.metrics.count("failed_dials_total", "server")
             if not self.stop_asked.is_set():
                 log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
@@ -2870,10 +3194,10 @@ class Client(Program):
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
 
-    def _connect(self, mapping: Mapping, takeover: bool, about: dict[str, object]) -> ClientSession:
+    def _connect(self, mapping: Mapping, takeover: bool) -> ClientSession:
         """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
-        with self._opening:
-            log_event(DEBUG, "connecting", **about)
+        with self._opening[mapping.server]:
+            log_event(DEBUG, "connecting", **mapping.about())
             load = self._load_context
             try:  # the certificate that is there now; where it is broken, the old one
                 context = load()
@@ -2882,21 +3206,29 @@ class Client(Program):
                         self._context = context
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)
-            sock = dial(self._server, CONNECT_TIMEOUT_S)
+            proxy = self.settings.proxy
+            sock = (proxy.dial if proxy else dial)(mapping.server, CONNECT_TIMEOUT_S)
             try:
-                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), **mapping.about())
+                name = self.settings.server_name or mapping.server.host
+                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
-                self.pool.run(f"reader {mapping.local}", lambda: self._read(session, about))
+                self.pool.run(f"reader {mapping.local}", lambda: self._read(session))
             except BaseException:
                 sock.close()
                 raise
         return session
 
-    def _read(self, session: ClientSession, about: dict[str, object]) -> None:
+    def _read(self, session: ClientSession) -> None:
         """The session reader."""
-        reason = session.run()
+        reason, about = session.run(), session.mapping.about()
         if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
             log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
+
+    def figures(self) -> Figures:
+        sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
+        serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
+        wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
+        return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
     def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
@@ -2986,6 +3318,7 @@ class Option(NamedTuple):
     metavar: str
     help: str
     action: str = "store"
+    example: str = ""  # for --example-config: a value, = is the default; behind `#` it is not set
 
     @property
     def attribute(self) -> str:
@@ -3027,57 +3360,78 @@ profile = written("|".join(rtunnel_tls.PROFILES), "profile", ", ".join(rtunnel_t
 
 # fmt: off
 def common_options(role: str) -> list[Option]:
+    made_by = "pki issue NAME --server HOST..." if role == "server" else "pki issue NAME --client"
     server_name = Option("TLS", "tls-server-name", "", str, "NAME",
-                         "the host or address that the server's certificate must name; empty: the one in --server")
+                         "the host or address that each server's certificate must name; empty: the one in --server")
     return [
         Option("TLS", "tls", False, bool, "",
-               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch"),
-        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE", "our certificate, and those below the root"),
-        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only"),
-        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE", "the authorities whose certificates are admitted"),
-        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; empty: none is looked at"),
-        Option("TLS", "tls-profile", "default", profile, "NAME", f"one of {', '.join(rtunnel_tls.PROFILES)}"),
+               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch", "true"),
+        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE",
+               f"our certificate, and those below the root; made by: rtunnel {made_by}", example="="),
+        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only",
+               example="="),
+        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE",
+               "the authorities whose certificates are admitted; made by: rtunnel pki init", example="="),
+        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; made by: rtunnel pki init, and "
+               "pki revoke; empty: none is looked at", example="conf/pki/crl.pem" if role == "server" else ""),
+        Option("TLS", "tls-profile", "default", profile, "NAME",
+               f"what is admitted in a handshake, the same at both ends; one of {', '.join(rtunnel_tls.PROFILES)}"),
         *([server_name] if role == "client" else []),
         Option("limits", "heartbeat", "15", seconds, "SECONDS",
-               "a PING so often; three times that without a byte: dead"),
+               "a PING so often; a peer from which no byte comes for three times as long is dead"),
         Option("limits", "session-budget", "64", mebibytes, "MIB",
-               "what the windows of one session may grow by, in all"),
-        Option("limits", "drain", "0", seconds_or_none, "SECONDS",
-               "at SIGTERM the open streams have so long to finish; 0: they are reset at once"),
-        Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: one is faster than several; "
-               "auto: the first for a server, another for a client; any: all of them"),
+               "what the windows of one session may grow by, all streams together"),
+        Option("limits", "drain", "0", seconds_or_none, "SECONDS", "at SIGTERM nothing new is taken, and the open "
+               "streams have so long to finish; 0: they are reset at once"),
+        Option("limits", "cpu", "auto", cpu, "NUMBER", "the CPU to run on: Python hands over faster on one than across "
+               "several; auto: the first for a server, another for a client; any: all of them"),
         Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
+        Option("log", "metrics", "", listen_address, "ADDRESS", "serve figures for Prometheus there, to whoever asks; "
+               "needs rtunnel[metrics]; empty: none"),
     ]
 
 
 OPTIONS = {
     "server": [
-        Option("ports", "control-listen", ":7000", listen_address, "ADDRESS", "where clients connect"),
+        Option("ports", "control-listen", ":7000", listen_address, "ADDRESS",
+               "where clients connect: host:port, [IPv6]:port, or :port for all interfaces", example="="),
         Option("ports", "public-listen", "", listen_address, "ADDRESS",
                "one global public port that all clients serve; empty: each client asks for its own"),
         Option("ports", "public-bind", "", bind_host, "HOST",
                "the address that ports chosen by clients are opened on; empty: all interfaces"),
         Option("ports", "allow", [], PortRules.parse, "NAME=PORTS",
-               "the ports that an identity may open, 0 is one of the server's choice, * whoever has no rule; "
-               f"repeatable, in a file list [a, b]; none: {PortRules.DEFAULT}", "append"),
+               "the ports that an identity may open: the name in its certificate, `anonymous` without TLS; 0 is a port "
+               "of the server's choice, * whoever has no rule of his own; repeatable, in a file list [a, b]; "
+               f"none: {PortRules.DEFAULT}", "append", "# [alice=8080,9000-9100, bob=0, *=0]"),
         Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
-               "the networks whose visitors are served; empty: all"),
+               "the networks whose visitors are served, others are closed before a byte is read; empty: all"),
         *common_options("server"),
     ],
     "client": [
-        Option("tunnel", "server", "", dial_address, "ADDRESS", "the server's control port; required"),
-        Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service, host:port"),
-        Option("tunnel", "remote-port", "0", parse_port, "PORT", "the public port; 0: the server chooses"),
+        Option("tunnel", "server", [], Address.parse, "ADDRESS",
+               "a server's control port, host:port or [IPv6]:port; required; repeatable, in a file list [a, b]: each "
+               "mapping is open at each of them", "append", "127.0.0.1:7000"),
+        Option("tunnel", "proxy", "", HttpProxy.parse, "URL",
+               "the HTTP proxy to the servers, http://HOST:PORT or http://USER:PASSWORD@HOST:PORT; empty: none"),
+        Option("tunnel", "local", "", dial_address, "ADDRESS", "the local service", example="127.0.0.1:8000"),
+        Option("tunnel", "remote-port", "0", parse_port, "PORT",
+               "the public port that leads to it; 0: the server chooses one", example="8080"),
         Option("tunnel", "forward", [], Mapping.parse, "PORT:HOST:PORT",
-               "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append"),
-        Option("tunnel", "proxy-protocol", False, bool, "",
-               "tell the local service the visitor's address in a PROXY protocol line, version 1", "switch"),
+               "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append",
+               "# [8080:127.0.0.1:8000, 2222:127.0.0.1:22]"),
+        Option("tunnel", "proxy-protocol", False, bool, "", "tell the local service, which must expect it, each "
+               "visitor's address in a PROXY protocol line, version 1", "switch"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
         *common_options("client"),
     ],
 }
+EXAMPLE_HEAD = (
+    "Configuration of `rtunnel {} -c FILE`: flat `key = value` lines, every option of the command. A line that begins "
+    "with `#` is not read; what it shows is the default, or an example. Flags win over the environment "
+    "(RTUNNEL_LOG_LEVEL, ...), the environment over this file. A relative path begins where the program is started."
+)
 # What a reload takes; the others want a restart.
-RELOADED = {"allow", "visitors", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
+RELOADED = {"allow", "visitors", "proxy", "proxy-protocol", "heartbeat", "session-budget", "drain", "tls-server-name",
             "tls-cert", "tls-key", "tls-ca", "tls-crl", "tls-profile"}
 # fmt: on
 
@@ -3130,6 +3484,8 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
     shows = "show each setting and where it came from, and exit"
     parser.add_argument("--print-config", action="store_true", help=shows)
+    shows = "show a commented file of all settings, and exit"
+    parser.add_argument("--example-config", action="store_true", help=shows)
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
         for option in options:
@@ -3161,7 +3517,7 @@ def make_server(settings: argparse.Namespace) -> Server:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain)
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
     context = warned_context(settings, settings.control_listen)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
@@ -3175,31 +3531,44 @@ def make_client(settings: argparse.Namespace) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    ports = collections.Counter(mapping.remote_port or mapping for mapping in mappings)
-    if twice := [each for each, count in ports.items() if count > 1]:
-        what = f"port {twice[0]}" if isinstance(twice[0], int) else f"0:{twice[0].local}"
-        raise ConfigError(f"--forward has {what} twice: one mapping for each port, each mapping once")
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.proxy_protocol)
-    context = warned_context(settings, settings.server)
-    return Client(settings.server, mappings, settings.reconnect_max, shared, context, lambda: make_context(settings))
+    refuse_twice("--server", (str(address).lower() for address in settings.server))
+    refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
+    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
+    own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
+    shared = shared._replace(server_name=settings.tls_server_name, **own)
+    context = warned_context(settings, *settings.server)
+    for server in settings.server:
+        if context is not None:
+            context.naming(settings.tls_server_name or server.host)  # a host may be none for it
+    everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
+    return Client(everywhere, settings.reconnect_max, shared, context, lambda: make_context(settings))
+
+
+def refuse_twice(option: str, values: Iterable[str]) -> None:
+    """Raises ConfigError where a value comes twice."""
+    if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
+        raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
 def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
     """None in plain mode. Raises TlsConfigError."""
     if not settings.tls:
         return None
-    name = (settings.tls_server_name or settings.server.host) if settings.command == "client" else None
+    name = (settings.tls_server_name or settings.server[0].host) if settings.command == "client" else None
     return rtunnel_tls.TlsContext(
         settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
         crl=settings.tls_crl or None, verify_name=name,
     )  # fmt: skip
 
 
-def warned_context(settings: argparse.Namespace, address: Address) -> rtunnel_tls.TlsContext | None:
+def warned_context(settings: argparse.Namespace, *addresses: Address) -> rtunnel_tls.TlsContext | None:
     """The same, and a log line on what is worth a warning at the start and at each reload."""
     context = make_context(settings)
-    if context is None and not address.is_loopback:
-        log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+    for address in addresses:
+        if context is None and not address.is_loopback:
+            log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
+    if settings.metrics and not settings.metrics.is_loopback:
+        log_event(WARNING, "metrics-open", address=settings.metrics, meaning="whoever reaches it reads them")
     if context is not None and context.keylog is not None:
         log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     return context
@@ -3392,9 +3761,29 @@ def run_pki(settings: argparse.Namespace) -> int:
     return 0
 
 
+def example_config(command: str) -> str:
+    """A file of all options, commented out where it shows the default or a mere example."""
+    fill = functools.partial(textwrap.fill, width=100, initial_indent="# ", subsequent_indent="# ")
+    blocks, group = [fill(EXAMPLE_HEAD.format(command))], ""
+    for option in OPTIONS[command]:
+        if option.group != group:
+            group = option.group
+            blocks.append(f"# ---- {group}")
+        unit = f" ({option.metavar})" if option.metavar else ""
+        about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
+        default = str(option.default).lower() if option.action == "switch" else option.default
+        value = default if option.example == "=" else option.example or f"# {default}"
+        line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
+        blocks.append(f"{about}\n{line}".rstrip())
+    return "\n\n".join(blocks) + "\n"
+
+
 def run_program(settings: argparse.Namespace) -> int:
+    if settings.example_config:
+        print(example_config(settings.command), end="")
+        return 0
     if settings.print_config:
-        shown = settings.parser.format_values()
+        shown = re.sub(r"(http://[^\s:]+:)\S*@", r"\1***@", settings.parser.format_values())
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"

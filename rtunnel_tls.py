@@ -22,6 +22,7 @@ Errors
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import functools
 import ipaddress
@@ -189,9 +190,7 @@ class TlsContext:
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
         self.peer_name: str | Address | None = None
         if verify_name is not None:
-            with _told("the server's name"):
-                self.peer_name = parse_name(verify_name)
-                _set_peer_name(self.ssl_context, self.peer_name)
+            self.peer_name = self.naming(verify_name).peer_name
         make = f"{PROGRAM} pki init{self.profile.pki_option}"
         with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
             roots = _load_certificates(ca)
@@ -207,6 +206,13 @@ class TlsContext:
         ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
         ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
         self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
+
+    def naming(self, name: str) -> TlsContext:
+        """The same for a server of this name or address. Raises TlsConfigError."""
+        named = copy.copy(self)
+        with _told("the server's name"):
+            named.peer_name = parse_name(name)
+        return named
 
     def days_left(self, most: float = float("inf")) -> dict[str, int]:
         """Of each file that has no more than these."""
@@ -285,9 +291,8 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_peer_name(context: SSL.Context, name: str | Address) -> None:
-    """Hold the peer's subjectAltName, and nothing else, to this name. Raises ValueError."""
-    wanted = lib.SSL_CTX_get0_param(context._context)
+def _set_peer_name(wanted: Any, name: str | Address) -> None:
+    """Hold a peer's subjectAltName, and nothing else, to this name. Raises ValueError."""
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
         lib.X509_VERIFY_PARAM_set_hostflags(wanted, flags)
@@ -539,6 +544,8 @@ class _Ssl:
             self._connection.set_accept_state()
         else:
             self._connection.set_connect_state()
+        if context.peer_name is not None:
+            _set_peer_name(lib.SSL_get0_param(self._connection._ssl), context.peer_name)
         if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
             self._connection.set_tlsext_host_name(context.peer_name.encode())
 

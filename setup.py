@@ -16,7 +16,9 @@ def version() -> str:
     return found[1]
 
 
+METRICS = ["prometheus-client>=0.20"]
 TEST = [
+    *METRICS,
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -24,9 +26,12 @@ TEST = [
     "tlslite-ng==0.9.0b2",
     "dilithium-py==1.5.1",
     "kyber-py==1.2.0",
+    # The sdist and the wheel are made, and installed, by a test that has no network.
+    "build>=1.2",
+    "setuptools>=77",
 ]
 FUZZ = [*TEST, "atheris>=3"]
-DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9"]
+DEV = [*TEST, "mypy>=1.15", "py-spy>=0.4", "ruff>=0.9", "twine>=6.1"]
 
 setup(
     name="rtunnel",
@@ -49,7 +54,7 @@ setup(
     python_requires=">=3.10",
     # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
     install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
-    extras_require={"test": TEST, "dev": DEV, "fuzz": FUZZ},
+    extras_require={"metrics": METRICS, "test": TEST, "dev": DEV, "fuzz": FUZZ},
     py_modules=["rtunnel", "rtunnel_tls"],
     entry_points={"console_scripts": ["rtunnel = rtunnel:entry"]},
 )

@@ -1,4 +1,4 @@
-"""Who may open which port, and whose visits are served (README, "Who may do what")."""
+"""Who may open which port, and whose visits are served (OPERATIONS.md, "How it behaves")."""
 
 from __future__ import annotations
 

@@ -85,11 +85,19 @@ def test_the_chart() -> None:
     assert len(chart.findall(".//{http://www.w3.org/2000/svg}g/{http://www.w3.org/2000/svg}rect")) == 4
 
 
+def test_what_the_readme_says_of_it() -> None:
+    """Three sentences, each figure with its ratio to the best rival; what was not measured is told."""
+    text = " ".join(report.sentences(RESULTS).split())
+    assert "beside" in text
+    assert "of what `ssh -R` does: one stream downloads 1,200 MB/s (2.00), eight (not measured)" in text
+    assert text.count(". ") == 2
+
+
 def test_the_readme_shows_what_was_measured() -> None:
-    """README.md has the table that the bench wrote, whole, and shows the chart; both are of the same run."""
+    """README.md shows the chart and says what bench/report.py says of it; table and chart are of the same run."""
     written = report.Results(**json.loads((ROOT / "bench/results.json").read_text()))
-    table, readme = (ROOT / "bench/results.md").read_text(), (ROOT / "README.md").read_text()
-    assert report.markdown(written) == table
+    readme = (ROOT / "README.md").read_text()
+    assert report.markdown(written) == (ROOT / "bench/results.md").read_text()
     assert report.chart(written) == (ROOT / "bench/results.svg").read_text()
-    assert table in readme
+    assert report.sentences(written) in readme, "put what `python bench/report.py` prints below README.md's chart"
     assert "](bench/results.svg)" in readme

@@ -119,8 +119,8 @@ def test_flags_win_over_environment_over_file(
 
 
 MAPPINGS = [
-    rtunnel.Mapping(8080, rtunnel.Address("127.0.0.1", 80)),
-    rtunnel.Mapping(0, rtunnel.Address("::1", 22)),
+    rtunnel.Mapping(8080, rtunnel.Address("127.0.0.1", 80), rtunnel.Address("192.0.2.1", 7000)),
+    rtunnel.Mapping(0, rtunnel.Address("::1", 22), rtunnel.Address("192.0.2.1", 7000)),
 ]
 
 
@@ -136,19 +136,21 @@ def test_lists(
         monkeypatch.setenv("RTUNNEL_FORWARD", "[8080:127.0.0.1:80, 0:[::1]:22]")
     else:
         flags += ["-c", write(tmp_path, "forward = [8080:127.0.0.1:80, 0:[::1]:22]")]
-    assert settings(*flags)["made"][1] == MAPPINGS
+    assert settings(*flags)["made"][0] == MAPPINGS
 
 
 def test_one_mapping_in_a_file_needs_no_list(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """A single mapping may be written without brackets."""
     file = write(tmp_path, "server = 192.0.2.1:7000", "forward = 8080:127.0.0.1:80")
-    assert settings("client", "-c", file)["made"][1] == MAPPINGS[:1]
+    assert settings("client", "-c", file)["made"][0] == MAPPINGS[:1]
 
 
 def test_local_and_remote_port_are_one_mapping(settings: Callable[..., dict[str, Any]]) -> None:
     """--local is one mapping, to remote port 0 where --remote-port says no other."""
-    assert settings(*CLIENT)["made"][1] == [rtunnel.Mapping(0, rtunnel.Address("127.0.0.1", 80))]
-    assert settings(*CLIENT, "--remote-port", "8080")["made"][1] == MAPPINGS[:1]
+    assert settings(*CLIENT)["made"][0] == [
+        rtunnel.Mapping(0, rtunnel.Address("127.0.0.1", 80), rtunnel.Address("192.0.2.1", 7000))
+    ]
+    assert settings(*CLIENT, "--remote-port", "8080")["made"][0] == MAPPINGS[:1]
 
 
 def test_print_config(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -325,6 +327,12 @@ def test_help(command: Command, name: str, monkeypatch: pytest.MonkeyPatch) -> N
         block = out[out.index(f"\n  --{option.name}") + 1 :]
         assert f"(default: {option.default})" in re.split(r"\n  -|\n\n", block)[0]
     assert "RTUNNEL_" in out
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_conf_files_are_printed(command: Command, name: str) -> None:
+    """conf/NAME.ini is what `--example-config` prints."""
+    assert command(name, "--example-config") == (0, (ROOT / "conf" / f"{name}.ini").read_text(), "")
 
 
 @pytest.mark.parametrize("name", ["server", "client"])

@@ -35,7 +35,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., rtunnel.Address]:
         monkeypatch.setattr(
             socket,
             "getaddrinfo",
-            lambda host, *rest, **more: rows if host == NAME else getaddrinfo(host, *rest, **more),
+            lambda host, *rest, **more: (
+                rows if host == NAME and not more.get("flags") else getaddrinfo(host, *rest, **more)
+            ),
         )
         return rtunnel.Address(NAME, addresses[0][1])
 
@@ -140,7 +142,8 @@ def test_one_address_is_not_named_twice() -> None:
 
 def test_a_host_without_an_address(resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that stands for no address is told as such."""
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
+    ask = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: ask(*asked, **how) if how.get("flags") else [])
     with pytest.raises(OSError, match=rf"{NAME} has no address"):
         rtunnel.dial(rtunnel.Address(NAME, 1), 5.0)
 

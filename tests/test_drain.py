@@ -1,4 +1,4 @@
-"""SIGTERM with `--drain`, GOAWAY, and the restart of a server (README, "Stopping")."""
+"""SIGTERM with `--drain`, GOAWAY, and the restart of a server (OPERATIONS.md, "How it behaves")."""
 
 from __future__ import annotations
 

@@ -313,7 +313,6 @@ FORBIDDEN = {
     "logging",
     "sys",
     "os",
-    "socketserver",
 }
 
 

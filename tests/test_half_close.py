@@ -48,6 +48,31 @@ def all_closed(ends: Ends, streams: int) -> list[str]:
     return [fields["reason"] for fields in ends.log.events("stream-closed")]
 
 
+# --- short connections -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is told of a visitor and of its first bytes in one send, where they are here already."""
+    serve, send, sent = rtunnel.Server.serve_visitor, rtunnel.PlainTransport.send, []
+
+    def serve_late(server: rtunnel.Server, lease: rtunnel.Lease, sock: socket.socket, visitor: rtunnel.Address) -> None:
+        assert rtunnel.ready([sock], writing=False, seconds=10)
+        serve(server, lease, sock, visitor)
+
+    def noted(transport: rtunnel.PlainTransport, frames: bytes) -> None:
+        sent.append(bytes(frames))
+        send(transport, frames)
+
+    with Peer.as_client(ends.open_server()) as peer, monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(rtunnel.Server, "serve_visitor", serve_late)
+        patch.setattr(rtunnel.PlainTransport, "send", noted)
+        stack.enter_context(connect(peer.public)).sendall(b"hello")
+        _, number, payload = peer.hear(FrameType.NEW_CONN)
+        peer.hear(FrameType.DATA)
+        first, second = (FrameType.NEW_CONN, number, payload), (FrameType.DATA, number, b"hello")
+        assert rtunnel.encode(*first) + rtunnel.encode(*second) in sent
+
+
 # --- half-close ----------------------------------------------------------------------------------------------------
 
 

@@ -249,10 +249,10 @@ def test_a_network_that_goes_silent_before_welcome(ends: Ends, monkeypatch: pyte
     it stays the next time, for that server may be an original now."""
     monkeypatch.setattr(rtunnel, "LIVED_S", 0.2)
     with PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as other:
-        client = ends.open_client(server.address, mapping(("127.0.0.1", 9), 4711))
+        ends.open_client(server.address, mapping(("127.0.0.1", 9), 4711))
         welcomed = server.accept()
         ends.log.wait_for("session-opened", level=1)
-        monkeypatch.setattr(client, "_server", rtunnel.Address(*other.getsockname()))
+        monkeypatch.setattr(rtunnel, "dial", lambda *_: connect(other.getsockname()))
         welcomed.sock.close()
         other.settimeout(10)
         with other.accept()[0] as silent:

@@ -1,4 +1,4 @@
-"""Revocation and rotation without a restart (README, "Reload")."""
+"""Revocation and rotation without a restart (OPERATIONS.md, "How it behaves")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from level1 import Peer, PeerServer, Unwelcome, mapping, stop
+from level1 import Peer, PeerServer, Unwelcome, stop
 from support import Program, Service, connect, echo_service, ends_with, eventually, free_port, read_exactly, running
 from tls_peers import House
 from tunnels import Factory, text
@@ -263,8 +263,8 @@ def test_a_renewal_beside_the_reload(house: House) -> None:
         return house.client(name="127.0.0.1")
 
     with PeerServer() as server, contextlib.ExitStack() as stack:
-        where = rtunnel.Address(*server.address)
-        asking = rtunnel.Client(where, [mapping(("127.0.0.1", 9))], 1.0, rtunnel.Settings(), None, load)
+        where = rtunnel.Mapping(0, rtunnel.Address("127.0.0.1", 9), rtunnel.Address(*server.address))
+        asking = rtunnel.Client([where], 1.0, rtunnel.Settings(), None, load)
         stack.callback(stop, asking)
         asking.start()
         assert loading.wait(10.0)

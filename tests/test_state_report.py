@@ -1,4 +1,4 @@
-"""What SIGUSR1 makes a server or a client log (README, "State")."""
+"""What SIGUSR1 makes a server or a client log (OPERATIONS.md, "Watching it")."""
 
 from __future__ import annotations
 

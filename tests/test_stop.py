@@ -199,9 +199,8 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
         serving = rtunnel.Server(rtunnel.Address("127.0.0.1", 0), None, "127.0.0.1", rtunnel.Settings(), None)
         serving.start()
         control = rtunnel.Address(*control_address(serving))
-        asking = rtunnel.Client(
-            control, [rtunnel.Mapping(0, rtunnel.Address(*service.address))], 1.0, rtunnel.Settings(), None
-        )
+        where = rtunnel.Mapping(0, rtunnel.Address(*service.address), control)
+        asking = rtunnel.Client([where], 1.0, rtunnel.Settings(), None)
         asking.start()
         assert opened.wait(10)
         host, _, port = leases[0].rpartition(":")

@@ -119,6 +119,27 @@ def visitor() -> Iterator[tuple[socket.socket, socket.socket]]:
 Ends = tuple[socket.socket, socket.socket]
 
 
+def test_a_short_answer_is_one_record_with_its_end(
+    bench: Bench, visitor: Ends, both_paths: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dialled socket whose first bytes are all that it has is told of in one send: DATA, and the end behind it."""
+    sent: list[bytes] = []
+    send = rtunnel.PlainTransport.send
+
+    def noted(transport: rtunnel.PlainTransport, frames: bytes) -> None:
+        sent.append(bytes(frames))
+        send(transport, frames)
+
+    monkeypatch.setattr(rtunnel.PlainTransport, "send", noted)
+    near, far = visitor
+    far.sendall(b"answer")
+    far.shutdown(socket.SHUT_WR)
+    bench.open(None, lambda: near)
+    bench.peer.expect(DATA, 1, b"answer")
+    assert bench.peer.read_close(1) == b""
+    assert rtunnel.encode(DATA, 1, b"answer") + rtunnel.encode(CLOSE_CONN, 1) in sent
+
+
 # --- a stream: from the tunnel to the socket ----------------------------------------------------------------
 
 
@@ -503,7 +524,7 @@ def test_no_thread_for_a_local_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        client = rtunnel.Client(LOOPBACK, [mapping], 1.0, rtunnel.Settings(), None)
+        client = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
         rtunnel.CLOCK.start()
         session = rtunnel.ClientSession(rtunnel.PlainTransport(near), client, mapping)
         with running(session.run, lambda: stop(client)):
@@ -721,6 +742,38 @@ def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
                 assert peers[-1] == visitor.getsockname()
 
 
+def test_what_is_accepted_is_tuned(pool: rtunnel.Pool) -> None:
+    """A connection has its listener's options from its first moment: keepalive, no delay, and the reset at close."""
+    seen: list[tuple[bool, ...]] = []
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        options = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        seen.append(tuple(bool(sock.getsockopt(*option)) for option in options))
+
+    for resets, end in ((True, "reset"), (False, "eof")):
+        listener = rtunnel.Listener(LOOPBACK, pool, handle, reset=resets)
+        listener.start()
+        assert visit(listener.address) == end
+        listener.stop()
+    assert seen == [(True, True)] * 2
+
+
+def test_who_serves_has_a_successor(pool: rtunnel.Pool) -> None:
+    """However many connections are served at once, the next one is taken; few threads wait when all have ended."""
+    leave, count = threading.Event(), 3 * rtunnel.ACCEPTORS
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        sock.sendall(b"x")
+        leave.wait(10)
+
+    with listening(pool, handle) as listener, contextlib.ExitStack() as stack:
+        visitors = [stack.enter_context(connect(listener.address)) for _ in range(count)]
+        assert [read_exactly(each, 1) for each in visitors] == [b"x"] * count
+        leave.set()
+        assert [read_all(each) for each in visitors] == [b""] * count
+        eventually(lambda: listener._waiting == rtunnel.ACCEPTORS and idle_threads(pool) >= count - rtunnel.ACCEPTORS)
+
+
 def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:
     """A handler that asks for a reset gets it: nothing sends FIN before."""
     with listening(pool, lambda sock, peer: rtunnel.reset_at_close(sock)) as listener:
@@ -779,8 +832,8 @@ def test_a_listener_drops_what_no_thread_can_serve(log: Log, monkeypatch: pytest
             raise failures.pop()
         run(*task)
 
-    monkeypatch.setattr(pool, "run", fail_once)
     with listening(pool, lambda sock, peer: sock.sendall(b"hello")) as listener:
+        monkeypatch.setattr(pool, "run", fail_once)
         with connect(listener.address) as visitor:
             assert read_all(visitor) == b""
         with connect(listener.address) as visitor:
@@ -942,8 +995,9 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rtunnel, "FIRST_RETRY_S", 0.01)
     with echo_service() as service, socket.create_server(("127.0.0.1", 0)) as control:
         control.settimeout(5)
-        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        asking = rtunnel.Client(rtunnel.Address(*control.getsockname()), [mapping], 1.0, rtunnel.Settings(), None)
+        where = rtunnel.Address(*control.getsockname())
+        mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address), where)
+        asking = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
         on_frame = rtunnel.ClientSession.on_frame
         failures = [Boom()]
 

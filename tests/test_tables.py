@@ -39,7 +39,7 @@ from support import (
 )  # fmt: skip
 from tables import Tables, complaints, parse
 from tls_peers import Forger, House, raw_context
-from tunnels import BLOCK, closed_port, text, visit
+from tunnels import BLOCK, closed_port, http_proxy, text, visit
 
 import rtunnel
 
@@ -218,6 +218,13 @@ def silent_client(server: Program) -> None:
         server.wait_for_count(2, "session-opened")
 
 
+def scrape(server: Program) -> None:
+    """Prometheus asks."""
+    with connect(server.metrics_address) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert ends_with(sock) == "eof"
+
+
 def drain(server: Program, client: Program, public: Address) -> None:
     """The open stream goes on, a reload is refused, the state is told; a second signal ends it."""
     with connect(public) as visitor:
@@ -239,7 +246,9 @@ def play(stage: Stage, folder: Path, house: House) -> None:
     systemd = enter(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
     systemd.bind(str(notify))
     plain = stage.server(f"--config={config}", listen="localhost:0", env={"NOTIFY_SOCKET": str(notify)})
-    secure = stage.server(*house.flags("server"), "--drain=5", env={"SSLKEYLOGFILE": str(folder / "secrets")})
+    secure = stage.server(
+        *house.flags("server"), "--drain=5", "--metrics=127.0.0.1:0", env={"SSLKEYLOGFILE": str(folder / "secrets")}
+    )
     plain_0 = stage.server("--public-listen=127.0.0.1:0")
     secure_0 = stage.server(*house.flags("server"), limits=POLLED)
     ports = [free_port() for _ in range(6)]
@@ -249,8 +258,9 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         stage.client(secure, *own, *services[2:4], "--proxy-protocol"),
         stage.client(plain_0, f"--local={echo.text}", old=True),
         stage.client(secure_0, *own, *services[4:], old=True, limits=POLLED),
+        stage.client(plain, f"--local={echo.text}", f"--proxy=http://{enter(http_proxy()).text}"),
     ]
-    for server, count in ((plain, 2), (secure, 2), (plain_0, 1), (secure_0, 2)):
+    for server, count in ((plain, 3), (secure, 2), (plain_0, 1), (secure_0, 2)):
         server.wait_for_count(count, "session-opened")
     local = [("127.0.0.1", port) for port in ports]
     with contextlib.ExitStack() as at_once:
@@ -268,6 +278,7 @@ def play(stage: Stage, folder: Path, house: House) -> None:
         each.send_signal(signal.SIGHUP)
         each.wait_for("reloaded")
         each.state()
+    scrape(secure)
     for _ in range(3):  # pumps find drainers at work when they are aborted
         fill_queue(plain, enter(reader_of_little(local[0])))
     config.write_text("allow = *=1\n")
@@ -349,8 +360,8 @@ def test_names_of_nothing_are_found(written: Tables, records: list[dict[str, Any
 def test_a_wait_under_a_lock_is_found(written: Tables, tmp_path: Path) -> None:
     """Without MSG_DONTWAIT the reader's direct send would wait while it holds its stream's lock."""
     with Stage(tmp_path) as stage, echo_service() as echo:
-        server = stage.server("--public-listen=127.0.0.1:0")
-        client = stage.client(server, f"--local={echo.text}", limits=LIMITS | {"DONT_WAIT": 0})
+        server = stage.server("--public-listen=127.0.0.1:0", limits=LIMITS | {"DONT_WAIT": 0})
+        client = stage.client(server, f"--local={echo.text}")
         server.wait_for("session-opened")
         with connect(server.public_address) as visitor:
             visitor.sendall(b"marco")

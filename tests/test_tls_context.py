@@ -502,7 +502,7 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
         ("server", False),  # its common name
     ):
         context = raw_context(None, house.ca)
-        rtunnel_tls._set_peer_name(context, rtunnel_tls.parse_name(name))
+        rtunnel_tls._set_peer_name(lib.SSL_CTX_get0_param(context._context), rtunnel_tls.parse_name(name))
         pair.cert, pair.key = (house.files("client")[kind] for kind in ("cert", "key"))
         context.use_certificate_chain_file(str(pair.cert))
         context.use_privatekey_file(str(pair.key))
@@ -511,11 +511,11 @@ def test_the_setters_work(house: House, root: Signer, tmp_path: Path) -> None:
     nameless = root.issue(tmp_path, "nameless", [SERVER_AUTH], subject="localhost")
     server = TlsContext("server", "pure", cert=nameless.cert, key=nameless.key, ca=house.ca)
     context = raw_context(pair, root.save(tmp_path))
-    rtunnel_tls._set_peer_name(context, "localhost")
+    rtunnel_tls._set_peer_name(lib.SSL_CTX_get0_param(context._context), "localhost")
     refused, told = meet(server, raw_peer(context, "client"))
     assert isinstance(refused, HandshakeError), "a common name is no host name"
     with pytest.raises(ValueError, match="cannot verify"):
-        rtunnel_tls._set_peer_name(SSL.Context(SSL.TLS_METHOD), "a\0b")
+        rtunnel_tls._set_peer_name(lib.SSL_CTX_get0_param(context._context), "a\0b")
 
 
 @pytest.mark.parametrize(

@@ -608,8 +608,7 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
         stack.callback(stop, serving)
         serving.start()
         asking = rtunnel.Client(
-            rtunnel.Address(*control_address(serving)),
-            [rtunnel.Mapping(0, rtunnel.Address(*service.address))],
+            [rtunnel.Mapping(0, rtunnel.Address(*service.address), rtunnel.Address(*control_address(serving)))],
             1.0,
             rtunnel.Settings(),
             house.client(name="127.0.0.1"),

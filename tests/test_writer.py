@@ -18,8 +18,10 @@ import rtunnel
 class FakeStream:
     """As much of a stream as the writer looks at."""
 
-    number = 1
     silenced = False
+
+    def __init__(self, number: int = 1) -> None:
+        self.number = number
 
 
 class FakeTransport:
@@ -204,14 +206,60 @@ def test_a_pump_takes_the_queued_ones_along(writer: rtunnel.Writer, transport: F
         started.start(send, writer, LARGE)
         transport.wait_entered(1)
         send(writer, SMALL)
-        transport.let_go(1)
-        transport.wait_entered(2)  # the second write of the pump, and its last
-        send(writer, SMALL)
         send(writer, late)
         writer.post(control)
         transport.let_go()
     send(writer, LARGE)
-    assert transport.sends[2:] == [control + SMALL + late + LARGE]
+    assert transport.sends[1:] == [control + SMALL + late + LARGE]
+
+
+def test_small_frames_of_several_streams_go_together(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pump with a small frame lets others run, and sends what they left with its own; the eighth does not wait."""
+    count = rtunnel.GROUP_FRAMES
+    frames = [frame(DATA, number, b"small") for number in range(1, count + 1)]
+
+    def leave(*numbers: int) -> None:
+        monkeypatch.setattr(rtunnel, "let_others_run", lambda: None)
+        for number in numbers:
+            send(writer, frames[number - 1], FakeStream(number))
+
+    send(writer, SMALL, FakeStream(9))
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: leave(2, 3))
+    send(writer, frames[0], FakeStream(1))
+    assert transport.sends == [SMALL, b"".join(frames[:3])]
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: leave(*range(2, count + 1)))
+    send(writer, frames[0], FakeStream(1))
+    assert transport.sends[2:] == [b"".join(frames)]
+
+
+def test_who_waits_for_nobody(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame that fills a record, one that comes next, and a stream that sends alone, let nobody run before them."""
+    asked: list[int] = []
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: asked.append(1))
+    for _ in range(3):
+        send(writer, SMALL, FakeStream(1))
+    send(writer, frame(DATA, 2, bytes(rtunnel.RECORD_BYTES)), FakeStream(2))
+    send(writer, SMALL, FakeStream(1))
+    assert not asked
+    assert len(transport.sends) == 5
+    send(writer, SMALL, FakeStream(3))
+    assert asked
+
+
+def test_the_end_while_others_run(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pump that let others run sends nothing behind the end: the transport is the control sender's then."""
+    send(writer, SMALL, FakeStream(9))
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: writer.close("done"))
+    send(writer, SMALL, FakeStream(1))
+    assert transport.sends == [SMALL]
+    with pytest.raises(rtunnel.SessionEnded, match="done"):
+        send(writer, SMALL, FakeStream(1))
 
 
 def test_control_frames_go_ahead_of_data(writer: rtunnel.Writer, transport: FakeTransport) -> None:
@@ -390,27 +438,24 @@ def test_who_waits_gets_room_in_order(writer: rtunnel.Writer, transport: FakeTra
 
 
 def test_nobody_is_enslaved(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """A pump writes at most one batch of others' frames; what comes during that is the control sender's."""
+    """A pump writes one batch; what comes during that is the control sender's."""
     transport.hold()
     with threads() as started:
         pump = started.start(send, writer, LARGE)
         transport.wait_entered(1)
         send(writer, SMALL)
         transport.let_go(1)
-        transport.wait_entered(2)
-        send(writer, SMALL)
-        transport.let_go(1)
         pump.join(10)  # although something is queued
         assert not pump.is_alive()
-        assert transport.sends == [LARGE, SMALL]
+        assert transport.sends == [LARGE]
         sender = started.start(writer.serve)
-        transport.wait_entered(3)
+        transport.wait_entered(2)
         send(writer, SMALL)
         transport.let_go()
-        transport.wait_entered(4)
+        transport.wait_entered(3)
         writer.close("done")
-    assert transport.sends == [LARGE, SMALL, SMALL, SMALL]
-    assert transport.threads == [pump.ident, pump.ident, sender.ident, sender.ident]
+    assert transport.sends == [LARGE, SMALL, SMALL]
+    assert transport.threads == [pump.ident, sender.ident, sender.ident]
 
 
 # --- the end ------------------------------------------------------------------------------------------------

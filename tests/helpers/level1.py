@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import select
@@ -113,7 +114,8 @@ class Ends:
     ) -> rtunnel.Client:
         """Start a client."""
         shared = rtunnel.Settings(**settings)
-        client = rtunnel.Client(rtunnel.Address(*server), mappings, reconnect_max_s, shared, self._contexts[1])
+        there = [dataclasses.replace(each, server=rtunnel.Address(*server)) for each in mappings]
+        client = rtunnel.Client(there, reconnect_max_s, shared, self._contexts[1])
         client.start()
         self._clients.append(client)
         self._stack.callback(stop, client)
@@ -152,7 +154,7 @@ def stop(program: rtunnel.Program) -> None:
 
 def mapping(local: Address, port: int = 0, instance: str | None = None) -> rtunnel.Mapping:
     """A mapping to a local service; its instance is a new one unless it is given."""
-    return rtunnel.Mapping(port, rtunnel.Address(*local), instance or new_instance())
+    return rtunnel.Mapping(port, rtunnel.Address(*local), instance=instance or new_instance())
 
 
 def new_instance() -> str:
@@ -183,11 +185,6 @@ def knows_no_instance(server: rtunnel.Server) -> bool:
 def has_free_lock(server: rtunnel.Server) -> bool:
     """Whether nobody holds the lock of its leases."""
     return not server._lock.locked()
-
-
-def acceptor(lease: rtunnel.Lease) -> threading.Thread:
-    """The thread that accepts its visitors."""
-    return lease.listener._acceptor
 
 
 def ended_by(session: rtunnel.Session) -> str | None:

@@ -307,7 +307,7 @@ def install(file: str) -> None:
     Poll.make = staticmethod(select.poll)
     for name in ("recv", "recv_into", "send", "sendall", "sendto", "connect", "connect_ex", "accept"):
         _noted(socket.socket, name, _blocks)
-    _noted(socket, "getaddrinfo", lambda host, *_, **__: not _is_numeric(host))
+    _noted(socket, "getaddrinfo", lambda host, *_, **how: not _is_numeric(host) and not how.get("flags"))
     _noted(select, "select", lambda *arguments: arguments[3:] != (0,))
     _noted(time, "sleep", lambda _: True)
     _noted(threading.Thread, "start", lambda _: True)

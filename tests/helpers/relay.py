@@ -1,7 +1,7 @@
 """A TCP relay that plays the network between a client and its server: distance, stalls, silence, cuts.
 
-Also a program of its own, for measurements: `python relay.py HOST:PORT ONE_WAY_SECONDS` prints its address and relays
-until its standard input ends.
+Also a program of its own, for measurements: `python relay.py HOST:PORT ONE_WAY_SECONDS [PORT]` prints its address and
+relays until its standard input ends; where it is told a port, until it is interrupted.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Relay:
     Locking: none. Orders are run by the relaying thread, which owns all links.
     """
 
-    def __init__(self, target: Address, one_way_s: float = 0.0, queue_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(self, target: Address, one_way_s: float = 0.0, queue_bytes: int = QUEUE_BYTES, port: int = 0) -> None:
         self._target = target
         self._one_way_s = one_way_s
         self._queue_bytes = queue_bytes
         self._selector = selectors.DefaultSelector()
         self._orders: queue.SimpleQueue[tuple[Callable[[], object], threading.Event]] = queue.SimpleQueue()
         self._wake, self._woken = socket.socketpair()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self.address: Address = self._listener.getsockname()
         self.links: list[Link] = []  # that are not cut, silent ones too; the relaying thread's
         self.accepted = 0  # connections so far
@@ -263,8 +263,14 @@ class Relay:
 
 def main() -> None:
     host, _, port = sys.argv[1].rpartition(":")
-    with Relay((host, int(port)), float(sys.argv[2]), queue_bytes=256 << 20) as relay:
+    listen = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    with (
+        Relay((host, int(port)), float(sys.argv[2]), 256 << 20, listen) as relay,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         print(f"{relay.address[0]}:{relay.address[1]}", flush=True)
+        if listen:
+            threading.Event().wait()
         sys.stdin.read()
 
 

@@ -199,6 +199,11 @@ class Program:
         """A server's global port, from its log."""
         return self._listening("public")
 
+    @property
+    def metrics_address(self) -> Address:
+        """Where it tells Prometheus its figures, from its log."""
+        return self._listening("metrics")
+
     def _listening(self, kind: str) -> Address:
         with self._changed:
             self._changed.wait_for(

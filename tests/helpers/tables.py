@@ -19,8 +19,8 @@ from recorder import MODULES, ROOT, functions
 
 SOURCES = {file: (ROOT / file).read_text() for file in MODULES}
 # Who calls these waits, they do so in nobody's name: the tables name the caller.
-ON_BEHALF = {"ready", "LateCondition.wait"}
-POOL = "Worker.run"
+ON_BEHALF = {"ready", "LateCondition.wait", "connect"}
+CARRIERS = "Worker.run", "Listener.serve_forever"  # whose threads are called by what they do
 
 
 class Thread(NamedTuple):
@@ -114,7 +114,7 @@ def _of_threads(tables: Tables, records: list[dict[str, Any]]) -> Iterator[str]:
     for record in records:
         for stack, held in record["waits"]:
             begins = [name for name in stack if name in kinds]
-            if begins[1:] and begins[0] == POOL:  # whose threads are called by what they do
+            while begins[1:] and begins[0] in CARRIERS:
                 del begins[0]
             where, thread = place(stack), kinds[begins[0]] if begins else None
             path = " > ".join(stack)

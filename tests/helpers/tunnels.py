@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from support import Address, Program, Service, connect, ends_with, eventually, read_exactly
+from support import Address, Program, Service, connect, ends_with, eventually, read_exactly, running
 
 Factory = Callable[..., Program]
 
@@ -83,6 +84,31 @@ def visit(address: Address, said: bytes = b"") -> str:
         return "reset"
     except ConnectionRefusedError:
         return "refused"
+
+
+def http_proxy(target: Address | None = None) -> Service:
+    """An HTTP proxy, whose CONNECT leads to where it says, or always to `target`."""
+
+    def lead(sock: socket.socket) -> None:
+        request = b""
+        while not request.endswith(b"\r\n\r\n"):
+            request += read_exactly(sock, 1)
+        host, _, port = request.split()[1].decode().rpartition(":")
+        with connect(target or (host.strip("[]"), int(port)), 60) as far:
+            sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            with running(functools.partial(_copy, far, sock)):
+                _copy(sock, far)
+
+    return Service(lead)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(1 << 16):
+            target.sendall(part)
+    for each in (source, target):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def tcp_pair(receive_buffer: int = 0) -> tuple[socket.socket, socket.socket]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from longrun import main, require
 
@@ -126,6 +128,24 @@ def networks(raw: bytes) -> None:
             assert asked.admit(Address(str(network[0]), 1))
 
 
+def http_proxy(raw: bytes) -> None:
+    """Whatever an HTTP proxy answers, the server's bytes are all there behind its header, or it is refused by name."""
+    near, far = socket.socketpair()
+    with near, far, mock.patch("rtunnel.dial", return_value=near):
+        far.sendall(raw)
+        far.shutdown(socket.SHUT_WR)
+        refused = None
+        try:
+            rtunnel.HttpProxy(Address("h", 1), b"").dial(Address("s", 1), 5.0)
+            rest = b"".join(iter(lambda: near.recv(4096), b""))
+        except OSError as error:
+            refused = rtunnel.reason_of(error)
+    assert refused is None or refused.startswith("proxy h:1: ")
+    if refused is None and rest:  # else the proxy has closed, perhaps in its header
+        assert raw.endswith(rest)
+        assert re.search(rb"\n\r?\n$", raw.removesuffix(rest))
+
+
 def proxy(raw: bytes) -> None:
     """What NEW_CONN says of a visitor is an address or refused, and makes a PROXY line of at most 107 bytes."""
     try:
@@ -148,7 +168,7 @@ def log(raw: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    each.__name__: each for each in (decoder, init, welcome, address, rules, networks, proxy, log)
+    each.__name__: each for each in (decoder, init, welcome, address, rules, networks, http_proxy, proxy, log)
 }
 
 
