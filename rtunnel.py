@@ -2387,6 +2387,9 @@ class Session:
 # ---- program: what server and client share ----------------------------------------------------
 
 
+Trust = rtunnel_tls.TlsContext | None  # None: plain mode
+
+
 class Program:
     """Threads, the TLS context, and what the stop has to end.
 
@@ -2394,12 +2397,8 @@ class Program:
     Locking: `_lock` guards everything below the marker, and what the server adds there.
     """
 
-    def __init__(
-        self, settings: Settings, context: rtunnel_tls.TlsContext | None,
-        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
-    ) -> None:  # fmt: skip
-        # Main's reload replaces these three, whole. The last reads the files anew.
-        self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
+    def __init__(self, settings: Settings, context: Trust) -> None:
+        self.settings, self._context = settings, context  # main's reload replaces both, whole
         self.pool = Pool()
         self.metrics = Metrics(self)
         self._scraped: Listener | None = None  # main's
@@ -2509,8 +2508,8 @@ class Program:
 
     def reload(self, fresh: Program) -> None:
         """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
-        with self._lock:  # in one step: a renewal that is under way must not bring the old back
-            self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
+        with self._lock:  # a renewal that is under way must not bring the old back
+            self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
             self.check_allowed(session)
 
@@ -2686,9 +2685,8 @@ class Server(Program):
     """
 
     def __init__(
-        self, control: Address, public: Address | None, public_bind: str, settings: Settings,
-        context: rtunnel_tls.TlsContext | None,
-    ) -> None:  # fmt: skip
+        self, control: Address, public: Address | None, public_bind: str, settings: Settings, context: Trust
+    ) -> None:
         super().__init__(settings, context)
         self._control_address, self._public_address, self._public_bind = control, public, public_bind
         self._control: Listener | None = None  # main's
@@ -3127,11 +3125,8 @@ class Client(Program):
     Locking: Program's; it guards everything below the marker too.
     """
 
-    def __init__(
-        self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
-        context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(settings, context, load_context)
+    def __init__(self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings, context: Trust) -> None:
+        super().__init__(settings, context)
         self._mappings, self._reconnect_max_s = mappings, reconnect_max_s
         # By server: one that swallows packets must not keep connections to others waiting.
         self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
@@ -3198,12 +3193,12 @@ class Client(Program):
         """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
         with self._opening[mapping.server]:
             log_event(DEBUG, "connecting", **mapping.about())
-            load = self._load_context
+            context = self._context
             try:  # the certificate that is there now; where it is broken, the old one
-                context = load()
+                renewed = context and context.load_anew()
                 with self._lock:
-                    if load is self._load_context:  # else main has reloaded meanwhile
-                        self._context = context
+                    if context is self._context:  # else main has reloaded meanwhile
+                        self._context = renewed
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)
             proxy = self.settings.proxy
@@ -3519,7 +3514,7 @@ def make_server(settings: argparse.Namespace) -> Server:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
-    context = warned_context(settings, settings.control_listen)
+    context = make_context(settings, settings.control_listen)
     return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
 
 
@@ -3536,12 +3531,8 @@ def make_client(settings: argparse.Namespace) -> Client:
     shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
     own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
     shared = shared._replace(server_name=settings.tls_server_name, **own)
-    context = warned_context(settings, *settings.server)
-    for server in settings.server:
-        if context is not None:
-            context.naming(settings.tls_server_name or server.host)  # a host may be none for it
     everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
-    return Client(everywhere, settings.reconnect_max, shared, context, lambda: make_context(settings))
+    return Client(everywhere, settings.reconnect_max, shared, make_context(settings, *settings.server))
 
 
 def refuse_twice(option: str, values: Iterable[str]) -> None:
@@ -3550,27 +3541,24 @@ def refuse_twice(option: str, values: Iterable[str]) -> None:
         raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
-def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
-    """None in plain mode. Raises TlsConfigError."""
-    if not settings.tls:
-        return None
-    name = (settings.tls_server_name or settings.server[0].host) if settings.command == "client" else None
-    return rtunnel_tls.TlsContext(
-        settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
-        crl=settings.tls_crl or None, verify_name=name,
-    )  # fmt: skip
-
-
-def warned_context(settings: argparse.Namespace, *addresses: Address) -> rtunnel_tls.TlsContext | None:
-    """The same, and a log line on what is worth a warning at the start and at each reload."""
-    context = make_context(settings)
+def make_context(settings: argparse.Namespace, *addresses: Address) -> Trust:
+    """For ours, or the servers'. Logs what is worth a warning. Raises TlsConfigError."""
+    context = None
+    if settings.tls:
+        names = [settings.tls_server_name or each.host for each in addresses if settings.command == "client"]
+        context = rtunnel_tls.TlsContext(
+            settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
+            crl=settings.tls_crl or None, verify_name=names[0] if names else None,
+        )  # fmt: skip
+        for name in names:
+            context.naming(name)  # a host may be none for it
+        if context.keylog is not None:
+            log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     for address in addresses:
         if context is None and not address.is_loopback:
             log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
     if settings.metrics and not settings.metrics.is_loopback:
         log_event(WARNING, "metrics-open", address=settings.metrics, meaning="whoever reaches it reads them")
-    if context is not None and context.keylog is not None:
-        log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     return context
 
 
