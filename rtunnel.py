@@ -2417,13 +2417,13 @@ class Program:
         """Begin to serve. Raises RtunnelError."""
         CLOCK.start()
         self._warn_of_expiry()
-        if address := self.settings.metrics:
-            self._scraped = self.open_port("metrics", address, lambda: self.metrics.listen(address))
+        if self.settings.metrics:
+            self._scraped = self.open_port("metrics", self.settings.metrics, self.metrics.listen)
 
-    def open_port(self, option: str, address: Address, bind: Callable[[], Listener]) -> Listener:
+    def open_port(self, option: str, address: Address, bind: Callable[[Address], Listener]) -> Listener:
         """A port that an option asks for. Raises RtunnelError."""
         try:
-            listener = bind()
+            listener = bind(address)
             listener.start()
         except OSError as error:
             self.stop()
@@ -2705,16 +2705,15 @@ class Server(Program):
                 Lease(self, Address(self._public_bind, 0)).listener.stop()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-        if public := self._public_address:
+        if self._public_address:
+            self.open_port("public-listen", self._public_address, self._bind_global)
+        bind = functools.partial(Listener, pool=self.pool, handle=self.serve_control)
+        self._control = self.open_port("control-listen", self._control_address, bind)
 
-            def bind() -> Listener:
-                self.global_lease = lease = Lease(self, public)
-                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
-                return lease.listener
-
-            self.open_port("public-listen", public, bind)
-        address, serve = self._control_address, self.serve_control
-        self._control = self.open_port("control-listen", address, lambda: Listener(address, self.pool, serve))
+    def _bind_global(self, address: Address) -> Listener:
+        self.global_lease = lease = Lease(self, address)
+        self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
+        return lease.listener
 
     def take_nothing_new(self) -> None:
         super().take_nothing_new()
