@@ -2633,13 +2633,12 @@ class Lease:
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
-
-        # A partial would cost each visitor's thread a page of stack.
-        def serve(sock: socket.socket, visitor: Address) -> None:
-            server.serve_visitor(self, sock, visitor)
-
-        # Reset, from the first moment: whatever kills us, no cut looks like an end.
-        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left, reset=True)
+        # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
+        # moment: whatever kills us, no cut looks like an end.
+        self.listener = Listener(
+            address, server.pool, lambda sock, visitor: server.serve_visitor(self, sock, visitor),
+            server.admit_visitor, server.visitor_left, reset=True,
+        )  # fmt: skip
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
@@ -3476,10 +3475,11 @@ def add_command(commands: Any, command: str, summary: str) -> None:
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
     )  # fmt: skip
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
-    shows = "show each setting and where it came from, and exit"
-    parser.add_argument("--print-config", action="store_true", help=shows)
-    shows = "show a commented file of all settings, and exit"
-    parser.add_argument("--example-config", action="store_true", help=shows)
+    for name, shows in (
+        ("print", "each setting and where it came from"),
+        ("example", "a commented file of all settings"),
+    ):
+        parser.add_argument(f"--{name}-config", action="store_true", help=f"show {shows}, and exit")
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
         for option in options:
@@ -3496,13 +3496,11 @@ def make_program(first: argparse.Namespace) -> Server | Client:
     What a reload cannot change stays as it was first, and is named.
     """
     settings = first.parse_again()
-    before, now, changed = vars(first), vars(settings), []
-    for option in OPTIONS[first.command]:
-        if option.name not in RELOADED and now[option.attribute] != before[option.attribute]:
-            now[option.attribute] = before[option.attribute]
-            changed.append(option.name)
+    kept = {each.name: each.attribute for each in OPTIONS[first.command] if each.name not in RELOADED}
+    changed = [name for name, attribute in kept.items() if getattr(settings, attribute) != getattr(first, attribute)]
     if changed:
         log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
+    vars(settings).update({attribute: getattr(first, attribute) for attribute in kept.values()})
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
@@ -3609,16 +3607,14 @@ def run(make: Callable[[], Server | Client]) -> int:
 
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
-    """Main's post for so long, while that goes on.
+    """Main's post for so long, while that goes on: looked at every STEP_S, which Windows needs too.
 
-    "" at least every STEP_S, to look anew, and as on Windows no signal ends a wait.
+    There no signal ends a wait.
     """
     deadline = Deadline(seconds)
     while goes_on() and deadline.remaining():
-        try:
+        with contextlib.suppress(queue.Empty):
             yield words.get(timeout=min(deadline.remaining(), STEP_S))
-        except queue.Empty:
-            yield ""
 
 
 def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
@@ -3634,8 +3630,7 @@ def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[s
 
 def tell_systemd(state: str) -> None:
     """What a unit of Type=notify waits for (sd_notify(3)); elsewhere nothing."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
