@@ -2116,17 +2116,21 @@ class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
 # ---- session ----------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """What the sessions of one process share."""
+class Settings(argparse.Namespace):
+    """The values of options, as the command line leaves them: in seconds, in bytes."""
 
-    heartbeat_s: float = HEARTBEAT_S
-    session_budget_bytes: int = SESSION_BUDGET_BYTES
-    drain_s: float = 0.0
+    heartbeat: float = HEARTBEAT_S
+    session_budget: int = SESSION_BUDGET_BYTES
+    drain: float = 0.0
     metrics: Address | None = None
-    proxy_protocol: bool = False  # this and the next two are the client's
+    proxy_protocol: bool = False  # this and the next three are the client's
     proxy: HttpProxy | None = None
-    server_name: str = ""  # what each server's certificate must name; empty: its host
-    allow: PortRules = PortRules(())  # this and the next are the server's
+    reconnect_max: float = 30.0
+    tls_server_name: str = ""
+    control_listen: Address  # this and the next four are the server's
+    public_listen: Address | None = None
+    public_bind: str = ""
+    rules: PortRules = PortRules(())  # what `--allow` says
     visitors: Networks = Networks()
 
 
@@ -2151,7 +2155,7 @@ class Session:
         self.writer = Writer(transport)
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
-        self.budget = Budget(program.settings.session_budget_bytes)
+        self.budget = Budget(program.settings.session_budget)
         # Until the level is fixed, before the first stream.
         self.stream_kind: type[PumpedStream] = OriginalStream
         self.peer_window = UNLIMITED  # where each stream's credit starts
@@ -2271,7 +2275,7 @@ class Session:
         """Level 1: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
         self.after(0, self._beat)
-        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s, self._check_alive)
+        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat, self._check_alive)
 
     def _sweep(self) -> None:
         for stream in self.streams():
@@ -2284,10 +2288,10 @@ class Session:
             self._ping = ping, time.monotonic()
             with contextlib.suppress(SessionEnded):
                 self.writer.post(encode(FrameType.PING, 0, ping))
-        self.after(self.program.settings.heartbeat_s, self._beat)
+        self.after(self.program.settings.heartbeat, self._beat)
 
     def _check_alive(self) -> None:
-        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s
+        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
             self.end(f"the peer is dead: no byte for {limit:g} s")
@@ -2567,7 +2571,7 @@ class ServerSession(Session):
         """By the rules of now. The global port is open to all clients."""
         if self.init is None or self._server.global_lease is not None:
             return True
-        return self.program.settings.allow.allow(self.transport.identity, self.init.port)
+        return self.program.settings.rules.allow(self.transport.identity, self.init.port)
 
     def run(self) -> str:
         if self._server.global_lease is not None:
@@ -2683,11 +2687,8 @@ class Server(Program):
     for nobody, and two who want one port come one after the other.
     """
 
-    def __init__(
-        self, control: Address, public: Address | None, public_bind: str, settings: Settings, context: Trust
-    ) -> None:
+    def __init__(self, settings: Settings, context: Trust) -> None:
         super().__init__(settings, context)
-        self._control_address, self._public_address, self._public_bind = control, public, public_bind
         self._control: Listener | None = None  # main's
         self.global_lease: Lease | None = None  # set before the control port is open
         # guarded by _lock
@@ -2700,14 +2701,14 @@ class Server(Program):
         """Open the ports. Raises RtunnelError where one cannot be bound."""
         super().start()
         try:  # an address that this machine does not have may come later, at boot
-            if self._public_bind:
-                Lease(self, Address(self._public_bind, 0)).listener.stop()
+            if self.settings.public_bind:
+                Lease(self, Address(self.settings.public_bind, 0)).listener.stop()
         except OSError as error:
-            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-        if self._public_address:
-            self.open_port("public-listen", self._public_address, self._bind_global)
+            log_event(WARNING, "public-bind-unavailable", address=self.settings.public_bind, reason=reason_of(error))
+        if self.settings.public_listen:
+            self.open_port("public-listen", self.settings.public_listen, self._bind_global)
         bind = functools.partial(Listener, pool=self.pool, handle=self.serve_control)
-        self._control = self.open_port("control-listen", self._control_address, bind)
+        self._control = self.open_port("control-listen", self.settings.control_listen, bind)
 
     def _bind_global(self, address: Address) -> Listener:
         self.global_lease = lease = Lease(self, address)
@@ -2827,11 +2828,11 @@ class Server(Program):
         key = (session.holder, init.instance)
         port = init.port or self._assigned.get(key, 0)
         try:
-            lease = Lease(self, Address(self._public_bind, port), session)
+            lease = Lease(self, Address(self.settings.public_bind, port), session)
         except OSError:
             if port == init.port:
                 raise
-            lease = Lease(self, Address(self._public_bind, 0), session)
+            lease = Lease(self, Address(self.settings.public_bind, 0), session)
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
             self._assigned[key] = lease.listener.address.port
@@ -3123,9 +3124,9 @@ class Client(Program):
     Locking: Program's; it guards everything below the marker too.
     """
 
-    def __init__(self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings, context: Trust) -> None:
+    def __init__(self, mappings: Sequence[Mapping], settings: Settings, context: Trust) -> None:
         super().__init__(settings, context)
-        self._mappings, self._reconnect_max_s = mappings, reconnect_max_s
+        self._mappings = mappings
         # By server: one that swallows packets must not keep connections to others waiting.
         self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
         # Servers of level 1, whose silence is the network's. Any reader changes it, in one step.
@@ -3150,7 +3151,7 @@ class Client(Program):
             self._denied.pop(mapping, None)
 
     def _run_mapping(self, mapping: Mapping) -> None:
-        backoff = Backoff(self._reconnect_max_s)
+        backoff = Backoff(self.settings.reconnect_max)
         while not self.stop_asked.is_set():
             try:
                 wait = self._serve(mapping, backoff)
@@ -3202,7 +3203,7 @@ class Client(Program):
             proxy = self.settings.proxy
             sock = (proxy.dial if proxy else dial)(mapping.server, CONNECT_TIMEOUT_S)
             try:
-                name = self.settings.server_name or mapping.server.host
+                name = self.settings.tls_server_name or mapping.server.host
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
                 self.pool.run(f"reader {mapping.local}", lambda: self._read(session))
@@ -3235,7 +3236,7 @@ class Client(Program):
             self.status = 3
             self.stop_asked.set()
             self.words.put("refused")
-        return self._reconnect_max_s
+        return self.settings.reconnect_max
 
 
 # ---- the original's ways: level 0 (PROTOCOL.md, section 5) ------------------------------------
@@ -3490,7 +3491,7 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def make_program(first: argparse.Namespace) -> Server | Client:
+def make_program(first: Settings) -> Server | Client:
     """What the settings of now ask for, not started. Raises ConfigError, TlsConfigError.
 
     What a reload cannot change stays as it was first, and is named.
@@ -3504,18 +3505,16 @@ def make_program(first: argparse.Namespace) -> Server | Client:
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
-def make_server(settings: argparse.Namespace) -> Server:
+def make_server(settings: Settings) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
-    shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
-    context = make_context(settings, settings.control_listen)
-    return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
+    settings.rules = PortRules(settings.allow)
+    return Server(settings, make_context(settings, settings.control_listen))
 
 
-def make_client(settings: argparse.Namespace) -> Client:
+def make_client(settings: Settings) -> Client:
     if not settings.server:
         raise ConfigError("--server is required: write the server's host:port")
     if bool(settings.local) == bool(settings.forward):
@@ -3525,11 +3524,8 @@ def make_client(settings: argparse.Namespace) -> Client:
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
     refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
-    own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
-    shared = shared._replace(server_name=settings.tls_server_name, **own)
     everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
-    return Client(everywhere, settings.reconnect_max, shared, make_context(settings, *settings.server))
+    return Client(everywhere, settings, make_context(settings, *settings.server))
 
 
 def refuse_twice(option: str, values: Iterable[str]) -> None:
@@ -3538,7 +3534,7 @@ def refuse_twice(option: str, values: Iterable[str]) -> None:
         raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
-def make_context(settings: argparse.Namespace, *addresses: Address) -> Trust:
+def make_context(settings: Settings, *addresses: Address) -> Trust:
     """For ours, or the servers'. Logs what is worth a warning. Raises TlsConfigError."""
     context = None
     if settings.tls:
@@ -3590,9 +3586,9 @@ def run(make: Callable[[], Server | Client]) -> int:
             program.log_state()
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
-    if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
+    if word in ("SIGTERM", "SIGBREAK") and program.settings.drain:
         program.retire_all()
-        for word in heard(words, program.settings.drain_s, program.stream_count):
+        for word in heard(words, program.settings.drain, program.stream_count):
             if word in STOP_SIGNALS:
                 break
             if word == "SIGUSR1":
@@ -3722,7 +3718,7 @@ PKI_NEXT = {
 }
 
 
-def run_pki(settings: argparse.Namespace) -> int:
+def run_pki(settings: Settings) -> int:
     release_signals()
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")  # a certificate's name need not fit the terminal
@@ -3760,7 +3756,7 @@ def example_config(command: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def run_program(settings: argparse.Namespace) -> int:
+def run_program(settings: Settings) -> int:
     if settings.example_config:
         print(example_config(settings.command), end="")
         return 0
@@ -3802,9 +3798,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_command(commands, "server", "open public ports for clients")
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
-    top.set_defaults(parse_again=lambda: top.parse_args(arguments))
+    top.set_defaults(parse_again=lambda: top.parse_args(arguments, Settings()))
     try:
-        settings = top.parse_args(arguments)
+        settings = top.parse_args(arguments, Settings())
         try:
             return settings.run(settings)  # type: ignore[no-any-return]
         except (ConfigError, rtunnel_tls.TlsConfigError) as error:
