@@ -244,13 +244,6 @@ EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Pro
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
-# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
-# words, then ours. One that a server makes up is `other`.
-REFUSALS = (
-    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
-    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
-    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
-)  # fmt: skip
 
 
 # ---- errors -----------------------------------------------------------------------------------
@@ -1241,106 +1234,6 @@ class Listener(socketserver.ThreadingTCPServer):
         log_internal_error()
 
 
-# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
-METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
-    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
-    "sessions": ("control connections now", "", ()),
-    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
-    "streams": ("visitors' connections now", "", ()),
-    "streams_total": ("visitors' connections since the start", "", ("",)),
-    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
-    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
-    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
-    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
-    "limit": ("the most of what is limited", "limit", ()),
-    "limit_used": ("how much of it is used", "limit", ()),
-    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
-    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
-}
-
-
-Figures = dict[tuple[str, str], float]  # by metric and label
-
-
-def limited(name: str, used: int, limit: int) -> Figures:
-    return {("limit_used", name): used, ("limit", name): limit}
-
-
-class Metrics:
-    """A program's totals since its start, and the port that tells Prometheus of them and of now.
-
-    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
-    Locking: `_lock` guards everything below the marker; no other is taken under it.
-    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
-        self._lock = threading.Lock()
-        # guarded by _lock
-        self._totals = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
-        self._open: set[Stream] = set()
-
-    def count(self, name: str, value: str = "") -> None:
-        """One more; where a peer has made the value up, of `other`."""
-        with self._lock:
-            self._totals[name, value if (name, value) in self._totals else "other"] += 1
-
-    def opened(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.add(stream)
-            self._totals["streams_total", ""] += 1
-
-    def closed(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.remove(stream)
-            for name, count in stream.carried().items():
-                self._totals[name] += count
-
-    def totals(self) -> Figures:
-        with self._lock:
-            totals, streams = self._totals.copy(), list(self._open)
-        for name, count in (each for stream in streams for each in stream.carried().items()):
-            totals[name] += count
-        return {**totals}
-
-    def listen(self, address: Address) -> Listener:
-        """The port, not started. Raises ConfigError, OSError."""
-        try:
-            import prometheus_client
-            from prometheus_client import core
-        except ImportError:
-            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
-        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
-        registry = prometheus_client.CollectorRegistry()
-        registry.register(self)
-        prometheus_client.ProcessCollector(registry=registry)
-        self._answer = prometheus_client.MetricsHandler.factory(registry)
-        return Listener(address, self._program.pool, self.serve)
-
-    def collect(self) -> Iterator[Any]:
-        """What the registry asks for."""
-        figures = self._program.figures()
-        for name, (meaning, label, _) in METRICS.items():
-            labels = [label] if label else []
-            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
-            for value in (value for named, value in figures if named == name):
-                family.add_metric([value] * len(labels), figures[name, value])
-            yield family
-
-    def serve(self, sock: socket.socket, peer: Address) -> None:
-        """A scrape; closed at once where too many are here."""
-        if self._places.acquire(blocking=False):
-            try:
-                sock.settimeout(SCRAPE_S)
-                self._answer(sock, peer, None)
-            except (OSError, TypeError, ValueError) as error:  # its parser
-                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
-            finally:
-                self._places.release()
-
-
 # ---- transport and writer ---------------------------------------------------------------------
 
 
@@ -2181,13 +2074,11 @@ class Session:
         self.after(STALL_S, self._sweep)
         try:
             self.start_thread(f"control sender {self.transport.peer}", self._send_control)
-        except NoThread as error:
-            self.end(reason_of(error))
-            self._farewell_said.set()
-        try:
             self._read()
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
+            if isinstance(error, NoThread):
+                self._farewell_said.set()
             if isinstance(error, (ProtocolError, Refused)):
                 self.program.metrics.count("refusals_total", getattr(error, "code", "protocol"))
             self.end(reason_of(error))
@@ -2386,6 +2277,114 @@ class Session:
         except BaseException:
             self.end("internal error")
             raise
+
+
+# ---- metrics: totals, and the port that tells of them -----------------------------------------
+
+# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
+# words, then ours. One that a server makes up is `other`.
+REFUSALS = (
+    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
+    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
+    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
+)  # fmt: skip
+# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
+METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
+    "sessions": ("control connections now", "", ()),
+    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
+    "streams": ("visitors' connections now", "", ()),
+    "streams_total": ("visitors' connections since the start", "", ("",)),
+    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
+    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
+    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
+    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
+    "limit": ("the most of what is limited", "limit", ()),
+    "limit_used": ("how much of it is used", "limit", ()),
+    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
+    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
+}
+
+
+Figures = dict[tuple[str, str], float]  # by metric and label
+
+
+def limited(name: str, used: int, limit: int) -> Figures:
+    return {("limit_used", name): used, ("limit", name): limit}
+
+
+class Metrics:
+    """A program's totals since its start, and the port that tells Prometheus of them and of now.
+
+    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
+    Locking: `_lock` guards everything below the marker; no other is taken under it.
+    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._totals = collections.Counter({(name, each): 0 for name, row in METRICS.items() for each in row[2]})
+        self._open: set[Stream] = set()
+
+    def count(self, name: str, value: str = "") -> None:
+        """One more; where a peer has made the value up, of `other`."""
+        with self._lock:
+            self._totals[name, value if (name, value) in self._totals else "other"] += 1
+
+    def opened(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.add(stream)
+            self._totals["streams_total", ""] += 1
+
+    def closed(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.remove(stream)
+            self._totals.update(stream.carried())
+
+    def totals(self) -> Figures:
+        with self._lock:
+            totals, streams = self._totals.copy(), list(self._open)
+        for stream in streams:
+            totals.update(stream.carried())
+        return {**totals}
+
+    def listen(self, address: Address) -> Listener:
+        """The port, not started. Raises ConfigError, OSError."""
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError:
+            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(registry=registry)
+        self._answer = prometheus_client.MetricsHandler.factory(registry)
+        return Listener(address, self._program.pool, self.serve)
+
+    def collect(self) -> Iterator[Any]:
+        """What the registry asks for."""
+        figures = self._program.figures()
+        for name, (meaning, label, _) in METRICS.items():
+            labels = [label] if label else []
+            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
+            for value in (value for named, value in figures if named == name):
+                family.add_metric([value] * len(labels), figures[name, value])
+            yield family
+
+    def serve(self, sock: socket.socket, peer: Address) -> None:
+        """A scrape; closed at once where too many are here."""
+        if self._places.acquire(blocking=False):
+            try:
+                sock.settimeout(SCRAPE_S)
+                self._answer(sock, peer, None)
+            except (OSError, TypeError, ValueError) as error:  # its parser
+                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
+            finally:
+                self._places.release()
 
 
 # ---- program: what server and client share ----------------------------------------------------
@@ -3742,17 +3741,16 @@ def run_pki(settings: Settings) -> int:
 def example_config(command: str) -> str:
     """A file of all options, commented out where it shows the default or a mere example."""
     fill = functools.partial(textwrap.fill, width=100, initial_indent="# ", subsequent_indent="# ")
-    blocks, group = [fill(EXAMPLE_HEAD.format(command))], ""
-    for option in OPTIONS[command]:
-        if option.group != group:
-            group = option.group
-            blocks.append(f"# ---- {group}")
-        unit = f" ({option.metavar})" if option.metavar else ""
-        about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
-        default = str(option.default).lower() if option.action == "switch" else option.default
-        value = default if option.example == "=" else option.example or f"# {default}"
-        line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
-        blocks.append(f"{about}\n{line}".rstrip())
+    blocks = [fill(EXAMPLE_HEAD.format(command))]
+    for group, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
+        blocks.append(f"# ---- {group}")
+        for option in options:
+            unit = f" ({option.metavar})" if option.metavar else ""
+            about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
+            default = str(option.default).lower() if option.action == "switch" else option.default
+            value = default if option.example == "=" else option.example or f"# {default}"
+            line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
+            blocks.append(f"{about}\n{line}".rstrip())
     return "\n\n".join(blocks) + "\n"
 
 
