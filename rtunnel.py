@@ -110,7 +110,8 @@ import os
 import signal
 import sys
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1")
 HELD = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
 
 if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal, "pthread_sigmask"):
@@ -2772,8 +2773,9 @@ class Server(Program):
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
                     session.stream_kind, session.peer_window = PumpedStream, init.window
-                found = self._find_lease_locked(session, init)
-                lease = found or self._bind_free_locked(session, init)
+                port = init.port or self._assigned.get((session.holder, init.instance), 0)
+                found = self._find_lease_locked(session, init, port)
+                lease = found or self._bind_free_locked(session, init, port)
                 address = lease.listener.address
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
@@ -2800,14 +2802,13 @@ class Server(Program):
         if session.level:
             session.start_timers()
 
-    def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
+    def _find_lease_locked(self, session: ServerSession, init: Init, port: int) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
         identity = session.transport.identity
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
         if not session.may_open():
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
-        port = init.port or self._assigned.get((session.holder, init.instance), 0)
         lease = self.global_lease or self._leases.get(port)
         if lease and not lease.is_global and (not session.level or session.holder != lease.holder):
             if init.port:
@@ -2822,10 +2823,8 @@ class Server(Program):
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
         return lease
 
-    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
+    def _bind_free_locked(self, session: ServerSession, init: Init, port: int) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
-        key = (session.holder, init.instance)
-        port = init.port or self._assigned.get(key, 0)
         try:
             lease = Lease(self, Address(self.settings.public_bind, port), session)
         except OSError:
@@ -2834,7 +2833,7 @@ class Server(Program):
             lease = Lease(self, Address(self.settings.public_bind, 0), session)
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
-            self._assigned[key] = lease.listener.address.port
+            self._assigned[session.holder, init.instance] = lease.listener.address.port
             if len(self._assigned) > MAX_ASSIGNED_PORTS:
                 del self._assigned[next(iter(self._assigned))]
         return lease
@@ -2946,16 +2945,13 @@ class Server(Program):
 # ---- client: mappings, retries ----------------------------------------------------------------
 
 
-NOWHERE = Address("", 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mapping:
     """One public port of one server, and the local service that it leads to."""
 
     remote_port: int  # 0: the server chooses
     local: Address
-    server: Address = NOWHERE  # its control port
+    server: Address = dataclasses.field(default=Address("", 0))  # its control port
     # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
@@ -3150,14 +3146,13 @@ class Client(Program):
             self._denied.pop(mapping, None)
 
     def _run_mapping(self, mapping: Mapping) -> None:
-        backoff = Backoff(self.settings.reconnect_max)
-        while not self.stop_asked.is_set():
+        backoff, wait_s = Backoff(self.settings.reconnect_max), 0.0
+        while not self.stop_asked.wait(wait_s):
             try:
-                wait = self._serve(mapping, backoff)
+                wait_s = self._serve(mapping, backoff)
             except Exception:  # the safety net: the mapping goes on
                 log_internal_error()
-                wait = backoff.next_s()
-            self.stop_asked.wait(wait)
+                wait_s = backoff.next_s()
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
@@ -3475,11 +3470,9 @@ def add_command(commands: Any, command: str, summary: str) -> None:
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
     )  # fmt: skip
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
-    for name, shows in (
-        ("print", "each setting and where it came from"),
-        ("example", "a commented file of all settings"),
-    ):
-        parser.add_argument(f"--{name}-config", action="store_true", help=f"show {shows}, and exit")
+    show = functools.partial(parser.add_argument, action="store_true")
+    show("--print-config", help="show each setting and where it came from, and exit")
+    show("--example-config", help="show a commented file of all settings, and exit")
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
         for option in options:
@@ -3490,7 +3483,7 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def make_program(first: Settings) -> Server | Client:
+def make_program(first: Settings) -> Program:
     """What the settings of now ask for, not started. Raises ConfigError, TlsConfigError.
 
     What a reload cannot change stays as it was first, and is named.
@@ -3554,10 +3547,7 @@ def make_context(settings: Settings, *addresses: Address) -> Trust:
     return context
 
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-
-
-def run(make: Callable[[], Server | Client]) -> int:
+def run(make: Callable[[], Program]) -> int:
     """Run until a signal asks for the end, or until the server has refused for good.
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
@@ -3612,7 +3602,7 @@ def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], o
             yield words.get(timeout=min(deadline.remaining(), STEP_S))
 
 
-def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
+def make_in_time(make: Callable[[], Program], words: queue.SimpleQueue[str]) -> Program | None:
     """A machine without a battery has a wrong clock at boot: wait for it. None: a signal came."""
     while True:
         try:
@@ -3630,7 +3620,7 @@ def tell_systemd(state: str) -> None:
             sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
-def reload(program: Server | Client, make: Callable[[], Server | Client]) -> None:
+def reload(program: Program, make: Callable[[], Program]) -> None:
     """What is broken is refused, all of it, in whatever way it is, and the old stays."""
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
