@@ -2059,6 +2059,7 @@ class Session:
         # Ours that is unanswered, and its time: the clock sets it, the reader clears it.
         self._ping: tuple[bytes, float] | None = None
         self._farewell_said = threading.Event()
+        self.refusal = ""  # the reader's: the rule by which it, or the peer, has refused
         self._lock = threading.Lock()
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
@@ -2081,7 +2082,8 @@ class Session:
             if isinstance(error, NoThread):
                 self._farewell_said.set()
             if isinstance(error, (ProtocolError, Refused)):
-                self.program.metrics.count("refusals_total", getattr(error, "code", "protocol"))
+                self.refusal = getattr(error, "code", "protocol")
+                self.program.metrics.count("refusals_total", self.refusal)
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -2999,8 +3001,7 @@ class ClientSession(Session):
         super().__init__(transport, client)
         self.over = threading.Event()  # the mapping may go on: a GOAWAY has come, or the end
         self.reason = ""  # of its end
-        self.goaway: str | None = None  # the server's reason; this and the next are the reader's
-        self.refused: Refused | None = None
+        self.goaway: str | None = None  # the server's reason; the reader's
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
         self._client, self.mapping = client, mapping
@@ -3033,11 +3034,7 @@ class ClientSession(Session):
         super().on_frame(frame)
 
     def on_welcome(self, frame: Frame) -> None:
-        try:
-            welcome = Welcome.parse(frame.payload)
-        except Refused as refused:
-            self.refused = refused
-            raise
+        welcome = Welcome.parse(frame.payload)
         # Where a proxy is the transport's peer, we know the server as we were told of it.
         there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
         self._public = Address(there.host, welcome.port)
@@ -3173,8 +3170,8 @@ class Client(Program):
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
             return FIRST_RETRY_S if time.monotonic() < session.began + FIRST_RETRY_S else 0
-        elif session.refused is not None and session.refused.code in FINAL_REFUSALS:
-            wait = self._take_denial(mapping, session.refused, about)
+        elif session.refusal in FINAL_REFUSALS:
+            wait = self._take_denial(mapping, session.reason)
         else:
             wait = backoff.next_s()
         if not self.stop_asked.is_set():
@@ -3218,14 +3215,14 @@ class Client(Program):
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
-    def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
+    def _take_denial(self, mapping: Mapping, reason: str) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
         with self._lock:
-            new = self._denied.get(mapping) != str(refused)
-            self._denied[mapping] = str(refused)
+            new = self._denied.get(mapping) != reason
+            self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
         if new:
-            log_event(ERROR, "refused", **about, reason=str(refused))
+            log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
             self.status = 3
             self.stop_asked.set()
