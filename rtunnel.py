@@ -2207,16 +2207,13 @@ class Session:
             self._timers["farewell"] = CLOCK.after(FAREWELL_S, self.transport.shutdown)
         self.writer.close(cause, last_frame)
 
-    def goodbye(self, reason: str) -> None:
+    def stop(self, reason: str = "stopping") -> None:
         """End it with a GOAWAY."""
         self.end(reason, self._goaway(reason))
 
     def _goaway(self, reason: str) -> bytes:
         """The frame; at level 0 there is none."""
         return end_frame(FrameType.GOAWAY, 0, reason) if self.level else b""
-
-    def stop(self) -> None:
-        self.goodbye("stopping")
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
@@ -2800,7 +2797,7 @@ class Server(Program):
         log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
-            other.goodbye(REPLACED)
+            other.stop(REPLACED)
         if session.level:
             session.start_timers()
 
@@ -3662,10 +3659,9 @@ def raise_descriptor_limit() -> None:
 
 def add_pki(commands: Any) -> None:
     """`pki init|issue|renew|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
-    summary = "make and show certificates"
-    pki = commands.add_parser("pki", help=summary, description="A certificate authority in a folder.")
-    names = "init|issue|renew|revoke|show"
-    actions = pki.add_subparsers(dest="action", required=True, metavar=names, parser_class=CommandParser)
+    about = "A certificate authority in a folder."
+    pki = commands.add_parser("pki", help="make and show certificates", description=about)
+    actions = pki.add_subparsers(dest="action", required=True, metavar="init|issue|renew|revoke|show")
     algorithms = list(rtunnel_tls.ALGORITHMS)
     init = actions.add_parser("init", help="make an authority and its empty revocation list")
     init.add_argument("--algorithm", choices=algorithms, default="mldsa65", help="of its key (default: mldsa65)")
@@ -3779,7 +3775,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     top = CommandParser(prog="rtunnel", description="A reverse port-mapping tunnel.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"rtunnel {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")  # of its class
     add_command(commands, "server", "open public ports for clients")
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
