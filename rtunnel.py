@@ -2059,7 +2059,7 @@ class Session:
         # Ours that is unanswered, and its time: the clock sets it, the reader clears it.
         self._ping: tuple[bytes, float] | None = None
         self._farewell_said = threading.Event()
-        self.refusal = ""  # the reader's: the rule by which it, or the peer, has refused
+        self.refusal = ""  # the code of its WELCOME, if that has refused; the reader's
         self._lock = threading.Lock()
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
@@ -2082,8 +2082,8 @@ class Session:
             if isinstance(error, NoThread):
                 self._farewell_said.set()
             if isinstance(error, (ProtocolError, Refused)):
-                self.refusal = getattr(error, "code", "protocol")
-                self.program.metrics.count("refusals_total", self.refusal)
+                self.refusal = getattr(error, "code", "")
+                self.program.metrics.count("refusals_total", self.refusal or "protocol")
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -3546,7 +3546,7 @@ def run(make: Callable[[], Program]) -> int:
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
     starts, as soon as it has. The last two let open streams finish, where `--drain` says so; any of
-     the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
+    the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
     words: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3586,10 +3586,7 @@ def run(make: Callable[[], Program]) -> int:
 
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
-    """Main's post for so long, while that goes on: looked at every STEP_S, which Windows needs too.
-
-    There no signal ends a wait.
-    """
+    """Main's post for so long, while that goes on; in steps: on Windows no signal ends a wait."""
     deadline = Deadline(seconds)
     while goes_on() and deadline.remaining():
         with contextlib.suppress(queue.Empty):
