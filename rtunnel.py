@@ -962,33 +962,37 @@ def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to the first of the host's addresses that answers, in `seconds` for all.
 
     The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
-    packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
+    packets (RFC 8305, section 5). An address that is alone needs no selector: `connect` waits.
+    Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
-    if row := numeric(address):
-        return connect(row, seconds)
-    rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
-    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
+    untried = [*numeric(address)]
+    if not untried:
+        rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+        # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+        untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
+            left = deadline.remaining()
             if untried:
                 row = untried.pop(0)
                 host = str(row[4][0])
+                alone = not (untried or pending)
                 try:
-                    pending[begin_to_connect(row)] = host
+                    sock = connect(row, max(left, 0.001) if alone else 0.0)
                 except OSError as error:
                     said[host] = error
                     continue
-            left = deadline.remaining()
+                if alone:
+                    return sock
+                pending[sock] = host
             for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
                 host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
-                    tune(sock)
                     return sock
                 sock.close()
                 said[host] = OSError(code, os.strerror(code))
@@ -998,43 +1002,33 @@ def dial(address: Address, seconds: float) -> socket.socket:
     finally:
         for sock in pending:
             sock.close()
-    if list(said) == [address.host]:
-        raise said[address.host]
+    if numeric(address):
+        raise said.popitem()[1]
     reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
     refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
     raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
-def begin_to_connect(row: Any) -> socket.socket:
-    """A socket that connects to this row of getaddrinfo. Raises OSError."""
-    sock = socket.socket(*row[:3])
-    sock.setblocking(False)
-    code = sock.connect_ex(row[4])  # of no route, say: poll and SO_ERROR would tell success later
-    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-        sock.close()
-        raise OSError(code, os.strerror(code))
-    return sock
-
-
 @functools.lru_cache
-def numeric(address: Address) -> Any:
-    """The row of getaddrinfo for an address that is no name; None for a name."""
+def numeric(address: Address) -> Sequence[Any]:
+    """The row of getaddrinfo for an address that is no name; none for a name."""
     with contextlib.suppress(socket.gaierror):
-        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
-    return None
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
+    return ()
 
 
 def connect(row: Any, seconds: float) -> socket.socket:
-    """To the only address. Raises OSError."""
+    """To a row of getaddrinfo. In 0.0 s it has only begun to. Raises OSError."""
     sock = socket.socket(*row[:3])
     try:
+        tune(sock)
         sock.settimeout(seconds)
         sock.connect(row[4])
-    except OSError:
-        sock.close()
-        raise
-    sock.settimeout(None)
-    tune(sock)
+        sock.settimeout(None)
+    except OSError as error:
+        if seconds or not isinstance(error, BlockingIOError):
+            sock.close()
+            raise
     return sock
 
 
