@@ -1419,7 +1419,7 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
-        self._gathering = False  # a pump lets others leave their frames before it writes
+        self._gathering = False  # a pump will write what others leave, unless somebody is faster
         # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
         self._last = 0
         self._control = bytearray()  # frames
@@ -1465,14 +1465,12 @@ class Writer:
         if gathers:
             let_others_run()
             with self._lock:
-                self._gathering = False
-                if self._writing or self._cause is not None or not self._has_work_locked():
-                    return
+                if not self._gathering:
+                    return  # somebody has written it, or it is the end
                 batch = self._take_all_locked()
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
-        assert self._lock.locked()
         fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
         return fits and len(self._queue) < QUEUE_FRAMES
 
@@ -1522,7 +1520,6 @@ class Writer:
             self._wake_sender_locked()
 
     def _wake_sender_locked(self) -> None:
-        assert self._lock.locked()
         if not self._writing:  # else who writes wakes it at the end
             self._work.notify()
 
@@ -1548,7 +1545,6 @@ class Writer:
         return cause
 
     def _has_work_locked(self) -> bool:
-        assert self._lock.locked()
         return bool(self._control or self._queue or self._grants or self._flush)
 
     def close(self, cause: str, last_frame: bytes = b"") -> None:
@@ -1556,13 +1552,13 @@ class Writer:
         with self._lock:
             if self._cause is None:
                 self._cause, self._last_frame = cause, last_frame
+            self._gathering = False
             self._work.notify()
             self._room.notify_all()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        assert self._lock.locked()
-        self._writing = True
+        self._writing, self._gathering = True, False
         if not self._has_work_locked():
             return own  # without a copy
         grants = self._grants.items()
@@ -2024,13 +2020,11 @@ class PumpedStream(Stream):
 
     def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
-        assert self._lock.locked()
         was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
         if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
-        assert self._lock.locked()
         self._sending = Sending.ENDED
         return FrameType.EOF
 
