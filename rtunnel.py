@@ -1172,18 +1172,14 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = STEP_S) -> None:
         """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
-        while self._is_wanted():
+        while True:
+            with self._lock:
+                if self._waiting > ACCEPTORS or self._asked_to_stop.is_set():
+                    self._waiting -= 1
+                    if not self._waiting:
+                        self.socket.close()
+                    return
             self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
-
-    def _is_wanted(self) -> bool:
-        """Whether this thread is to wait, or enough do; the last one closes the socket."""
-        with self._lock:
-            if self._waiting <= ACCEPTORS and not self._asked_to_stop.is_set():
-                return True
-            self._waiting -= 1
-            if not self._waiting:
-                self.socket.close()
-            return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Without descriptors it would spin."""
@@ -1956,8 +1952,7 @@ class PumpedStream(Stream):
             room = buffer[HEADER_BYTES : HEADER_BYTES + self._credit]
             count = self._receive(sock, room, wait=not is_new)
             if count is None:
-                if is_new:
-                    self._session.writer.send(self)
+                self._session.writer.send(self)  # NEW_CONN alone
                 is_new = False
                 continue
             if not count:

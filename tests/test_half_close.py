@@ -64,6 +64,7 @@ def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch:
         send(transport, frames)
 
     with Peer.as_client(ends.open_server()) as peer, monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        assert peer.read_frame()[0] == FrameType.PING  # the first; NEW_CONN could go along with it
         patch.setattr(rtunnel.Server, "serve_visitor", serve_late)
         patch.setattr(rtunnel.PlainTransport, "send", noted)
         stack.enter_context(connect(peer.public)).sendall(b"hello")
