@@ -27,7 +27,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
     acceptor         1 a port,       takes control connections,     Listener.get_request, Pool.run,
-                     and more        visitors or scrapes; serves     Listener.verify_request*
+                     and more        visitors or scrapes; serves     Listener._has_successor*
                                      it as one of the next rows
                                      (Listener.serve_forever)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
@@ -1114,9 +1114,9 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (has this thread a successor?), then `process_request`, which calls `finish_request` (`handle`)
-    and `shutdown_request`. Each override names the trap of socketserver that it is there for.
-    Threads: `start` and `stop` from any; `handle` is called by acceptors.
+    (`admit`: is it served?), then `process_request`, which calls `finish_request` (`handle`) and
+    `shutdown_request`. Each override names the trap of socketserver that it is there for.
+    Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
     as in PlainTransport.
     Invariant: from the start to the stop an acceptor waits, or is on its way.
@@ -1126,10 +1126,12 @@ class Listener(socketserver.ThreadingTCPServer):
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(
-        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None], *, reset: bool = False
-    ) -> None:
+        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
+        admit: Callable[[Address], bool] = lambda peer: True, left: Callable[[], None] = lambda: None,
+        *, reset: bool = False,
+    ) -> None:  # fmt: skip
         """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
-        self._pool, self._handle, self._reset = pool, handle, reset
+        self._pool, self._handle, self._admit, self._left, self._reset = pool, handle, admit, left, reset
         self._asked_to_stop = threading.Event()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
@@ -1192,6 +1194,10 @@ class Listener(socketserver.ThreadingTCPServer):
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        peer = Address(*client_address[:2])
+        return self._admit(peer) and self._has_successor(peer)
+
+    def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
         with self._lock:
             if self._waiting > 1:
@@ -1201,7 +1207,7 @@ class Listener(socketserver.ThreadingTCPServer):
             self._pool.run(f"acceptor {self.address}", self.serve_forever)
             return True
         except NoThread as error:
-            log_limit("connection-dropped", peer=Address(*client_address[:2]), reason=reason_of(error))
+            log_limit("connection-dropped", peer=peer, reason=reason_of(error))
             self._asked_to_stop.wait(ACCEPT_PAUSE_S)
             return False
 
@@ -1217,6 +1223,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
+        self._left()
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2616,7 +2623,7 @@ class Lease:
             server.serve_visitor(self, sock, visitor)
 
         # Reset, from the first moment: whatever kills us, no cut looks like an end.
-        self.listener = Listener(address, server.pool, serve, reset=True)
+        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left, reset=True)
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
@@ -2655,7 +2662,7 @@ class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
     Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; main
-    calls `start`, the clock `_close_unused`.
+    calls `start`, the clock `_close_unused`, the acceptors `admit_visitor`.
     Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
     session, writer and clock may be taken, and ports be bound at addresses, not names: that waits
     for nobody, and two who want one port come one after the other.
@@ -2856,18 +2863,26 @@ class Server(Program):
 
     # -- visitors
 
+    def admit_visitor(self, visitor: Address) -> bool:
+        """In the acceptor: before a byte is read, and before there is a thread."""
+        with self._lock:
+            self._visitors += 1
+            full = self._visitors > MAX_STREAMS
+        if not full and self.settings.visitors.admit(visitor):
+            return True
+        log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
+        self.metrics.count("refusals_total", "streams" if full else "visitors")
+        return False
+
+    def visitor_left(self) -> None:
+        with self._lock:
+            self._visitors -= 1
+
     def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
         """The life of a visitor's connection, in its pump's thread."""
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
-        with self._lock:
-            self._visitors += 1
-            full = self._visitors > MAX_STREAMS
         try:
-            if full:
-                raise Refused("streams", "too many are here")
-            if not self.settings.visitors.admit(visitor):  # before a byte is read
-                raise Refused("visitors", "not of --visitors")
             while session := self._choose(lease, ended, deadline):
                 try:
                     return session.serve_visitor(sock, visitor)
@@ -2876,13 +2891,10 @@ class Server(Program):
                 finally:
                     with self._lock:
                         session.visitors -= 1
-            raise Refused("no-client", "no client is connected, or none takes more")
-        except (Refused, OSError) as error:
-            log_limit("visitor-refused", peer=visitor, reason=getattr(error, "message", reason_of(error)))
-            self.metrics.count("refusals_total", getattr(error, "code", "no-client"))
-        finally:
-            with self._lock:
-                self._visitors -= 1
+            raise SessionEnded("no client is connected, or none takes more")
+        except (SessionEnded, OSError) as error:
+            log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
+            self.metrics.count("refusals_total", "no-client")
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
