@@ -16,9 +16,8 @@ A thread is known by the function that it begins in. It waits in the functions o
 and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
 
     thread           how many        does (begins in)               may wait in
-    main             1               signals, reload, drain and     heard, tell_systemd,
-                                     stop (main)                    Listener.__init__,
-                                                                    Clock.start, Pool.run,
+    main             1               signals, reload, drain and     heard, tell_systemd, Pool.run,
+                                     stop (main)                    Listener.__init__, Clock.start,
                                                                     LogHandler.__init__,
                                                                     LogHandler.finish
     clock            1               what happens later; never      Clock._run
@@ -38,11 +37,10 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping     dials the server, shakes       Client._run_mapping,
-                     and server, at  hands, waits for the           Client._connect, dial,
-                     the client      session's end                  Client._serve, Pool.run,
-                                     (Client._run_mapping)          PlainTransport.receive_into,
-                                                                    PlainTransport.send,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
+                     and server, at  hands, waits for the           Client._connect, Client._serve,
+                     the client      session's end                  PlainTransport.receive_into,
+                                     (Client._run_mapping)          PlainTransport.send, Pool.run,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
@@ -199,7 +197,7 @@ LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others w
 # how many
 MAX_STRANGERS = 256  # no client yet: 300 kB each (TLS); sshd: 100 [Server.serve_control]
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
-MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
+MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
 MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
@@ -236,7 +234,7 @@ POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
-STEP_S = 0.5  # the longest wait of main and of an acceptor: on Windows no signal wakes main
+STEP_S = 0.5  # the longest wait of main (Windows: no signal wakes it); outside Linux, in accept
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
