@@ -1420,7 +1420,7 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
-        self._gathering = False  # a pump will write what others leave, unless somebody is faster
+        self._gathering = False  # a pump lets others leave frames; until it runs nobody else does
         # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
         self._last = 0
         self._control = bytearray()  # frames
@@ -1466,8 +1466,9 @@ class Writer:
         if gathers:
             let_others_run()
             with self._lock:
-                if not self._gathering:
-                    return  # somebody has written it, or it is the end
+                self._gathering = False
+                if self._writing or self._cause is not None or not self._has_work_locked():
+                    return
                 batch = self._take_all_locked()
         self._write(batch)
 
@@ -1553,13 +1554,12 @@ class Writer:
         with self._lock:
             if self._cause is None:
                 self._cause, self._last_frame = cause, last_frame
-            self._gathering = False
             self._work.notify()
             self._room.notify_all()
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        self._writing, self._gathering = True, False
+        self._writing = True
         if not self._has_work_locked():
             return own  # without a copy
         grants = self._grants.items()
