@@ -191,7 +191,8 @@ def test_100_mb_each_way_with_sockets(tunnel: Opened, mode: Mode) -> None:
     assert digest.hexdigest() == expected
 
 
-def test_50_downloads_at_a_time(tunnel: Opened) -> None:
+@pytest.mark.parametrize("mode", ["plain", "tls"], indirect=True)
+def test_50_downloads_at_a_time(tunnel: Opened, mode: Mode) -> None:
     """50 downloads of 1 MB at the same time all arrive whole."""
     with Service(sender(1)) as service, ExitStack() as stack:
         opened = tunnel(service)
@@ -205,7 +206,8 @@ def test_50_downloads_at_a_time(tunnel: Opened) -> None:
         assert got == [digest_of(1)] * 50
 
 
-def test_1000_echo_connections(tunnel: Opened) -> None:
+@pytest.mark.parametrize("mode", ["plain", "tls"], indirect=True)
+def test_1000_echo_connections(tunnel: Opened, mode: Mode) -> None:
     """1,000 connections are open at the same time, and each gets its own words back."""
     raise_descriptor_limit(8192)
     with EchoCrowd() as service, ExitStack() as stack:

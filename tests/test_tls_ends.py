@@ -105,6 +105,7 @@ def test_a_session_that_is_replaced(server: Factory, house: House, join: Callabl
     ends: collections.Counter[str] = collections.Counter()
     old = join(serving.control_address)
     old.send(init(port))
+    serving.wait_for("session-opened")
     for _ in range(TIMES):
         new = join(serving.control_address)
         new.send(init(port))
