@@ -1402,12 +1402,10 @@ class Writer:
     leaves its frame in the queue, and waits only where that is full: that is the back-pressure.
     What is left is the control sender's, which writes until nothing is.
 
-    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
-    any.
+    Threads: `send` from pumps, `serve` from the control sender; the rest never waits, and is any's.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
-    Invariant: where something is queued, somebody writes or gathers, or the control sender has been
-    woken.
+    Invariant: where something is queued somebody writes or gathers, or the control sender is woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
     WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
     else, which only the peer provokes.
@@ -1611,9 +1609,8 @@ class ByteQueue:
         while part:
             if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
                 self.blocks.append(bytearray())
-            last = self.blocks[-1]
-            taken = part[: DRAIN_BYTES - len(last)]
-            last += taken
+            taken = part[: DRAIN_BYTES - len(self.blocks[-1])]
+            self.blocks[-1] += taken
             part = part[len(taken) :]
 
     def drop(self, count: int) -> None:
