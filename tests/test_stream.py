@@ -524,7 +524,7 @@ def test_no_thread_for_a_local_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        client = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
+        client = rtunnel.Client([mapping], rtunnel.Settings(), None)
         rtunnel.CLOCK.start()
         session = rtunnel.ClientSession(rtunnel.PlainTransport(near), client, mapping)
         with running(session.run, lambda: stop(client)):
@@ -913,7 +913,7 @@ class Pair:
 
 @pytest.fixture
 def pair(log: Log) -> Iterator[Pair]:
-    serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1", rtunnel.Settings(), None)
+    serving = rtunnel.Server(rtunnel.Settings(control_listen=LOOPBACK, public_bind="127.0.0.1"), None)
     with contextlib.ExitStack() as stack:
         serving.start()
         stack.callback(stop, serving)
@@ -1019,7 +1019,7 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
         control.settimeout(5)
         where = rtunnel.Address(*control.getsockname())
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address), where)
-        asking = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
+        asking = rtunnel.Client([mapping], rtunnel.Settings(), None)
         on_frame = rtunnel.ClientSession.on_frame
         failures = [Boom()]
 
