@@ -16,9 +16,8 @@ A thread is known by the function that it begins in. It waits in the functions o
 and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
 
     thread           how many        does (begins in)               may wait in
-    main             1               signals, reload, drain and     heard, tell_systemd,
-                                     stop (main)                    Listener.__init__,
-                                                                    Clock.start, Pool.run,
+    main             1               signals, reload, drain and     heard, tell_systemd, Pool.run,
+                                     stop (main)                    Listener.__init__, Clock.start,
                                                                     LogHandler.__init__,
                                                                     LogHandler.finish
     clock            1               what happens later; never      Clock._run
@@ -38,11 +37,10 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping     dials the server, shakes       Client._run_mapping,
-                     and server, at  hands, waits for the           Client._connect, dial,
-                     the client      session's end                  Client._serve, Pool.run,
-                                     (Client._run_mapping)          PlainTransport.receive_into,
-                                                                    PlainTransport.send,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
+                     and server, at  hands, waits for the           Client._connect, Client._serve,
+                     the client      session's end                  PlainTransport.receive_into,
+                                     (Client._run_mapping)          PlainTransport.send, Pool.run,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
@@ -200,7 +198,7 @@ LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others w
 # how many
 MAX_STRANGERS = 256  # no client yet: 300 kB each (TLS); sshd: 100 [Server.serve_control]
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
-MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
+MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
 MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
@@ -237,7 +235,7 @@ POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
-STEP_S = 0.5  # the longest wait of main and of an acceptor: on Windows no signal wakes main
+STEP_S = 0.5  # the longest wait of main (Windows: no signal wakes it); outside Linux, in accept
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
@@ -956,33 +954,37 @@ def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to the first of the host's addresses that answers, in `seconds` for all.
 
     The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
-    packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
+    packets (RFC 8305, section 5). An address that is alone needs no selector: `connect` waits.
+    Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
-    if row := numeric(address):
-        return connect(row, seconds)
-    rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
-    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
+    untried = [*numeric(address)]
+    if not untried:
+        rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+        # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+        untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
+            left = deadline.remaining()
             if untried:
                 row = untried.pop(0)
                 host = str(row[4][0])
+                alone = not (untried or pending)
                 try:
-                    pending[begin_to_connect(row)] = host
+                    sock = connect(row, max(left, 0.001) if alone else 0.0)
                 except OSError as error:
                     said[host] = error
                     continue
-            left = deadline.remaining()
+                if alone:
+                    return sock
+                pending[sock] = host
             for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
                 host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
-                    tune(sock)
                     return sock
                 sock.close()
                 said[host] = OSError(code, os.strerror(code))
@@ -992,43 +994,33 @@ def dial(address: Address, seconds: float) -> socket.socket:
     finally:
         for sock in pending:
             sock.close()
-    if list(said) == [address.host]:
-        raise said[address.host]
+    if numeric(address):
+        raise said.popitem()[1]
     reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
     refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
     raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
-def begin_to_connect(row: Any) -> socket.socket:
-    """A socket that connects to this row of getaddrinfo. Raises OSError."""
-    sock = socket.socket(*row[:3])
-    sock.setblocking(False)
-    code = sock.connect_ex(row[4])  # of no route, say: poll and SO_ERROR would tell success later
-    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-        sock.close()
-        raise OSError(code, os.strerror(code))
-    return sock
-
-
 @functools.lru_cache
-def numeric(address: Address) -> Any:
-    """The row of getaddrinfo for an address that is no name; None for a name."""
+def numeric(address: Address) -> Sequence[Any]:
+    """The row of getaddrinfo for an address that is no name; none for a name."""
     with contextlib.suppress(socket.gaierror):
-        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
-    return None
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
+    return ()
 
 
 def connect(row: Any, seconds: float) -> socket.socket:
-    """To the only address. Raises OSError."""
+    """To a row of getaddrinfo. In 0.0 s it has only begun to. Raises OSError."""
     sock = socket.socket(*row[:3])
     try:
+        tune(sock)
         sock.settimeout(seconds)
         sock.connect(row[4])
-    except OSError:
-        sock.close()
-        raise
-    sock.settimeout(None)
-    tune(sock)
+        sock.settimeout(None)
+    except OSError as error:
+        if seconds or not isinstance(error, BlockingIOError):
+            sock.close()
+            raise
     return sock
 
 
@@ -1114,7 +1106,7 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (`admit`: is it served?), then `process_request`, which calls `handle` and at the end
+    (`admit`: is it served?), then `process_request`, which calls `finish_request` (`handle`) and
     `shutdown_request`. Each override names the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
@@ -1127,19 +1119,15 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def __init__(
         self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
-        admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
-        left: Callable[[socket.socket], None] = lambda sock: None, *, reset: bool = False,
+        admit: Callable[[Address], bool] = lambda peer: True, left: Callable[[], None] = lambda: None,
+        *, reset: bool = False,
     ) -> None:  # fmt: skip
         """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
-        self._pool, self._admit, self._left, self._reset = pool, admit, left, reset
+        self._pool, self._handle, self._admit, self._left, self._reset = pool, handle, admit, left, reset
         self._asked_to_stop = threading.Event()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
-
-        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
-            handle(sock, Address(*peer[:2]))
-
-        super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
+        super().__init__(target, socketserver.BaseRequestHandler)  # type: ignore[arg-type]  # never bytes
         self.address = Address(*self.socket.getsockname()[:2])
         self._lock = threading.Lock()
         # guarded by _lock
@@ -1178,18 +1166,14 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = STEP_S) -> None:
         """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
-        while self._is_wanted():
+        while True:
+            with self._lock:
+                if self._waiting > ACCEPTORS or self._asked_to_stop.is_set():
+                    self._waiting -= 1
+                    if not self._waiting:
+                        self.socket.close()
+                    return
             self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
-
-    def _is_wanted(self) -> bool:
-        """Whether this thread is to wait, or enough do; the last one closes the socket."""
-        with self._lock:
-            if self._waiting <= ACCEPTORS and not self._asked_to_stop.is_set():
-                return True
-            self._waiting -= 1
-            if not self._waiting:
-                self.socket.close()
-            return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Without descriptors it would spin."""
@@ -1203,7 +1187,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         peer = Address(*client_address[:2])
-        return self._admit(request, peer) and self._has_successor(peer)
+        return self._admit(peer) and self._has_successor(peer)
 
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
@@ -1225,9 +1209,13 @@ class Listener(socketserver.ThreadingTCPServer):
         with self._lock:
             self._waiting += 1
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """A function in place of a class."""
+        self._handle(request, Address(*client_address[:2]))
+
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left(request)
+        self._left()
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -1308,12 +1296,10 @@ class Writer:
     leaves its frame in the queue, and waits only where that is full: that is the back-pressure.
     What is left is the control sender's, which writes until nothing is.
 
-    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
-    any.
+    Threads: `send` from pumps, `serve` from the control sender; the rest never waits, and is any's.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
-    Invariant: where something is queued, somebody writes or gathers, or the control sender has been
-    woken.
+    Invariant: where something is queued somebody writes or gathers, or the control sender is woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
     WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
     else, which only the peer provokes.
@@ -1326,7 +1312,7 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
-        self._gathering = False  # a pump lets others leave their frames before it writes
+        self._gathering = False  # a pump lets others leave frames; until it runs nobody else does
         # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
         self._last = 0
         self._control = bytearray()  # frames
@@ -1379,7 +1365,6 @@ class Writer:
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
-        assert self._lock.locked()
         fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
         return fits and len(self._queue) < QUEUE_FRAMES
 
@@ -1429,7 +1414,6 @@ class Writer:
             self._wake_sender_locked()
 
     def _wake_sender_locked(self) -> None:
-        assert self._lock.locked()
         if not self._writing:  # else who writes wakes it at the end
             self._work.notify()
 
@@ -1455,7 +1439,6 @@ class Writer:
         return cause
 
     def _has_work_locked(self) -> bool:
-        assert self._lock.locked()
         return bool(self._control or self._queue or self._grants or self._flush)
 
     def close(self, cause: str, last_frame: bytes = b"") -> None:
@@ -1468,7 +1451,6 @@ class Writer:
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        assert self._lock.locked()
         self._writing = True
         if not self._has_work_locked():
             return own  # without a copy
@@ -1521,9 +1503,8 @@ class ByteQueue:
         while part:
             if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
                 self.blocks.append(bytearray())
-            last = self.blocks[-1]
-            taken = part[: DRAIN_BYTES - len(last)]
-            last += taken
+            taken = part[: DRAIN_BYTES - len(self.blocks[-1])]
+            self.blocks[-1] += taken
             part = part[len(taken) :]
 
     def drop(self, count: int) -> None:
@@ -1867,8 +1848,7 @@ class PumpedStream(Stream):
             room = buffer[HEADER_BYTES : HEADER_BYTES + self._credit]
             count = self._receive(sock, room, wait=not is_new)
             if count is None:
-                if is_new:
-                    self._session.writer.send(self)
+                self._session.writer.send(self)  # NEW_CONN alone
                 is_new = False
                 continue
             if not count:
@@ -1931,13 +1911,11 @@ class PumpedStream(Stream):
 
     def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
-        assert self._lock.locked()
         was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
         if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
-        assert self._lock.locked()
         self._sending = Sending.ENDED
         return FrameType.EOF
 
@@ -2874,7 +2852,7 @@ class Server(Program):
 
     # -- visitors
 
-    def admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
+    def admit_visitor(self, visitor: Address) -> bool:
         """In the acceptor: before a byte is read, and before there is a thread."""
         with self._lock:
             self._visitors += 1
@@ -2885,7 +2863,7 @@ class Server(Program):
         self.metrics.count("refusals_total", "streams" if full else "visitors")
         return False
 
-    def visitor_left(self, sock: socket.socket) -> None:
+    def visitor_left(self) -> None:
         with self._lock:
             self._visitors -= 1
 

@@ -258,7 +258,7 @@ def test_the_end_does_not_wait_for_a_reader(log: Log) -> None:
 
         def drained() -> bool:
             reading.read(1 << 16)
-            return not any(thread.name == "log flush" for thread in threading.enumerate())
+            return not any(thread.name == "log" for thread in threading.enumerate())
 
         eventually(drained)
 

@@ -712,12 +712,13 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunnel.Listener]:
-    """A listener on a free port, at work."""
+    """A listener on a free port, at work; after its stop no acceptor waits, and the last one has closed it."""
     listener = listen(LOOPBACK, pool, handle)
     try:
         yield listener
     finally:
         listener.stop()
+        eventually(lambda: not listener._waiting and listener.socket.fileno() < 0)
 
 
 def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
@@ -772,6 +773,27 @@ def test_who_serves_has_a_successor(pool: rtunnel.Pool) -> None:
         leave.set()
         assert [read_all(each) for each in visitors] == [b""] * count
         eventually(lambda: listener._waiting == rtunnel.ACCEPTORS and idle_threads(pool) >= count - rtunnel.ACCEPTORS)
+
+
+def test_a_listener_where_a_stop_wakes_nobody(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than on Linux acceptors wait in steps, and look for the stop; what they take waits as long as it has
+    to."""
+    limits: list[float | None] = []
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        limits.append(sock.gettimeout())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rtunnel, "STEP_S", 0.02)
+        patch.setattr(sys, "platform", "another")
+        listener = rtunnel.Listener(LOOPBACK, pool, handle)
+    assert listener.socket.gettimeout() == 0.02
+    listener.start()
+    for _ in range(2 * rtunnel.ACCEPTORS):
+        assert visit(listener.address) == "eof"
+    assert limits == [None] * 2 * rtunnel.ACCEPTORS
+    listener._asked_to_stop.set()  # nothing else
+    eventually(lambda: not listener._waiting and listener.socket.fileno() < 0)
 
 
 def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:
