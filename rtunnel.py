@@ -1186,8 +1186,13 @@ class Listener(socketserver.ThreadingTCPServer):
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        """An error here would end the thread: socketserver catches none."""
         peer = Address(*client_address[:2])
-        return self._admit(peer) and self._has_successor(peer)
+        try:
+            return self._admit(peer) and self._has_successor(peer)
+        except Exception:
+            log_internal_error()
+            return False
 
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""

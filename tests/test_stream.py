@@ -820,6 +820,25 @@ def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:
     assert "ZeroDivisionError: this one" in record["traceback"]
 
 
+def test_an_admission_that_fails(pool: rtunnel.Pool, log: Log) -> None:
+    """An error that escapes the admission is logged and closes its connection alone; the port goes on."""
+    answers = iter([ZeroDivisionError("this one"), True, True])
+
+    def admit(peer: rtunnel.Address) -> bool:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer is True
+
+    listener = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: sock.sendall(b"fine"), admit)
+    listener.start()
+    for expected in (b"", b"fine", b"fine"):
+        with connect(listener.address) as visitor:
+            assert read_all(visitor) == expected
+    listener.stop()
+    (record,) = log.events("internal-error")
+    assert "ZeroDivisionError: this one" in record["traceback"]
+
+
 def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
     """Stopping never waits; the port is free at once, also with connections open and others waiting."""
     leave = threading.Event()
