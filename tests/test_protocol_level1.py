@@ -628,9 +628,13 @@ def test_windows_grow_where_they_are_the_brake(far: Far) -> None:
 def test_windows_grow_within_the_budget(server: Factory) -> None:
     """[W-8]: of the session's budget of 1 MiB a stream gets a quarter, a second one a quarter of what is left; what
     one gives back at its end counts for the other."""
-    with welcomed(server("--session-budget", "1")) as peer, connect(peer.public) as first, connect(peer.public):
+    with welcomed(server("--session-budget", "1")) as peer, ExitStack() as stack:
         peer.pong_delay_s = 0.02  # a window of one that is near stays below the budget
-        grown = {peer.hear_visitor(): 0, peer.hear_visitor(): 0}
+        grown = dict[int, int]()
+        first = stack.enter_context(connect(peer.public))
+        grown[peer.hear_visitor()] = 0
+        stack.enter_context(connect(peer.public))
+        grown[peer.hear_visitor()] = 0
 
         def grow(stream: int) -> None:
             before = -1

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 from conftest import Factory
 from level1 import control_address, leases
-from naive_peer import DATA, NEW_CONN, NaivePeer
+from naive_peer import DATA, NEW_CONN, NaivePeer, frame
 from support import Program, connect, echo_service, ends_with, eventually, read_exactly
 from tunnels import open_tunnel, text, visit
 
@@ -246,8 +246,8 @@ def test_clients_without_init_share_the_global_port(server: Factory) -> None:
         stack.enter_context(connect(serving.public_address))
         silent[0].expect(NEW_CONN, 3)
         for each in silent:
-            each.send_frame(DATA, 1, b"served")
-        for visitor in held[:2]:
+            each.send(frame(DATA, 1, b"served") + frame(DATA, 2, b"served"))
+        for visitor in held:
             assert read_exactly(visitor, 6) == b"served"
 
 
