@@ -16,9 +16,8 @@ A thread is known by the function that it begins in. It waits in the functions o
 and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
 
     thread           how many        does (begins in)               may wait in
-    main             1               signals, reload, drain and     heard, tell_systemd,
-                                     stop (main)                    Listener.__init__,
-                                                                    Clock.start, Pool.run,
+    main             1               signals, reload, drain and     heard, tell_systemd, Pool.run,
+                                     stop (main)                    Listener.__init__, Clock.start,
                                                                     LogHandler.__init__,
                                                                     LogHandler.finish
     clock            1               what happens later; never      Clock._run
@@ -38,11 +37,10 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping     dials the server, shakes       Client._run_mapping,
-                     and server, at  hands, waits for the           Client._connect, dial,
-                     the client      session's end                  Client._serve, Pool.run,
-                                     (Client._run_mapping)          PlainTransport.receive_into,
-                                                                    PlainTransport.send,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
+                     and server, at  hands, waits for the           Client._connect, Client._serve,
+                     the client      session's end                  PlainTransport.receive_into,
+                                     (Client._run_mapping)          PlainTransport.send, Pool.run,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
     stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
@@ -110,7 +108,8 @@ import os
 import signal
 import sys
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+SIGNALS = (*STOP_SIGNALS, "SIGHUP", "SIGUSR1")
 HELD = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
 
 if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal, "pthread_sigmask"):
@@ -199,7 +198,7 @@ LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others w
 # how many
 MAX_STRANGERS = 256  # no client yet: 300 kB each (TLS); sshd: 100 [Server.serve_control]
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
-MAX_LEASES = 64  # of one identity: a port, a thread, a listen queue each [the same]
+MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
 MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
@@ -236,7 +235,7 @@ POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
-STEP_S = 0.5  # the longest wait of main and of an acceptor: on Windows no signal wakes main
+STEP_S = 0.5  # the longest wait of main (Windows: no signal wakes it); outside Linux, in accept
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
@@ -244,13 +243,6 @@ EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Pro
 ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
-# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
-# words, then ours. One that a server makes up is `other`.
-REFUSALS = (
-    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
-    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
-    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
-)  # fmt: skip
 
 
 # ---- errors -----------------------------------------------------------------------------------
@@ -962,33 +954,37 @@ def dial(address: Address, seconds: float) -> socket.socket:
     """Connect to the first of the host's addresses that answers, in `seconds` for all.
 
     The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
-    packets (RFC 8305, section 5). Raises OSError, which names the addresses and what each said.
+    packets (RFC 8305, section 5). An address that is alone needs no selector: `connect` waits.
+    Raises OSError, which names the addresses and what each said.
     """
     deadline = Deadline(seconds)
-    if row := numeric(address):
-        return connect(row, seconds)
-    rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
-    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
+    untried = [*numeric(address)]
+    if not untried:
+        rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+        # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+        untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
+            left = deadline.remaining()
             if untried:
                 row = untried.pop(0)
                 host = str(row[4][0])
+                alone = not (untried or pending)
                 try:
-                    pending[begin_to_connect(row)] = host
+                    sock = connect(row, max(left, 0.001) if alone else 0.0)
                 except OSError as error:
                     said[host] = error
                     continue
-            left = deadline.remaining()
+                if alone:
+                    return sock
+                pending[sock] = host
             for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
                 host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     sock.setblocking(True)
-                    tune(sock)
                     return sock
                 sock.close()
                 said[host] = OSError(code, os.strerror(code))
@@ -998,43 +994,33 @@ def dial(address: Address, seconds: float) -> socket.socket:
     finally:
         for sock in pending:
             sock.close()
-    if list(said) == [address.host]:
-        raise said[address.host]
+    if numeric(address):
+        raise said.popitem()[1]
     reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
     refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
     raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
-def begin_to_connect(row: Any) -> socket.socket:
-    """A socket that connects to this row of getaddrinfo. Raises OSError."""
-    sock = socket.socket(*row[:3])
-    sock.setblocking(False)
-    code = sock.connect_ex(row[4])  # of no route, say: poll and SO_ERROR would tell success later
-    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-        sock.close()
-        raise OSError(code, os.strerror(code))
-    return sock
-
-
 @functools.lru_cache
-def numeric(address: Address) -> Any:
-    """The row of getaddrinfo for an address that is no name; None for a name."""
+def numeric(address: Address) -> Sequence[Any]:
+    """The row of getaddrinfo for an address that is no name; none for a name."""
     with contextlib.suppress(socket.gaierror):
-        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
-    return None
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
+    return ()
 
 
 def connect(row: Any, seconds: float) -> socket.socket:
-    """To the only address. Raises OSError."""
+    """To a row of getaddrinfo. In 0.0 s it has only begun to. Raises OSError."""
     sock = socket.socket(*row[:3])
     try:
+        tune(sock)
         sock.settimeout(seconds)
         sock.connect(row[4])
-    except OSError:
-        sock.close()
-        raise
-    sock.settimeout(None)
-    tune(sock)
+        sock.settimeout(None)
+    except OSError as error:
+        if seconds or not isinstance(error, BlockingIOError):
+            sock.close()
+            raise
     return sock
 
 
@@ -1120,7 +1106,7 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (`admit`: is it served?), then `process_request`, which calls `handle` and at the end
+    (`admit`: is it served?), then `process_request`, which calls `finish_request` (`handle`) and
     `shutdown_request`. Each override names the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
@@ -1133,19 +1119,15 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def __init__(
         self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
-        admit: Callable[[socket.socket, Address], bool] = lambda sock, peer: True,
-        left: Callable[[socket.socket], None] = lambda sock: None, *, reset: bool = False,
+        admit: Callable[[Address], bool] = lambda peer: True, left: Callable[[], None] = lambda: None,
+        *, reset: bool = False,
     ) -> None:  # fmt: skip
         """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
-        self._pool, self._admit, self._left, self._reset = pool, admit, left, reset
+        self._pool, self._handle, self._admit, self._left, self._reset = pool, handle, admit, left, reset
         self._asked_to_stop = threading.Event()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
         self.address_family, *_, target = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
-
-        def serve(sock: socket.socket, peer: Any, _: Listener) -> None:
-            handle(sock, Address(*peer[:2]))
-
-        super().__init__(target, serve)  # type: ignore[arg-type]  # called with the same arguments
+        super().__init__(target, socketserver.BaseRequestHandler)  # type: ignore[arg-type]  # never bytes
         self.address = Address(*self.socket.getsockname()[:2])
         self._lock = threading.Lock()
         # guarded by _lock
@@ -1184,18 +1166,14 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def serve_forever(self, poll_interval: float = STEP_S) -> None:
         """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
-        while self._is_wanted():
+        while True:
+            with self._lock:
+                if self._waiting > ACCEPTORS or self._asked_to_stop.is_set():
+                    self._waiting -= 1
+                    if not self._waiting:
+                        self.socket.close()
+                    return
             self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
-
-    def _is_wanted(self) -> bool:
-        """Whether this thread is to wait, or enough do; the last one closes the socket."""
-        with self._lock:
-            if self._waiting <= ACCEPTORS and not self._asked_to_stop.is_set():
-                return True
-            self._waiting -= 1
-            if not self._waiting:
-                self.socket.close()
-            return False
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Without descriptors it would spin."""
@@ -1208,8 +1186,13 @@ class Listener(socketserver.ThreadingTCPServer):
             raise  # socketserver goes on with the next
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        """An error here would end the thread: socketserver catches none."""
         peer = Address(*client_address[:2])
-        return self._admit(request, peer) and self._has_successor(peer)
+        try:
+            return self._admit(peer) and self._has_successor(peer)
+        except Exception:
+            log_internal_error()
+            return False
 
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
@@ -1231,114 +1214,18 @@ class Listener(socketserver.ThreadingTCPServer):
         with self._lock:
             self._waiting += 1
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """A function in place of a class."""
+        self._handle(request, Address(*client_address[:2]))
+
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left(request)
+        self._left()
         request.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The safety net; socketserver prints to stderr."""
         log_internal_error()
-
-
-# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
-METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
-    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
-    "sessions": ("control connections now", "", ()),
-    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
-    "streams": ("visitors' connections now", "", ()),
-    "streams_total": ("visitors' connections since the start", "", ("",)),
-    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
-    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
-    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
-    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
-    "limit": ("the most of what is limited", "limit", ()),
-    "limit_used": ("how much of it is used", "limit", ()),
-    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
-    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
-}
-
-
-Figures = dict[tuple[str, str], float]  # by metric and label
-
-
-def limited(name: str, used: int, limit: int) -> Figures:
-    return {("limit_used", name): used, ("limit", name): limit}
-
-
-class Metrics:
-    """A program's totals since its start, and the port that tells Prometheus of them and of now.
-
-    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
-    Locking: `_lock` guards everything below the marker; no other is taken under it.
-    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
-        self._lock = threading.Lock()
-        # guarded by _lock
-        self._totals = {(name, value): 0 for name, (_, _, values) in METRICS.items() for value in values}
-        self._open: set[Stream] = set()
-
-    def count(self, name: str, value: str = "") -> None:
-        """One more; where a peer has made the value up, of `other`."""
-        with self._lock:
-            self._totals[name, value if (name, value) in self._totals else "other"] += 1
-
-    def opened(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.add(stream)
-            self._totals["streams_total", ""] += 1
-
-    def closed(self, stream: Stream) -> None:
-        with self._lock:
-            self._open.remove(stream)
-            for name, count in stream.carried().items():
-                self._totals[name] += count
-
-    def totals(self) -> Figures:
-        with self._lock:
-            totals, streams = self._totals.copy(), list(self._open)
-        for name, count in (each for stream in streams for each in stream.carried().items()):
-            totals[name] += count
-        return {**totals}
-
-    def listen(self, address: Address) -> Listener:
-        """The port, not started. Raises ConfigError, OSError."""
-        try:
-            import prometheus_client
-            from prometheus_client import core
-        except ImportError:
-            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
-        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
-        registry = prometheus_client.CollectorRegistry()
-        registry.register(self)
-        prometheus_client.ProcessCollector(registry=registry)
-        self._answer = prometheus_client.MetricsHandler.factory(registry)
-        return Listener(address, self._program.pool, self.serve)
-
-    def collect(self) -> Iterator[Any]:
-        """What the registry asks for."""
-        figures = self._program.figures()
-        for name, (meaning, label, _) in METRICS.items():
-            labels = [label] if label else []
-            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
-            for value in (value for named, value in figures if named == name):
-                family.add_metric([value] * len(labels), figures[name, value])
-            yield family
-
-    def serve(self, sock: socket.socket, peer: Address) -> None:
-        """A scrape; closed at once where too many are here."""
-        if self._places.acquire(blocking=False):
-            try:
-                sock.settimeout(SCRAPE_S)
-                self._answer(sock, peer, None)
-            except (OSError, TypeError, ValueError) as error:  # its parser
-                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
-            finally:
-                self._places.release()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -1414,12 +1301,10 @@ class Writer:
     leaves its frame in the queue, and waits only where that is full: that is the back-pressure.
     What is left is the control sender's, which writes until nothing is.
 
-    Threads: `send` from pumps; `serve` from the control sender; the others, which never wait, from
-    any.
+    Threads: `send` from pumps, `serve` from the control sender; the rest never waits, and is any's.
     Locking: `_lock` guards everything below the marker. The transport is called without it, by the
     one thread that has set `_writing`.
-    Invariant: where something is queued, somebody writes or gathers, or the control sender has been
-    woken.
+    Invariant: where something is queued somebody writes or gathers, or the control sender is woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
     WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
     else, which only the peer provokes.
@@ -1432,7 +1317,7 @@ class Writer:
         self._room = threading.Condition(self._lock)  # for pumps, the first first
         # guarded by _lock
         self._writing = False
-        self._gathering = False  # a pump lets others leave their frames before it writes
+        self._gathering = False  # a pump lets others leave frames; until it runs nobody else does
         # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
         self._last = 0
         self._control = bytearray()  # frames
@@ -1485,7 +1370,6 @@ class Writer:
         self._write(batch)
 
     def _has_room_locked(self, count: int) -> bool:
-        assert self._lock.locked()
         fits = self._queue_bytes + count <= QUEUE_BYTES or not self._queue
         return fits and len(self._queue) < QUEUE_FRAMES
 
@@ -1535,7 +1419,6 @@ class Writer:
             self._wake_sender_locked()
 
     def _wake_sender_locked(self) -> None:
-        assert self._lock.locked()
         if not self._writing:  # else who writes wakes it at the end
             self._work.notify()
 
@@ -1561,7 +1444,6 @@ class Writer:
         return cause
 
     def _has_work_locked(self) -> bool:
-        assert self._lock.locked()
         return bool(self._control or self._queue or self._grants or self._flush)
 
     def close(self, cause: str, last_frame: bytes = b"") -> None:
@@ -1574,7 +1456,6 @@ class Writer:
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        assert self._lock.locked()
         self._writing = True
         if not self._has_work_locked():
             return own  # without a copy
@@ -1627,9 +1508,8 @@ class ByteQueue:
         while part:
             if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
                 self.blocks.append(bytearray())
-            last = self.blocks[-1]
-            taken = part[: DRAIN_BYTES - len(last)]
-            last += taken
+            taken = part[: DRAIN_BYTES - len(self.blocks[-1])]
+            self.blocks[-1] += taken
             part = part[len(taken) :]
 
     def drop(self, count: int) -> None:
@@ -1973,8 +1853,7 @@ class PumpedStream(Stream):
             room = buffer[HEADER_BYTES : HEADER_BYTES + self._credit]
             count = self._receive(sock, room, wait=not is_new)
             if count is None:
-                if is_new:
-                    self._session.writer.send(self)
+                self._session.writer.send(self)  # NEW_CONN alone
                 is_new = False
                 continue
             if not count:
@@ -2037,13 +1916,11 @@ class PumpedStream(Stream):
 
     def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
         """Wait a second for what another thread does; then look whether the socket was reset."""
-        assert self._lock.locked()
         was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
         if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
             self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
-        assert self._lock.locked()
         self._sending = Sending.ENDED
         return FrameType.EOF
 
@@ -2116,17 +1993,21 @@ class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
 # ---- session ----------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """What the sessions of one process share."""
+class Settings(argparse.Namespace):
+    """The values of options, as the command line leaves them: in seconds, in bytes."""
 
-    heartbeat_s: float = HEARTBEAT_S
-    session_budget_bytes: int = SESSION_BUDGET_BYTES
-    drain_s: float = 0.0
+    heartbeat: float = HEARTBEAT_S
+    session_budget: int = SESSION_BUDGET_BYTES
+    drain: float = 0.0
     metrics: Address | None = None
-    proxy_protocol: bool = False  # this and the next two are the client's
+    proxy_protocol: bool = False  # this and the next three are the client's
     proxy: HttpProxy | None = None
-    server_name: str = ""  # what each server's certificate must name; empty: its host
-    allow: PortRules = PortRules(())  # this and the next are the server's
+    reconnect_max: float = 30.0
+    tls_server_name: str = ""
+    control_listen: Address  # this and the next four are the server's
+    public_listen: Address | None = None
+    public_bind: str = ""
+    rules: PortRules = PortRules(())  # what `--allow` says
     visitors: Networks = Networks()
 
 
@@ -2151,7 +2032,7 @@ class Session:
         self.writer = Writer(transport)
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
-        self.budget = Budget(program.settings.session_budget_bytes)
+        self.budget = Budget(program.settings.session_budget)
         # Until the level is fixed, before the first stream.
         self.stream_kind: type[PumpedStream] = OriginalStream
         self.peer_window = UNLIMITED  # where each stream's credit starts
@@ -2161,6 +2042,7 @@ class Session:
         # Ours that is unanswered, and its time: the clock sets it, the reader clears it.
         self._ping: tuple[bytes, float] | None = None
         self._farewell_said = threading.Event()
+        self.refusal = ""  # the code of its WELCOME, if that has refused; the reader's
         self._lock = threading.Lock()
         # guarded by _lock
         self._streams: dict[int, Stream] = {}
@@ -2177,15 +2059,14 @@ class Session:
         self.after(STALL_S, self._sweep)
         try:
             self.start_thread(f"control sender {self.transport.peer}", self._send_control)
-        except NoThread as error:
-            self.end(reason_of(error))
-            self._farewell_said.set()
-        try:
             self._read()
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
+            if isinstance(error, NoThread):
+                self._farewell_said.set()
             if isinstance(error, (ProtocolError, Refused)):
-                self.program.metrics.count("refusals_total", getattr(error, "code", "protocol"))
+                self.refusal = getattr(error, "code", "")
+                self.program.metrics.count("refusals_total", self.refusal or "protocol")
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
             log_internal_error()
@@ -2271,7 +2152,7 @@ class Session:
         """Level 1: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
         self.after(0, self._beat)
-        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s, self._check_alive)
+        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat, self._check_alive)
 
     def _sweep(self) -> None:
         for stream in self.streams():
@@ -2284,10 +2165,10 @@ class Session:
             self._ping = ping, time.monotonic()
             with contextlib.suppress(SessionEnded):
                 self.writer.post(encode(FrameType.PING, 0, ping))
-        self.after(self.program.settings.heartbeat_s, self._beat)
+        self.after(self.program.settings.heartbeat, self._beat)
 
     def _check_alive(self) -> None:
-        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat_s
+        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
             self.end(f"the peer is dead: no byte for {limit:g} s")
@@ -2309,16 +2190,13 @@ class Session:
             self._timers["farewell"] = CLOCK.after(FAREWELL_S, self.transport.shutdown)
         self.writer.close(cause, last_frame)
 
-    def goodbye(self, reason: str) -> None:
+    def stop(self, reason: str = "stopping") -> None:
         """End it with a GOAWAY."""
         self.end(reason, self._goaway(reason))
 
     def _goaway(self, reason: str) -> bytes:
         """The frame; at level 0 there is none."""
         return end_frame(FrameType.GOAWAY, 0, reason) if self.level else b""
-
-    def stop(self) -> None:
-        self.goodbye("stopping")
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
@@ -2384,7 +2262,118 @@ class Session:
             raise
 
 
+# ---- metrics: totals, and the port that tells of them -----------------------------------------
+
+# Rules by which a connection, a mapping or a visitor was refused: rtunnel_tls's and PROTOCOL.md's
+# words, then ours. One that a server makes up is `other`.
+REFUSALS = (
+    "alert", "authority", "certificate", "cipher", "closed", "deadline", "group", "identity", "key", "name", "purpose",
+    "revoked", "signature", "tls", "validity", "version", "bad-request", "port-denied", "port-in-use", "shutting-down",
+    "too-many-clients", "unavailable", "protocol", "silent", "strangers", "visitors", "streams", "no-client", "other",
+)  # fmt: skip
+# Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
+METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
+    "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
+    "sessions": ("control connections now", "", ()),
+    "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
+    "streams": ("visitors' connections now", "", ()),
+    "streams_total": ("visitors' connections since the start", "", ("",)),
+    "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
+    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
+    "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
+    "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
+    "limit": ("the most of what is limited", "limit", ()),
+    "limit_used": ("how much of it is used", "limit", ()),
+    "log_lines_lost_total": ("lines of the log that could not be written", "", ()),
+    "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
+}
+
+
+Figures = dict[tuple[str, str], float]  # by metric and label
+
+
+def limited(name: str, used: int, limit: int) -> Figures:
+    return {("limit_used", name): used, ("limit", name): limit}
+
+
+class Metrics:
+    """A program's totals since its start, and the port that tells Prometheus of them and of now.
+
+    Threads: any; `listen` is main's, `serve` a scrape's, which calls `collect`.
+    Locking: `_lock` guards everything below the marker; no other is taken under it.
+    Invariant: a stream's bytes count once: it is among the open, or they are in the totals.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._places = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._totals = collections.Counter({(name, each): 0 for name, row in METRICS.items() for each in row[2]})
+        self._open: set[Stream] = set()
+
+    def count(self, name: str, value: str = "") -> None:
+        """One more; where a peer has made the value up, of `other`."""
+        with self._lock:
+            self._totals[name, value if (name, value) in self._totals else "other"] += 1
+
+    def opened(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.add(stream)
+            self._totals["streams_total", ""] += 1
+
+    def closed(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.remove(stream)
+            self._totals.update(stream.carried())
+
+    def totals(self) -> Figures:
+        with self._lock:
+            totals, streams = self._totals.copy(), list(self._open)
+        for stream in streams:
+            totals.update(stream.carried())
+        return {**totals}
+
+    def listen(self, address: Address) -> Listener:
+        """The port, not started. Raises ConfigError, OSError."""
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError:
+            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(registry=registry)
+        self._answer = prometheus_client.MetricsHandler.factory(registry)
+        return Listener(address, self._program.pool, self.serve)
+
+    def collect(self) -> Iterator[Any]:
+        """What the registry asks for."""
+        figures = self._program.figures()
+        for name, (meaning, label, _) in METRICS.items():
+            labels = [label] if label else []
+            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
+            for value in (value for named, value in figures if named == name):
+                family.add_metric([value] * len(labels), figures[name, value])
+            yield family
+
+    def serve(self, sock: socket.socket, peer: Address) -> None:
+        """A scrape; closed at once where too many are here."""
+        if self._places.acquire(blocking=False):
+            try:
+                sock.settimeout(SCRAPE_S)
+                self._answer(sock, peer, None)
+            except (OSError, TypeError, ValueError) as error:  # its parser
+                log_limit("scrape-failed", peer=peer, reason=reason_of(error))
+            finally:
+                self._places.release()
+
+
 # ---- program: what server and client share ----------------------------------------------------
+
+
+Trust = rtunnel_tls.TlsContext | None  # None: plain mode
 
 
 class Program:
@@ -2394,12 +2383,8 @@ class Program:
     Locking: `_lock` guards everything below the marker, and what the server adds there.
     """
 
-    def __init__(
-        self, settings: Settings, context: rtunnel_tls.TlsContext | None,
-        load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
-    ) -> None:  # fmt: skip
-        # Main's reload replaces these three, whole. The last reads the files anew.
-        self.settings, self._context, self._load_context = settings, context, load_context or (lambda: context)
+    def __init__(self, settings: Settings, context: Trust) -> None:
+        self.settings, self._context = settings, context  # main's reload replaces both, whole
         self.pool = Pool()
         self.metrics = Metrics(self)
         self._scraped: Listener | None = None  # main's
@@ -2418,13 +2403,13 @@ class Program:
         """Begin to serve. Raises RtunnelError."""
         CLOCK.start()
         self._warn_of_expiry()
-        if address := self.settings.metrics:
-            self._scraped = self.open_port("metrics", address, lambda: self.metrics.listen(address))
+        if self.settings.metrics:
+            self._scraped = self.open_port("metrics", self.settings.metrics, self.metrics.listen)
 
-    def open_port(self, option: str, address: Address, bind: Callable[[], Listener]) -> Listener:
+    def open_port(self, option: str, address: Address, bind: Callable[[Address], Listener]) -> Listener:
         """A port that an option asks for. Raises RtunnelError."""
         try:
-            listener = bind()
+            listener = bind(address)
             listener.start()
         except OSError as error:
             self.stop()
@@ -2509,8 +2494,8 @@ class Program:
 
     def reload(self, fresh: Program) -> None:
         """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
-        with self._lock:  # in one step: a renewal that is under way must not bring the old back
-            self.settings, self._context, self._load_context = fresh.settings, fresh._context, fresh._load_context
+        with self._lock:  # a renewal that is under way must not bring the old back
+            self.settings, self._context = fresh.settings, fresh._context
         for session in self.sessions():
             self.check_allowed(session)
 
@@ -2568,7 +2553,7 @@ class ServerSession(Session):
         """By the rules of now. The global port is open to all clients."""
         if self.init is None or self._server.global_lease is not None:
             return True
-        return self.program.settings.allow.allow(self.transport.identity, self.init.port)
+        return self.program.settings.rules.allow(self.transport.identity, self.init.port)
 
     def run(self) -> str:
         if self._server.global_lease is not None:
@@ -2634,13 +2619,12 @@ class Lease:
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
-
-        # A partial would cost each visitor's thread a page of stack.
-        def serve(sock: socket.socket, visitor: Address) -> None:
-            server.serve_visitor(self, sock, visitor)
-
-        # Reset, from the first moment: whatever kills us, no cut looks like an end.
-        self.listener = Listener(address, server.pool, serve, server.admit_visitor, server.visitor_left, reset=True)
+        # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
+        # moment: whatever kills us, no cut looks like an end.
+        self.listener = Listener(
+            address, server.pool, lambda sock, visitor: server.serve_visitor(self, sock, visitor),
+            server.admit_visitor, server.visitor_left, reset=True,
+        )  # fmt: skip
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
@@ -2685,12 +2669,8 @@ class Server(Program):
     for nobody, and two who want one port come one after the other.
     """
 
-    def __init__(
-        self, control: Address, public: Address | None, public_bind: str, settings: Settings,
-        context: rtunnel_tls.TlsContext | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, settings: Settings, context: Trust) -> None:
         super().__init__(settings, context)
-        self._control_address, self._public_address, self._public_bind = control, public, public_bind
         self._control: Listener | None = None  # main's
         self.global_lease: Lease | None = None  # set before the control port is open
         # guarded by _lock
@@ -2703,20 +2683,19 @@ class Server(Program):
         """Open the ports. Raises RtunnelError where one cannot be bound."""
         super().start()
         try:  # an address that this machine does not have may come later, at boot
-            if self._public_bind:
-                Lease(self, Address(self._public_bind, 0)).listener.stop()
+            if self.settings.public_bind:
+                Lease(self, Address(self.settings.public_bind, 0)).listener.stop()
         except OSError as error:
-            log_event(WARNING, "public-bind-unavailable", address=self._public_bind, reason=reason_of(error))
-        if public := self._public_address:
+            log_event(WARNING, "public-bind-unavailable", address=self.settings.public_bind, reason=reason_of(error))
+        if self.settings.public_listen:
+            self.open_port("public-listen", self.settings.public_listen, self._bind_global)
+        bind = functools.partial(Listener, pool=self.pool, handle=self.serve_control)
+        self._control = self.open_port("control-listen", self.settings.control_listen, bind)
 
-            def bind() -> Listener:
-                self.global_lease = lease = Lease(self, public)
-                self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
-                return lease.listener
-
-            self.open_port("public-listen", public, bind)
-        address, serve = self._control_address, self.serve_control
-        self._control = self.open_port("control-listen", address, lambda: Listener(address, self.pool, serve))
+    def _bind_global(self, address: Address) -> Listener:
+        self.global_lease = lease = Lease(self, address)
+        self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
+        return lease.listener
 
     def take_nothing_new(self) -> None:
         super().take_nothing_new()
@@ -2776,8 +2755,9 @@ class Server(Program):
                 # The first frame fixes the level. No visitor comes while WELCOME is on its way.
                 if init.version and not session.visitors and not session.has_had_streams():
                     session.stream_kind, session.peer_window = PumpedStream, init.window
-                found = self._find_lease_locked(session, init)
-                lease = found or self._bind_free_locked(session, init)
+                port = init.port or self._assigned.get((session.holder, init.instance), 0)
+                found = self._find_lease_locked(session, init, port)
+                lease = found or self._bind_free_locked(session, init, port)
                 address = lease.listener.address
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
@@ -2800,18 +2780,17 @@ class Server(Program):
         log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
-            other.goodbye(REPLACED)
+            other.stop(REPLACED)
         if session.level:
             session.start_timers()
 
-    def _find_lease_locked(self, session: ServerSession, init: Init) -> Lease | None:
+    def _find_lease_locked(self, session: ServerSession, init: Init, port: int) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
         identity = session.transport.identity
         if self._stopping:
             raise Refused("shutting-down", "the server stops")
         if not session.may_open():
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
-        port = init.port or self._assigned.get((session.holder, init.instance), 0)
         lease = self.global_lease or self._leases.get(port)
         if lease and not lease.is_global and (not session.level or session.holder != lease.holder):
             if init.port:
@@ -2826,19 +2805,17 @@ class Server(Program):
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
         return lease
 
-    def _bind_free_locked(self, session: ServerSession, init: Init) -> Lease:
+    def _bind_free_locked(self, session: ServerSession, init: Init, port: int) -> Lease:
         """The port asked for, or that this instance had before, or any. Raises OSError."""
-        key = (session.holder, init.instance)
-        port = init.port or self._assigned.get(key, 0)
         try:
-            lease = Lease(self, Address(self._public_bind, port), session)
+            lease = Lease(self, Address(self.settings.public_bind, port), session)
         except OSError:
             if port == init.port:
                 raise
-            lease = Lease(self, Address(self._public_bind, 0), session)
+            lease = Lease(self, Address(self.settings.public_bind, 0), session)
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
-            self._assigned[key] = lease.listener.address.port
+            self._assigned[session.holder, init.instance] = lease.listener.address.port
             if len(self._assigned) > MAX_ASSIGNED_PORTS:
                 del self._assigned[next(iter(self._assigned))]
         return lease
@@ -2880,7 +2857,7 @@ class Server(Program):
 
     # -- visitors
 
-    def admit_visitor(self, sock: socket.socket, visitor: Address) -> bool:
+    def admit_visitor(self, visitor: Address) -> bool:
         """In the acceptor: before a byte is read, and before there is a thread."""
         with self._lock:
             self._visitors += 1
@@ -2891,7 +2868,7 @@ class Server(Program):
         self.metrics.count("refusals_total", "streams" if full else "visitors")
         return False
 
-    def visitor_left(self, sock: socket.socket) -> None:
+    def visitor_left(self) -> None:
         with self._lock:
             self._visitors -= 1
 
@@ -2950,16 +2927,13 @@ class Server(Program):
 # ---- client: mappings, retries ----------------------------------------------------------------
 
 
-NOWHERE = Address("", 0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mapping:
     """One public port of one server, and the local service that it leads to."""
 
     remote_port: int  # 0: the server chooses
     local: Address
-    server: Address = NOWHERE  # its control port
+    server: Address = dataclasses.field(default=Address("", 0))  # its control port
     # 128 random bits in hex, kept over reconnects; never logged: in plain mode it owns a lease.
     instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False, compare=False)
 
@@ -3007,8 +2981,7 @@ class ClientSession(Session):
         super().__init__(transport, client)
         self.over = threading.Event()  # the mapping may go on: a GOAWAY has come, or the end
         self.reason = ""  # of its end
-        self.goaway: str | None = None  # the server's reason; this and the next are the reader's
-        self.refused: Refused | None = None
+        self.goaway: str | None = None  # the server's reason; the reader's
         self.is_open = False  # set once, by the reader (first frame) or the clock (10 s)
         self.began = time.monotonic()
         self._client, self.mapping = client, mapping
@@ -3041,11 +3014,7 @@ class ClientSession(Session):
         super().on_frame(frame)
 
     def on_welcome(self, frame: Frame) -> None:
-        try:
-            welcome = Welcome.parse(frame.payload)
-        except Refused as refused:
-            self.refused = refused
-            raise
+        welcome = Welcome.parse(frame.payload)
         # Where a proxy is the transport's peer, we know the server as we were told of it.
         there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
         self._public = Address(there.host, welcome.port)
@@ -3127,12 +3096,9 @@ class Client(Program):
     Locking: Program's; it guards everything below the marker too.
     """
 
-    def __init__(
-        self, mappings: Sequence[Mapping], reconnect_max_s: float, settings: Settings,
-        context: rtunnel_tls.TlsContext | None, load_context: Callable[[], rtunnel_tls.TlsContext | None] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(settings, context, load_context)
-        self._mappings, self._reconnect_max_s = mappings, reconnect_max_s
+    def __init__(self, mappings: Sequence[Mapping], settings: Settings, context: Trust) -> None:
+        super().__init__(settings, context)
+        self._mappings = mappings
         # By server: one that swallows packets must not keep connections to others waiting.
         self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
         # Servers of level 1, whose silence is the network's. Any reader changes it, in one step.
@@ -3157,14 +3123,13 @@ class Client(Program):
             self._denied.pop(mapping, None)
 
     def _run_mapping(self, mapping: Mapping) -> None:
-        backoff = Backoff(self._reconnect_max_s)
-        while not self.stop_asked.is_set():
+        backoff, wait_s = Backoff(self.settings.reconnect_max), 0.0
+        while not self.stop_asked.wait(wait_s):
             try:
-                wait = self._serve(mapping, backoff)
+                wait_s = self._serve(mapping, backoff)
             except Exception:  # the safety net: the mapping goes on
                 log_internal_error()
-                wait = backoff.next_s()
-            self.stop_asked.wait(wait)
+                wait_s = backoff.next_s()
 
     def _serve(self, mapping: Mapping, backoff: Backoff) -> float:
         """One session, until it takes no more visitors; returns the seconds until the next."""
@@ -3185,8 +3150,8 @@ class Client(Program):
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
             return FIRST_RETRY_S if time.monotonic() < session.began + FIRST_RETRY_S else 0
-        elif session.refused is not None and session.refused.code in FINAL_REFUSALS:
-            wait = self._take_denial(mapping, session.refused, about)
+        elif session.refusal in FINAL_REFUSALS:
+            wait = self._take_denial(mapping, session.reason)
         else:
             wait = backoff.next_s()
         if not self.stop_asked.is_set():
@@ -3198,18 +3163,18 @@ class Client(Program):
         """A session that is read. Raises OSError, HandshakeError, SessionEnded, NoThread."""
         with self._opening[mapping.server]:
             log_event(DEBUG, "connecting", **mapping.about())
-            load = self._load_context
+            context = self._context
             try:  # the certificate that is there now; where it is broken, the old one
-                context = load()
+                renewed = context and context.load_anew()
                 with self._lock:
-                    if load is self._load_context:  # else main has reloaded meanwhile
-                        self._context = context
+                    if context is self._context:  # else main has reloaded meanwhile
+                        self._context = renewed
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)
             proxy = self.settings.proxy
             sock = (proxy.dial if proxy else dial)(mapping.server, CONNECT_TIMEOUT_S)
             try:
-                name = self.settings.server_name or mapping.server.host
+                name = self.settings.tls_server_name or mapping.server.host
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
                 self.pool.run(f"reader {mapping.local}", lambda: self._read(session))
@@ -3230,19 +3195,19 @@ class Client(Program):
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
-    def _take_denial(self, mapping: Mapping, refused: Refused, about: dict[str, object]) -> float:
+    def _take_denial(self, mapping: Mapping, reason: str) -> float:
         """It is tried again, slowly. Where nothing ever was open, and all are denied: status 3."""
         with self._lock:
-            new = self._denied.get(mapping) != str(refused)
-            self._denied[mapping] = str(refused)
+            new = self._denied.get(mapping) != reason
+            self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
         if new:
-            log_event(ERROR, "refused", **about, reason=str(refused))
+            log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
             self.status = 3
             self.stop_asked.set()
             self.words.put("refused")
-        return self._reconnect_max_s
+        return self.settings.reconnect_max
 
 
 # ---- the original's ways: level 0 (PROTOCOL.md, section 5) ------------------------------------
@@ -3482,10 +3447,9 @@ def add_command(commands: Any, command: str, summary: str) -> None:
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
     )  # fmt: skip
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
-    shows = "show each setting and where it came from, and exit"
-    parser.add_argument("--print-config", action="store_true", help=shows)
-    shows = "show a commented file of all settings, and exit"
-    parser.add_argument("--example-config", action="store_true", help=shows)
+    show = functools.partial(parser.add_argument, action="store_true")
+    show("--print-config", help="show each setting and where it came from, and exit")
+    show("--example-config", help="show a commented file of all settings, and exit")
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
         for option in options:
@@ -3496,34 +3460,30 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
-def make_program(first: argparse.Namespace) -> Server | Client:
+def make_program(first: Settings) -> Program:
     """What the settings of now ask for, not started. Raises ConfigError, TlsConfigError.
 
     What a reload cannot change stays as it was first, and is named.
     """
     settings = first.parse_again()
-    before, now, changed = vars(first), vars(settings), []
-    for option in OPTIONS[first.command]:
-        if option.name not in RELOADED and now[option.attribute] != before[option.attribute]:
-            now[option.attribute] = before[option.attribute]
-            changed.append(option.name)
+    kept = {each.name: each.attribute for each in OPTIONS[first.command] if each.name not in RELOADED}
+    changed = [name for name, attribute in kept.items() if getattr(settings, attribute) != getattr(first, attribute)]
     if changed:
         log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
+    vars(settings).update({attribute: getattr(first, attribute) for attribute in kept.values()})
     return make_server(settings) if settings.command == "server" else make_client(settings)
 
 
-def make_server(settings: argparse.Namespace) -> Server:
+def make_server(settings: Settings) -> Server:
     if settings.control_listen is None:
         raise ConfigError("--control-listen must not be empty: write host:port or :port")
     if settings.public_listen and settings.allow:
         raise ConfigError("--allow is about ports that clients ask for, and with --public-listen they ask for none")
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
-    shared = shared._replace(allow=PortRules(settings.allow), visitors=settings.visitors)
-    context = warned_context(settings, settings.control_listen)
-    return Server(settings.control_listen, settings.public_listen, settings.public_bind, shared, context)
+    settings.rules = PortRules(settings.allow)
+    return Server(settings, make_context(settings, settings.control_listen))
 
 
-def make_client(settings: argparse.Namespace) -> Client:
+def make_client(settings: Settings) -> Client:
     if not settings.server:
         raise ConfigError("--server is required: write the server's host:port")
     if bool(settings.local) == bool(settings.forward):
@@ -3533,15 +3493,8 @@ def make_client(settings: argparse.Namespace) -> Client:
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
     refuse_twice("--server", (str(address).lower() for address in settings.server))
     refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
-    shared = Settings(settings.heartbeat, settings.session_budget, settings.drain, settings.metrics)
-    own = {"proxy_protocol": settings.proxy_protocol, "proxy": settings.proxy}
-    shared = shared._replace(server_name=settings.tls_server_name, **own)
-    context = warned_context(settings, *settings.server)
-    for server in settings.server:
-        if context is not None:
-            context.naming(settings.tls_server_name or server.host)  # a host may be none for it
     everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
-    return Client(everywhere, settings.reconnect_max, shared, context, lambda: make_context(settings))
+    return Client(everywhere, settings, make_context(settings, *settings.server))
 
 
 def refuse_twice(option: str, values: Iterable[str]) -> None:
@@ -3550,39 +3503,33 @@ def refuse_twice(option: str, values: Iterable[str]) -> None:
         raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
-def make_context(settings: argparse.Namespace) -> rtunnel_tls.TlsContext | None:
-    """None in plain mode. Raises TlsConfigError."""
-    if not settings.tls:
-        return None
-    name = (settings.tls_server_name or settings.server[0].host) if settings.command == "client" else None
-    return rtunnel_tls.TlsContext(
-        settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
-        crl=settings.tls_crl or None, verify_name=name,
-    )  # fmt: skip
-
-
-def warned_context(settings: argparse.Namespace, *addresses: Address) -> rtunnel_tls.TlsContext | None:
-    """The same, and a log line on what is worth a warning at the start and at each reload."""
-    context = make_context(settings)
+def make_context(settings: Settings, *addresses: Address) -> Trust:
+    """For ours, or the servers'. Logs what is worth a warning. Raises TlsConfigError."""
+    context = None
+    if settings.tls:
+        names = [settings.tls_server_name or each.host for each in addresses if settings.command == "client"]
+        context = rtunnel_tls.TlsContext(
+            settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
+            crl=settings.tls_crl or None, verify_name=names[0] if names else None,
+        )  # fmt: skip
+        for name in names:
+            context.naming(name)  # a host may be none for it
+        if context.keylog is not None:
+            log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     for address in addresses:
         if context is None and not address.is_loopback:
             log_event(WARNING, "plain-mode", address=address, meaning="nothing is encrypted, and anybody may connect")
     if settings.metrics and not settings.metrics.is_loopback:
         log_event(WARNING, "metrics-open", address=settings.metrics, meaning="whoever reaches it reads them")
-    if context is not None and context.keylog is not None:
-        log_event(WARNING, "secrets-logged", file=context.keylog, meaning="SSLKEYLOGFILE: who reads it reads all")
     return context
 
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-
-
-def run(make: Callable[[], Server | Client]) -> int:
+def run(make: Callable[[], Program]) -> int:
     """Run until a signal asks for the end, or until the server has refused for good.
 
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
     starts, as soon as it has. The last two let open streams finish, where `--drain` says so; any of
-     the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
+    the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
     is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
     """
     words: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -3605,9 +3552,9 @@ def run(make: Callable[[], Server | Client]) -> int:
             program.log_state()
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
-    if word in ("SIGTERM", "SIGBREAK") and program.settings.drain_s:
+    if word in ("SIGTERM", "SIGBREAK") and program.settings.drain:
         program.retire_all()
-        for word in heard(words, program.settings.drain_s, program.stream_count):
+        for word in heard(words, program.settings.drain, program.stream_count):
             if word in STOP_SIGNALS:
                 break
             if word == "SIGUSR1":
@@ -3622,19 +3569,14 @@ def run(make: Callable[[], Server | Client]) -> int:
 
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
-    """Main's post for so long, while that goes on.
-
-    "" at least every STEP_S, to look anew, and as on Windows no signal ends a wait.
-    """
+    """Main's post for so long, while that goes on; in steps: on Windows no signal ends a wait."""
     deadline = Deadline(seconds)
     while goes_on() and deadline.remaining():
-        try:
+        with contextlib.suppress(queue.Empty):
             yield words.get(timeout=min(deadline.remaining(), STEP_S))
-        except queue.Empty:
-            yield ""
 
 
-def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[str]) -> Server | Client | None:
+def make_in_time(make: Callable[[], Program], words: queue.SimpleQueue[str]) -> Program | None:
     """A machine without a battery has a wrong clock at boot: wait for it. None: a signal came."""
     while True:
         try:
@@ -3647,13 +3589,12 @@ def make_in_time(make: Callable[[], Server | Client], words: queue.SimpleQueue[s
 
 def tell_systemd(state: str) -> None:
     """What a unit of Type=notify waits for (sd_notify(3)); elsewhere nothing."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
-def reload(program: Server | Client, make: Callable[[], Server | Client]) -> None:
+def reload(program: Program, make: Callable[[], Program]) -> None:
     """What is broken is refused, all of it, in whatever way it is, and the old stays."""
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
@@ -3698,10 +3639,9 @@ def raise_descriptor_limit() -> None:
 
 def add_pki(commands: Any) -> None:
     """`pki init|issue|renew|revoke|show`: the certificate authority of rtunnel_tls, in a folder."""
-    summary = "make and show certificates"
-    pki = commands.add_parser("pki", help=summary, description="A certificate authority in a folder.")
-    names = "init|issue|renew|revoke|show"
-    actions = pki.add_subparsers(dest="action", required=True, metavar=names, parser_class=CommandParser)
+    about = "A certificate authority in a folder."
+    pki = commands.add_parser("pki", help="make and show certificates", description=about)
+    actions = pki.add_subparsers(dest="action", required=True, metavar="init|issue|renew|revoke|show")
     algorithms = list(rtunnel_tls.ALGORITHMS)
     init = actions.add_parser("init", help="make an authority and its empty revocation list")
     init.add_argument("--algorithm", choices=algorithms, default="mldsa65", help="of its key (default: mldsa65)")
@@ -3740,7 +3680,7 @@ PKI_NEXT = {
 }
 
 
-def run_pki(settings: argparse.Namespace) -> int:
+def run_pki(settings: Settings) -> int:
     release_signals()
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")  # a certificate's name need not fit the terminal
@@ -3764,21 +3704,20 @@ def run_pki(settings: argparse.Namespace) -> int:
 def example_config(command: str) -> str:
     """A file of all options, commented out where it shows the default or a mere example."""
     fill = functools.partial(textwrap.fill, width=100, initial_indent="# ", subsequent_indent="# ")
-    blocks, group = [fill(EXAMPLE_HEAD.format(command))], ""
-    for option in OPTIONS[command]:
-        if option.group != group:
-            group = option.group
-            blocks.append(f"# ---- {group}")
-        unit = f" ({option.metavar})" if option.metavar else ""
-        about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
-        default = str(option.default).lower() if option.action == "switch" else option.default
-        value = default if option.example == "=" else option.example or f"# {default}"
-        line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
-        blocks.append(f"{about}\n{line}".rstrip())
+    blocks = [fill(EXAMPLE_HEAD.format(command))]
+    for group, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
+        blocks.append(f"# ---- {group}")
+        for option in options:
+            unit = f" ({option.metavar})" if option.metavar else ""
+            about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
+            default = str(option.default).lower() if option.action == "switch" else option.default
+            value = default if option.example == "=" else option.example or f"# {default}"
+            line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
+            blocks.append(f"{about}\n{line}".rstrip())
     return "\n\n".join(blocks) + "\n"
 
 
-def run_program(settings: argparse.Namespace) -> int:
+def run_program(settings: Settings) -> int:
     if settings.example_config:
         print(example_config(settings.command), end="")
         return 0
@@ -3816,13 +3755,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     top = CommandParser(prog="rtunnel", description="A reverse port-mapping tunnel.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"rtunnel {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")  # of its class
     add_command(commands, "server", "open public ports for clients")
     add_command(commands, "client", "make a local service reachable through a server")
     add_pki(commands)
-    top.set_defaults(parse_again=lambda: top.parse_args(arguments))
+    top.set_defaults(parse_again=lambda: top.parse_args(arguments, Settings()))
     try:
-        settings = top.parse_args(arguments)
+        settings = top.parse_args(arguments, Settings())
         try:
             return settings.run(settings)  # type: ignore[no-any-return]
         except (ConfigError, rtunnel_tls.TlsConfigError) as error:

@@ -188,9 +188,7 @@ class TlsContext:
         self.profile = PROFILES[profile_name]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
-        self.peer_name: str | Address | None = None
-        if verify_name is not None:
-            self.peer_name = self.naming(verify_name).peer_name
+        self.peer_name: str | Address | None = None if verify_name is None else self.naming(verify_name).peer_name
         make = f"{PROGRAM} pki init{self.profile.pki_option}"
         with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
             roots = _load_certificates(ca)
@@ -206,6 +204,8 @@ class TlsContext:
         ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
         ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
         self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
+        files: dict[str, Any] = {"cert": cert, "key": key, "ca": ca, "crl": crl}
+        self.load_anew = functools.partial(TlsContext, role, profile_name, verify_name=verify_name, **files)
 
     def naming(self, name: str) -> TlsContext:
         """The same for a server of this name or address. Raises TlsConfigError."""

@@ -386,7 +386,7 @@ def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:
 def test_blocked_brings_back_what_is_owed(ends: Ends) -> None:
     """[W-6]: BLOCKED on an empty queue returns the credit that is owed, less than half a window as it may be, also
     where nothing can grow: who sends in bursts would reach half its speed with the other half of its window."""
-    with Peer.as_client(ends.open_server(session_budget_bytes=0)) as peer, connect(peer.public) as visitor:
+    with Peer.as_client(ends.open_server(session_budget=0)) as peer, connect(peer.public) as visitor:
         peer.hear(FrameType.NEW_CONN)
         peer.send_data(1, bytes(20_000))
         read_exactly(visitor, 20_000)
@@ -440,7 +440,7 @@ def test_a_budget_that_many_streams_share(ends: Ends, small_sockets: None) -> No
     streams, budget = 20, 1024 * KIB
     bound = streams * WINDOW_BYTES + budget
     with contextlib.ExitStack() as stack:
-        peer = stack.enter_context(Peer.as_client(ends.open_server(session_budget_bytes=budget)))
+        peer = stack.enter_context(Peer.as_client(ends.open_server(session_budget=budget)))
         [session] = ends.sessions()
         for _ in range(streams):
             stack.enter_context(small_visitor(peer.public))

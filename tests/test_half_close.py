@@ -64,6 +64,7 @@ def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch:
         send(transport, frames)
 
     with Peer.as_client(ends.open_server()) as peer, monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        assert peer.read_frame()[0] == FrameType.PING  # the first; NEW_CONN could go along with it
         patch.setattr(rtunnel.Server, "serve_visitor", serve_late)
         patch.setattr(rtunnel.PlainTransport, "send", noted)
         stack.enter_context(connect(peer.public)).sendall(b"hello")
@@ -71,6 +72,32 @@ def test_what_a_visitor_says_at_once_goes_with_new_conn(ends: Ends, monkeypatch:
         peer.hear(FrameType.DATA)
         first, second = (FrameType.NEW_CONN, number, payload), (FrameType.DATA, number, b"hello")
         assert rtunnel.encode(*first) + rtunnel.encode(*second) in sent
+
+
+@pytest.mark.parametrize("end", ["silence", "end of file", "reset"])
+def test_a_visitor_who_says_nothing(ends: Ends, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """The client is told of one who is silent, and of one who has left before he is served; then of his end."""
+    serve, served = rtunnel.Server.serve_visitor, threading.Event()
+
+    def serve_late(server: rtunnel.Server, lease: rtunnel.Lease, sock: socket.socket, visitor: rtunnel.Address) -> None:
+        if end != "silence":
+            assert rtunnel.ready([sock], writing=False, seconds=10)
+        serve(server, lease, sock, visitor)
+        served.set()
+
+    monkeypatch.setattr(rtunnel.Server, "serve_visitor", serve_late)
+    with Peer.as_client(ends.open_server()) as peer, connect(peer.public) as visitor:
+        if end == "end of file":
+            visitor.shutdown(socket.SHUT_WR)
+        elif end == "reset":
+            reset(visitor)
+        _, number, _ = peer.hear(FrameType.NEW_CONN)
+        if end == "end of file":
+            assert peer.hear() == (FrameType.EOF, number, b"")
+        elif end == "reset":
+            assert peer.hear() == (FrameType.CLOSE_CONN, number, b"reset")
+        peer.send_frame(FrameType.CLOSE_CONN, number)
+        assert served.wait(10)
 
 
 # --- half-close ----------------------------------------------------------------------------------------------------

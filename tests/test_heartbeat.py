@@ -44,12 +44,12 @@ def peer(request: pytest.FixtureRequest, ends: Ends) -> Iterator[NaivePeer]:
     """The peer of a real server, or of a real client, with a short heartbeat; WELCOME has been said."""
     with contextlib.ExitStack() as stack:
         if request.param == "server":
-            peer = stack.enter_context(Peer.connect(ends.open_server(heartbeat_s=HEARTBEAT_S)))
+            peer = stack.enter_context(Peer.connect(ends.open_server(heartbeat=HEARTBEAT_S)))
             peer.send_init(init(0, new_instance()))
             assert peer.read_frame()[0] == FrameType.WELCOME
         else:
             server = stack.enter_context(PeerServer())
-            ends.open_client(server.address, mapping(("127.0.0.1", 9)), heartbeat_s=HEARTBEAT_S, reconnect_max_s=30)
+            ends.open_client(server.address, mapping(("127.0.0.1", 9)), heartbeat=HEARTBEAT_S, reconnect_max=30)
             peer = server.accept()
         yield peer
 
@@ -92,7 +92,7 @@ def test_a_silent_peer_that_reads_nothing(ends: Ends, who: str) -> None:
     """[H-4]: the clock does not wait for a send: a peer that reads nothing, and then falls silent, is dead after three
     heartbeats, whoever is in the transport's send."""
     with small_control_sockets(), contextlib.ExitStack() as stack:
-        control = ends.open_server(heartbeat_s=0.3)
+        control = ends.open_server(heartbeat=0.3)
         peer = stack.enter_context(Peer(connect_small(control)))
         peer.send_init(init(0, new_instance(), 1 << 30))
         peer.port = int(peer.hear(FrameType.WELCOME)[2].partition(b"port=")[2].partition(b"\n")[0])
@@ -118,7 +118,7 @@ def push(sock: socket.socket) -> None:
 
 def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
     """[H-4]: what counts is that a byte has come, be it a part of a header, and not that a PING is answered."""
-    with NaivePeer.connect(ends.open_server(heartbeat_s=60)) as peer:
+    with NaivePeer.connect(ends.open_server(heartbeat=60)) as peer:
         peer.send_init(init(0, new_instance()))
         assert peer.read_frame()[0] == FrameType.WELCOME
         [session] = ends.sessions()
@@ -131,7 +131,7 @@ def test_any_byte_is_a_sign_of_life(ends: Ends) -> None:
 def test_a_slow_answer(ends: Ends) -> None:
     """[H-1], [H-3]: while a PING is unanswered no other is sent, and its answer is welcome however late it comes; but
     only once."""
-    with NaivePeer.connect(ends.open_server(heartbeat_s=60)) as peer:
+    with NaivePeer.connect(ends.open_server(heartbeat=60)) as peer:
         peer.send_init(init(0, new_instance()))
         assert peer.read_frame()[0] == FrameType.WELCOME
         kind, _, first = peer.read_frame()
@@ -152,7 +152,7 @@ def test_a_slow_answer(ends: Ends) -> None:
 def test_the_round_trip_in_the_log(ends: Ends) -> None:
     """Both ends tell the last round trip at the end of a session: it is that of the network between them."""
     with Relay(ends.open_server(), one_way_s=0.03) as relay:
-        ends.open_client(relay.address, mapping(("127.0.0.1", 9)), reconnect_max_s=30)
+        ends.open_client(relay.address, mapping(("127.0.0.1", 9)), reconnect_max=30)
         [session] = eventually(ends.sessions)
         eventually(lambda: session.rtt_s)
         client = ends.client_sessions()[0]
@@ -173,7 +173,7 @@ def test_a_transport_that_takes_nothing(ends: Ends, sender: str, monkeypatch: py
             sock.sendall(bytes(1 << 16))
 
     with Service(pour) as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
-        ends.open_client(relay.address, mapping(service.address), reconnect_max_s=30)
+        ends.open_client(relay.address, mapping(service.address), reconnect_max=30)
         public = ends.public()
         relay.stall(up=sender == "client", down=sender == "server")
         for _ in range(100):  # windows in all more than the kernel holds for one connection
@@ -206,7 +206,7 @@ def test_a_busy_link_never_looks_dead(ends: Ends) -> None:
 
     over: list[bool] = []
     with Service(echo) as service, contextlib.ExitStack() as stack:
-        public = ends.open_tunnel(service, heartbeat_s=0.4)
+        public = ends.open_tunnel(service, heartbeat=0.4)
         sessions = [ends.sessions()[0], ends.client_sessions()[0]]
         for _ in range(3):
             stack.enter_context(running(saturate, lambda: over.append(True)))

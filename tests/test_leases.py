@@ -91,7 +91,7 @@ def test_a_network_that_goes_silent(
     believes in the old one; whose visitors are reset then, and whose transport is shut."""
     with echo_service() as service, Relay(ends.open_server()) as relay:
         asked = free_port() if port == "chosen" else 0
-        ends.open_client(relay.address, mapping(service.address, asked), heartbeat_s=0.2)
+        ends.open_client(relay.address, mapping(service.address, asked), heartbeat=0.2)
         public = ends.public()
         with connect(public) as old:
             old.sendall(b"marco")
@@ -112,7 +112,7 @@ def test_a_network_that_goes_silent(
 def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """[L-2]: a session whose writer waits in a transport that takes nothing is replaced at once, and shut."""
     with echo_service() as service, Relay(ends.open_server()) as relay, contextlib.ExitStack() as stack:
-        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.2)
+        ends.open_client(relay.address, mapping(service.address), heartbeat=0.2)
         public = ends.public()
         check_echo(public)
         relay.stall()
@@ -220,7 +220,7 @@ def test_no_byte_of_an_old_stream_reaches_a_new_one(
         Relay(ends.open_server()) as relay,
         contextlib.ExitStack() as stack,
     ):
-        ends.open_client(relay.address, mapping(service.address), heartbeat_s=0.1)
+        ends.open_client(relay.address, mapping(service.address), heartbeat=0.1)
         public = ends.public()
         for seed in range(4):
             stack.enter_context(running(lambda seed=seed: records.visit(public, seed), records.stop.set))  # type: ignore[misc]

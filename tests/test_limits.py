@@ -586,7 +586,7 @@ def test_a_stream_that_is_slow_to_close_holds_up_no_other(ends: Ends, monkeypatc
     monkeypatch.setattr(rtunnel.Stream, "_close", slow_close)
     with Peer.as_client(ends.open_server()) as peer, contextlib.ExitStack() as stack:
         visitors = []
-        for _ in range(12):  # one after the other: those of one moment have no order
+        for _ in range(12):  # the streams are numbered in this order
             visitors.append(stack.enter_context(connect(peer.public)))
             peer.hear(rtunnel.FrameType.NEW_CONN)
         peer.sock.close()

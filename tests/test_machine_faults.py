@@ -19,7 +19,7 @@ def test_the_clock_is_stepped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's clock may jump by hours: no wait, no deadline and no backoff goes by it."""
     assert not re.search(r"time\.time\b|datetime", (ROOT / "rtunnel.py").read_text())
     with answering() as (service, answers), Ends() as ends:
-        public = ends.open_tunnel(service, heartbeat_s=0.2)
+        public = ends.open_tunnel(service, heartbeat=0.2)
         with Load(public, 4) as load:
             for step_s in (3600, -3600, 86400):
                 real = time.time

@@ -141,7 +141,7 @@ def test_defect_10_an_answer_at_once_finds_its_stream(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rtunnel, "PlainTransport", Transport)
     loopback = rtunnel.Address("127.0.0.1", 0)
-    serving = rtunnel.Server(loopback, loopback, "", rtunnel.Settings(), None)
+    serving = rtunnel.Server(rtunnel.Settings(control_listen=loopback, public_listen=loopback), None)
     try:
         serving.start()
         (lease,) = leases(serving)

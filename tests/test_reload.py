@@ -264,7 +264,9 @@ def test_a_renewal_beside_the_reload(house: House) -> None:
 
     with PeerServer() as server, contextlib.ExitStack() as stack:
         where = rtunnel.Mapping(0, rtunnel.Address("127.0.0.1", 9), rtunnel.Address(*server.address))
-        asking = rtunnel.Client([where], 1.0, rtunnel.Settings(), None, load)
+        context: Any = house.client(name="127.0.0.1")
+        context.load_anew = load
+        asking = rtunnel.Client([where], rtunnel.Settings(), context)
         stack.callback(stop, asking)
         asking.start()
         assert loading.wait(10.0)

@@ -162,7 +162,7 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
     """Each visitor of the global port goes to the client with the fewest open streams, of several such to the one
     that has waited longest for one."""
     loopback = rtunnel.Address("127.0.0.1", 0)
-    serving = rtunnel.Server(loopback, loopback, "", rtunnel.Settings(), None)
+    serving = rtunnel.Server(rtunnel.Settings(control_listen=loopback, public_listen=loopback), None)
     with ExitStack() as stack:
         serving.start()
         stack.callback(serving.stop)

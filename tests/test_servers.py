@@ -189,7 +189,7 @@ def test_retired_sessions_are_counted_by_server(monkeypatch: pytest.MonkeyPatch)
     with PeerServer() as one, PeerServer() as two, echo_service() as service, Ends() as ends:
         mappings = [rtunnel.Mapping(0, rtunnel.Address(*service.address), rtunnel.Address(*each.address))
                     for each in (one, two)]  # fmt: skip
-        client = rtunnel.Client(mappings, 0.05, rtunnel.Settings(), None)
+        client = rtunnel.Client(mappings, rtunnel.Settings(reconnect_max=0.05), None)
         client.start()
         try:
             for number in range(3):  # two that stay, and one that is ended

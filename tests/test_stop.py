@@ -196,11 +196,12 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     threads = set(threading.enumerate())
     sockets = own_sockets() if sys.platform == "linux" else 0
     with echo_service() as service, ExitStack() as stack:
-        serving = rtunnel.Server(rtunnel.Address("127.0.0.1", 0), None, "127.0.0.1", rtunnel.Settings(), None)
+        settings = rtunnel.Settings(control_listen=rtunnel.Address("127.0.0.1", 0), public_bind="127.0.0.1")
+        serving = rtunnel.Server(settings, None)
         serving.start()
         control = rtunnel.Address(*control_address(serving))
         where = rtunnel.Mapping(0, rtunnel.Address(*service.address), control)
-        asking = rtunnel.Client([where], 1.0, rtunnel.Settings(), None)
+        asking = rtunnel.Client([where], rtunnel.Settings(), None)
         asking.start()
         assert opened.wait(10)
         host, _, port = leases[0].rpartition(":")

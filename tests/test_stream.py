@@ -524,7 +524,7 @@ def test_no_thread_for_a_local_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = tcp_pair()
     with echo_service() as service, NaivePeer(far) as peer:
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address))
-        client = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
+        client = rtunnel.Client([mapping], rtunnel.Settings(), None)
         rtunnel.CLOCK.start()
         session = rtunnel.ClientSession(rtunnel.PlainTransport(near), client, mapping)
         with running(session.run, lambda: stop(client)):
@@ -712,12 +712,13 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunnel.Listener]:
-    """A listener on a free port, at work."""
+    """A listener on a free port, at work; after its stop no acceptor waits, and the last one has closed it."""
     listener = listen(LOOPBACK, pool, handle)
     try:
         yield listener
     finally:
         listener.stop()
+        eventually(lambda: not listener._waiting and listener.socket.fileno() < 0)
 
 
 def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
@@ -774,6 +775,27 @@ def test_who_serves_has_a_successor(pool: rtunnel.Pool) -> None:
         eventually(lambda: listener._waiting == rtunnel.ACCEPTORS and idle_threads(pool) >= count - rtunnel.ACCEPTORS)
 
 
+def test_a_listener_where_a_stop_wakes_nobody(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere than on Linux acceptors wait in steps, and look for the stop; what they take waits as long as it has
+    to."""
+    limits: list[float | None] = []
+
+    def handle(sock: socket.socket, peer: rtunnel.Address) -> None:
+        limits.append(sock.gettimeout())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rtunnel, "STEP_S", 0.02)
+        patch.setattr(sys, "platform", "another")
+        listener = rtunnel.Listener(LOOPBACK, pool, handle)
+    assert listener.socket.gettimeout() == 0.02
+    listener.start()
+    for _ in range(2 * rtunnel.ACCEPTORS):
+        assert visit(listener.address) == "eof"
+    assert limits == [None] * 2 * rtunnel.ACCEPTORS
+    listener._asked_to_stop.set()  # nothing else
+    eventually(lambda: not listener._waiting and listener.socket.fileno() < 0)
+
+
 def test_a_listener_keeps_a_reset(pool: rtunnel.Pool) -> None:
     """A handler that asks for a reset gets it: nothing sends FIN before."""
     with listening(pool, lambda sock, peer: rtunnel.reset_at_close(sock)) as listener:
@@ -794,6 +816,25 @@ def test_a_handler_that_fails(pool: rtunnel.Pool, log: Log) -> None:
             with connect(listener.address) as visitor:
                 visitor.sendall(word)
                 assert read_all(visitor) == answer
+    (record,) = log.events("internal-error")
+    assert "ZeroDivisionError: this one" in record["traceback"]
+
+
+def test_an_admission_that_fails(pool: rtunnel.Pool, log: Log) -> None:
+    """An error that escapes the admission is logged and closes its connection alone; the port goes on."""
+    answers = iter([ZeroDivisionError("this one"), True, True])
+
+    def admit(peer: rtunnel.Address) -> bool:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer is True
+
+    listener = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: sock.sendall(b"fine"), admit)
+    listener.start()
+    for expected in (b"", b"fine", b"fine"):
+        with connect(listener.address) as visitor:
+            assert read_all(visitor) == expected
+    listener.stop()
     (record,) = log.events("internal-error")
     assert "ZeroDivisionError: this one" in record["traceback"]
 
@@ -891,7 +932,7 @@ class Pair:
 
 @pytest.fixture
 def pair(log: Log) -> Iterator[Pair]:
-    serving = rtunnel.Server(LOOPBACK, None, "127.0.0.1", rtunnel.Settings(), None)
+    serving = rtunnel.Server(rtunnel.Settings(control_listen=LOOPBACK, public_bind="127.0.0.1"), None)
     with contextlib.ExitStack() as stack:
         serving.start()
         stack.callback(stop, serving)
@@ -997,7 +1038,7 @@ def test_an_internal_error_of_a_client(log: Log, monkeypatch: pytest.MonkeyPatch
         control.settimeout(5)
         where = rtunnel.Address(*control.getsockname())
         mapping = rtunnel.Mapping(0, rtunnel.Address(*service.address), where)
-        asking = rtunnel.Client([mapping], 1.0, rtunnel.Settings(), None)
+        asking = rtunnel.Client([mapping], rtunnel.Settings(), None)
         on_frame = rtunnel.ClientSession.on_frame
         failures = [Boom()]
 

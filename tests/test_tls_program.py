@@ -586,7 +586,8 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
     ssl_object = rtunnel_tls._Ssl
     monkeypatch.setattr(rtunnel_tls, "_Ssl", watch)
     loopback = rtunnel.Address("127.0.0.1", 0)
-    serving = rtunnel.Server(loopback, loopback, "127.0.0.1", rtunnel.Settings(), house.server())
+    settings = rtunnel.Settings(control_listen=loopback, public_listen=loopback)
+    serving = rtunnel.Server(settings, house.server())
     over, threads = time.monotonic() + 1.0, 4
 
     def both(sock: socket.socket) -> None:
@@ -609,8 +610,7 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
         serving.start()
         asking = rtunnel.Client(
             [rtunnel.Mapping(0, rtunnel.Address(*service.address), rtunnel.Address(*control_address(serving)))],
-            1.0,
-            rtunnel.Settings(),
+            rtunnel.Settings(reconnect_max=1.0),
             house.client(name="127.0.0.1"),
         )
         stack.callback(stop, asking)

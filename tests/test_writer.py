@@ -262,6 +262,38 @@ def test_the_end_while_others_run(
         send(writer, SMALL, FakeStream(1))
 
 
+def test_a_last_frame_while_others_run(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream's last frame also drops what its pump has left for the send after others have run, and goes in it."""
+    stream: Any = FakeStream(1)
+    send(writer, SMALL, FakeStream(9))
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: writer.post_last(stream, frame(CLOSE_CONN, 1)))
+    send(writer, SMALL, stream)
+    assert transport.sends == [SMALL, frame(CLOSE_CONN, 1)]
+
+
+def test_one_lets_others_run_at_a_time(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a pump lets others run another's large frame takes along what was left; what is left from then on is still
+    the first one's to send."""
+    asked: list[int] = []
+    small = [frame(DATA, number, b"small") for number in range(4)]
+
+    def others() -> None:
+        asked.append(1)
+        send(writer, LARGE, FakeStream(2))
+        send(writer, small[2], FakeStream(2))
+        send(writer, small[3], FakeStream(3))
+
+    send(writer, SMALL, FakeStream(9))
+    monkeypatch.setattr(rtunnel, "let_others_run", others)
+    send(writer, small[1], FakeStream(1))
+    assert transport.sends == [SMALL, small[1] + LARGE, small[2], small[3]]
+    assert asked == [1]
+
+
 def test_control_frames_go_ahead_of_data(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """A control frame that is posted after DATA was queued is sent before it."""
     with held(writer, transport):

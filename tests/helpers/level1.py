@@ -100,7 +100,8 @@ class Ends:
 
     def open_server(self, *, public: rtunnel.Address | None = None, **settings: Any) -> Address:
         """Start the server; returns its control address."""
-        self.server = rtunnel.Server(LOOPBACK, public, LOOPBACK.host, rtunnel.Settings(**settings), self._contexts[0])
+        where = {"control_listen": LOOPBACK, "public_listen": public, "public_bind": LOOPBACK.host}
+        self.server = rtunnel.Server(rtunnel.Settings(**where, **settings), self._contexts[0])
         self.server.start()
         self._stack.callback(stop, self.server)
         return control_address(self.server)
@@ -109,13 +110,11 @@ class Ends:
         self,
         server: Address,
         *mappings: rtunnel.Mapping,
-        reconnect_max_s: float = 0.05,
         **settings: Any,
     ) -> rtunnel.Client:
         """Start a client."""
-        shared = rtunnel.Settings(**settings)
         there = [dataclasses.replace(each, server=rtunnel.Address(*server)) for each in mappings]
-        client = rtunnel.Client(there, reconnect_max_s, shared, self._contexts[1])
+        client = rtunnel.Client(there, rtunnel.Settings(**{"reconnect_max": 0.05, **settings}), self._contexts[1])
         client.start()
         self._clients.append(client)
         self._stack.callback(stop, client)
