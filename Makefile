@@ -17,20 +17,31 @@ PYTHON ?= python3
 VENV ?= .venv
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: demo test check bench profile attack faults failover soak fuzz interop clean
+.PHONY: demo test first-half second-half check bench profile attack faults failover soak fuzz interop clean
 
 demo: $(VENV)/installed-test
 	@$(IN_VENV) -u tests/demo.py
 
+# Two halves at once, for two processors; what each says is shown when it ends.
+FIRST_HALF = $(patsubst %,tests/test_%.py, bench config demo dissector documents drain fuzz haproxy http_proxy \
+    interop_tlslite judge leases long_runs machine_faults metrics packaging pki reload servers state_report \
+    systemd_units tls_context tls_refusals)
+
 test: $(VENV)/installed-test
-	$(IN_VENV) -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync first-half second-half
+
+first-half:
+	$(IN_VENV) -m pytest $(FIRST_HALF)
+
+second-half:
+	$(IN_VENV) -m pytest $(addprefix --ignore=,$(FIRST_HALF))
 
 check: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m mypy --strict rtunnel.py rtunnel_tls.py
 	$(IN_VENV) tests/sizes.py
-	$(IN_VENV) -m pytest
+	@$(MAKE) --no-print-directory test
 
 bench: $(VENV)/installed-test
 	@$(IN_VENV) -u bench/run.py $(ARGS)
