@@ -1318,8 +1318,9 @@ class Writer:
         # guarded by _lock
         self._writing = False
         self._gathering = False  # a pump lets others leave frames; until it runs nobody else does
-        # The stream that sent last, 0 of a large frame: who is alone, or beside bulk, never waits.
-        self._last = 0
+        # Who is alone, or beside bulk, never waits.
+        self._last = 0  # the stream that sent last
+        self._small_frames = 0  # that were sent since a large one
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1349,8 +1350,10 @@ class Writer:
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
             is_small = len(frame) < RECORD_BYTES
-            gathers = is_small and self._last not in (0, stream.number) and len(self._queue) < GROUP_FRAMES - 1
-            self._last = stream.number if is_small else 0
+            self._small_frames = self._small_frames + 1 if is_small else 0
+            has_company = self._last != stream.number and self._small_frames > GROUP_FRAMES
+            gathers = has_company and len(self._queue) < GROUP_FRAMES - 1
+            self._last = stream.number
             if self._writing or gathers:
                 if frame:
                     self._queue.append((stream, bytes(frame)))

@@ -213,6 +213,13 @@ def test_a_pump_takes_the_queued_ones_along(writer: rtunnel.Writer, transport: F
     assert transport.sends[1:] == [control + SMALL + late + LARGE]
 
 
+def small_ones_only(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """No large frame was sent for a while."""
+    for _ in range(rtunnel.GROUP_FRAMES):
+        send(writer, SMALL, FakeStream(9))
+    del transport.sends[1:]
+
+
 def test_small_frames_of_several_streams_go_together(
     writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +232,7 @@ def test_small_frames_of_several_streams_go_together(
         for number in numbers:
             send(writer, frames[number - 1], FakeStream(number))
 
-    send(writer, SMALL, FakeStream(9))
+    small_ones_only(writer, transport)
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: leave(2, 3))
     send(writer, frames[0], FakeStream(1))
     assert transport.sends == [SMALL, b"".join(frames[:3])]
@@ -243,10 +250,11 @@ def test_who_waits_for_nobody(
     for _ in range(3):
         send(writer, SMALL, FakeStream(1))
     send(writer, frame(DATA, 2, bytes(rtunnel.RECORD_BYTES)), FakeStream(2))
-    send(writer, SMALL, FakeStream(1))
+    for number in range(rtunnel.GROUP_FRAMES):  # so soon after it, neither does anybody
+        send(writer, SMALL, FakeStream(number))
     assert not asked
-    assert len(transport.sends) == 5
-    send(writer, SMALL, FakeStream(3))
+    assert len(transport.sends) == 4 + rtunnel.GROUP_FRAMES
+    send(writer, SMALL, FakeStream(1))
     assert asked
 
 
@@ -254,7 +262,7 @@ def test_the_end_while_others_run(
     writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pump that let others run sends nothing behind the end: the transport is the control sender's then."""
-    send(writer, SMALL, FakeStream(9))
+    small_ones_only(writer, transport)
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: writer.close("done"))
     send(writer, SMALL, FakeStream(1))
     assert transport.sends == [SMALL]
@@ -267,7 +275,7 @@ def test_a_last_frame_while_others_run(
 ) -> None:
     """A stream's last frame also drops what its pump has left for the send after others have run, and goes in it."""
     stream: Any = FakeStream(1)
-    send(writer, SMALL, FakeStream(9))
+    small_ones_only(writer, transport)
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: writer.post_last(stream, frame(CLOSE_CONN, 1)))
     send(writer, SMALL, stream)
     assert transport.sends == [SMALL, frame(CLOSE_CONN, 1)]
@@ -287,7 +295,7 @@ def test_one_lets_others_run_at_a_time(
         send(writer, small[2], FakeStream(2))
         send(writer, small[3], FakeStream(3))
 
-    send(writer, SMALL, FakeStream(9))
+    small_ones_only(writer, transport)
     monkeypatch.setattr(rtunnel, "let_others_run", others)
     send(writer, small[1], FakeStream(1))
     assert transport.sends == [SMALL, small[1] + LARGE, small[2], small[3]]
