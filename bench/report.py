@@ -110,9 +110,9 @@ def sentences(results: Results) -> str:
         return f"{amount(middle(values, OURS[0]))} {TITLES[figure][1]} ({ratio(values, OURS[0], rival)})"
 
     bulk = f"one stream downloads {shown('down_1')}, eight {shown('down_8')}"
-    far = f"at 100 ms of round trip one {shown('distance_100')}"
+    far = f", at 100 ms of round trip one {shown('distance_100')}" if "distance_100" in results.figures else ""
     text = (
-        f"Over TLS, in brackets as a multiple of what `{rival}` does: {bulk}, {far}. "
+        f"Over TLS, in brackets as a multiple of what `{rival}` does: {bulk}{far}. "
         f"64 visitors that keep their connections get {shown('keepalive')}, and 32 that open a new one each time "
         f"{shown('close')}. "
         f"An idle visitor costs both ends together {shown('memory_1000')}; the 99th of 100 echoes beside a saturating "
