@@ -47,7 +47,7 @@ TITLES = {
     "distance_100": ("Download, 1 stream, 100 ms round trip", "MB/s", MORE),
 }
 OURS = ("default", "plain")
-RIVALS = ("ssh 10", "ssh -R")  # the first that was measured
+RIVALS = {"ssh 10": "`ssh -R` of OpenSSH 10", "ssh -R": "`ssh -R`"}  # the first that was measured
 DIRECT = "direct"
 
 
@@ -112,7 +112,7 @@ def sentences(results: Results) -> str:
     bulk = f"one stream downloads {shown('down_1')}, eight {shown('down_8')}"
     far = f", at 100 ms of round trip one {shown('distance_100')}" if "distance_100" in results.figures else ""
     text = (
-        f"Over TLS, in brackets as a multiple of what `{rival}` does: {bulk}{far}. "
+        f"Over TLS, in brackets as a multiple of what {RIVALS[rival]} does: {bulk}{far}. "
         f"64 visitors that keep their connections get {shown('keepalive')}, and 32 that open a new one each time "
         f"{shown('close')}. "
         f"An idle visitor costs both ends together {shown('memory_1000')}; the 99th of 100 echoes beside a saturating "
