@@ -334,7 +334,8 @@ def environment(folder: Path) -> dict[str, str]:
     for each in Path(sysconfig.get_path("purelib")).iterdir():
         if not re.match(r"rtunnel|__editable__|pip\b|.*\.pth$", each.name):
             (packages / each.name).symlink_to(each)
-    kept = {name: value for name, value in os.environ.items() if not re.match("RTUNNEL_|PYTHON|PIP_|VIRTUAL|MAKE|MFLAGS|VENV", name)}
+    ours = re.compile("RTUNNEL_|PYTHON|PIP_|VIRTUAL|MAKE|MFLAGS|VENV")  # of the tests' own environment, and of make
+    kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
     return {
         **kept,
         "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
