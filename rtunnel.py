@@ -1190,7 +1190,7 @@ class Listener(socketserver.ThreadingTCPServer):
         peer = Address(*client_address[:2])
         try:
             return self._admit(peer) and self._has_successor(peer)
-        except Exception:
+        except Exception:  # the safety net of the admission: this connection alone ends
             log_internal_error()
             return False
 
@@ -3170,7 +3170,7 @@ class Client(Program):
             try:  # the certificate that is there now; where it is broken, the old one
                 renewed = context and context.load_anew()
                 with self._lock:
-                    if context is self._context:  # else main has reloaded meanwhile
+                    if context is self._context:  # else a reload, or another mapping, was faster
                         self._context = renewed
             except rtunnel_tls.TlsConfigError as error:
                 log_event(ERROR, "reload-failed", reason=error)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from engines import found, haproxy, nginx, shipped_haproxy
-from longrun import main, require
+from longrun import ending, main, require
 from support import Address, Program, free_port
 from tls_peers import House
 
@@ -140,16 +140,8 @@ def farm(folder: Path) -> Iterator[Farm]:
     house = House(folder / "pki")
     with nginx(folder, PAGES) as (page_port,):
         here = Farm(folder, page_port, {role: house.flags(role) for role in ("server", "client")})
-        try:
-            with here.balanced():
-                yield here
-        except BaseException:
-            for program in here.programs:
-                print(f"--- {program.arguments[0]}", *program.lines[-40:], sep="\n", file=sys.stderr)
-            raise
-        finally:
-            for program in here.programs:
-                program.kill()
+        with ending(here.programs), here.balanced():
+            yield here
 
 
 def failover(seconds: float) -> None:

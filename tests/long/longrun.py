@@ -91,19 +91,26 @@ def cost(program: Program) -> str:
 
 
 @contextlib.contextmanager
+def ending(programs: list[Program]) -> Iterator[None]:
+    """Whatever is in the list is ended with the block, and a failure shows the logs' ends."""
+    try:
+        yield
+    except BaseException:
+        for program in programs:
+            print(f"--- {program.arguments[0]}", *program.lines[-40:], sep="\n", file=sys.stderr)
+        raise
+    finally:
+        for program in programs:
+            program.kill()
+
+
+@contextlib.contextmanager
 def stage() -> Iterator[Stage]:
     """A stage without its programs; whatever it starts is ended with it, and a failure shows the logs' ends."""
     with tempfile.TemporaryDirectory() as folder, answering() as (service, answers):
         here = Stage(Path(folder), service, answers)
-        try:
+        with ending(here.programs):
             yield here
-        except BaseException:
-            for program in here.programs:
-                print(f"--- {program.arguments[0]}", *program.lines[-40:], sep="\n", file=sys.stderr)
-            raise
-        finally:
-            for program in here.programs:
-                program.kill()
     for program in here.programs:
         broken = program.events("internal-error")
         require(not broken, f"internal error: {broken}")
