@@ -16,7 +16,7 @@ A thread is known by the function that it begins in. It waits in the functions o
 and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
 
     thread           how many        does (begins in)               may wait in
-    main             1               signals, reload, drain and     heard, tell_systemd, Pool.run,
+    main             1               signals, reload, drain and     heard, tell_systemd,
                                      stop (main)                    Listener.__init__, Clock.start,
                                                                     LogHandler.__init__,
                                                                     LogHandler.finish
@@ -25,12 +25,12 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      (Clock._run)
     log              1               writes the log's lines         LogHandler._write
                                      (LogHandler._write)
-    acceptor         1 a port,       takes control connections,     Listener.get_request, Pool.run,
+    acceptor         1 a port,       takes control connections,     Listener.get_request,
                      and more        visitors or scrapes; serves     Listener._has_successor*
                                      it as one of the next rows
                                      (Listener.serve_forever)
     session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
-                                     and dispatches frames, writes  PlainTransport.send, Pool.run,
+                                     and dispatches frames, writes  PlainTransport.send,
                                      none, dials nobody             Session.run,
                                      (Server.serve_control,         OriginalStream.feed
                                      Client._read)
@@ -40,21 +40,21 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
                      and server, at  hands, waits for the           Client._connect, Client._serve,
                      the client      session's end                  PlainTransport.receive_into,
-                                     (Client._run_mapping)          PlainTransport.send, Pool.run,
+                                     (Client._run_mapping)          PlainTransport.send,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
-    stream pump      1 a stream      the dial (client); socket to   dial, ClientSession._dial_local,
-                                     frames; closes the socket      PumpedStream._receive,
-                                                                    Writer.send,
-                                     (Server.serve_visitor,         PumpedStream._watch_locked,
-                                     PumpedStream.run)              PlainTransport.send, Pool.run*,
-                                                                    Server._choose, Stream._close
+    stream pump      0 or 1 a        the dial (client); socket to   dial, ClientSession._dial_local,
+                     stream          frames                         PumpedStream._receive,
+                                     (Server.serve_visitor,         PumpedStream._wait_for_credit,
+                                     PumpedStream.run)              Writer.send,
+                                                                    PlainTransport.send,
+                                                                    Server._choose
     scrape           1 a scrape, at  answers with the figures       Metrics.serve
                      --metrics       (Metrics.serve)
     stream drainer   0 or 1 a        queue to socket                Stream._drain
                      stream          (Stream._drain)
-    idle worker      what was        waits for the next task        Pool.work
-                     needed, 10 s    (Worker.run)
+    idle worker      what was        waits for the next task        Pool._work
+                     needed, 10 s    (Pool._work)
 
 Locks
 -----
@@ -116,6 +116,7 @@ if os.path.basename(sys.argv[0]) in ("rtunnel", "rtunnel.py") and hasattr(signal
     # As a program: a signal that comes during the imports, a quarter of a second, waits for main.
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
+import _thread
 import argparse
 import base64
 import collections
@@ -219,7 +220,7 @@ HEARTBEAT_S = 15.0  # yamux: 30 s [Session._beat]
 HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
 WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
-WATCH_S = 1.0  # between a waiting pump's looks for a reset [PumpedStream._watch_locked]
+WATCH_S = 1.0  # between looks of a pump that waits for credit [PumpedStream._wait_for_credit]
 DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
 LINGER_S = 5.0  # level 0: from FIN to close, which could eat our last bytes [OriginalStream]
 STALL_S = 5.0  # a sweep each; a queue that has not moved since the last gives growth back [Stream]
@@ -710,6 +711,7 @@ class Clock:
 CLOCK = Clock()
 
 LOG = logging.getLogger("rtunnel")
+logging.logThreads = False  # no line names a thread; those of the pool have no threading.Thread
 PLAIN_VALUE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, '=' and backslash
 
 
@@ -756,7 +758,7 @@ log_limit = LimitLog()
 
 def log_internal_error() -> None:
     """The exception that is being handled, as one line: its text may hold what a peer sent."""
-    log_event(ERROR, "internal-error", thread=threading.current_thread().name, traceback=traceback.format_exc())
+    log_event(ERROR, "internal-error", traceback=traceback.format_exc())
 
 
 class LogHandler(logging.Handler):
@@ -813,23 +815,13 @@ def start_log(level: str) -> Callable[[], None]:
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
-Inbox = queue.SimpleQueue[tuple[str, Task | None]]  # of a pool's thread: a name and a task, or none
-
-
-class Worker(threading.Thread):
-    """A thread of the pool. `target` and `args` in place of `run` would cost each a page more."""
-
-    def __init__(self, pool: Pool, inbox: Inbox, name: str) -> None:
-        super().__init__(name=name, daemon=True)
-        self._pool, self._inbox = pool, inbox
-
-    def run(self) -> None:
-        self._pool.work(self, self._inbox)
+Inbox = queue.SimpleQueue[Task | None]  # of a pool's thread; none: it leaves
 
 
 class Pool:
-    """Daemon threads that are reused: starting one waits for it to run, and halves the rate.
+    """Threads that are reused: a new one for each task costs a tenth of the short connections.
 
+    They are daemons of `_thread`. A threading.Thread is 4 kB more, and its start waits until it runs.
     Threads: any. Locking: `_lock` guards everything below the marker.
     Invariant: an inbox is in `_idle` until somebody takes it out, who puts a task into it.
     """
@@ -840,25 +832,25 @@ class Pool:
         self._idle: list[Inbox] = []  # the last to idle is the first to work: its memory is warm
         self._closed = False
 
-    def run(self, name: str, task: Task) -> None:
-        """Run the task in a thread of that name. Raises NoThread."""
+    def run(self, task: Task) -> None:
+        """Run the task in a thread of its own. Never waits. Raises NoThread."""
         with self._lock:
             if self._closed:
                 raise NoThread("stopping")
             new = not self._idle
             inbox = Inbox() if new else self._idle.pop()
-        inbox.put((name, task))
+        inbox.put(task)  # as an argument it would live as long as the thread
         if new:
             try:
-                Worker(self, inbox, name).start()
+                _thread.start_new_thread(self._work, (inbox,))
             except RuntimeError as error:
                 raise NoThread(str(error)) from error
 
-    def work(self, thread: Worker, inbox: Inbox) -> None:
-        """A worker's life."""
+    def _work(self, inbox: Inbox) -> None:
+        """A thread's life."""
         while True:
             try:
-                thread.name, task = inbox.get(timeout=POOL_IDLE_S)
+                task = inbox.get(timeout=POOL_IDLE_S)
             except queue.Empty:
                 with self._lock:
                     if inbox in self._idle:
@@ -884,7 +876,7 @@ class Pool:
             self._closed = True
             # Each wakes the next: thousands at once would all ask for the interpreter's lock.
             if self._idle:
-                self._idle.pop().put(("leaving", None))
+                self._idle.pop().put(None)
 
 
 class LateCondition:
@@ -1106,8 +1098,9 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (`admit`: is it served?), then `process_request`, which calls `finish_request` (`handle`) and
-    `shutdown_request`. Each override names the trap of socketserver that it is there for.
+    (`admit`: is it served?), then `process_request` (`handle`), and `shutdown_request` unless
+    `handle` says that it keeps the connection, and calls `left` itself. Each override names the
+    trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
     as in PlainTransport.
@@ -1118,7 +1111,7 @@ class Listener(socketserver.ThreadingTCPServer):
     request_queue_size = LISTEN_BACKLOG
 
     def __init__(
-        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], None],
+        self, address: Address, pool: Pool, handle: Callable[[socket.socket, Address], bool | None],
         admit: Callable[[Address], bool] = lambda peer: True, left: Callable[[], None] = lambda: None,
         *, reset: bool = False,
     ) -> None:  # fmt: skip
@@ -1150,7 +1143,7 @@ class Listener(socketserver.ThreadingTCPServer):
         with self._lock:
             self._waiting = 1
         try:
-            self._pool.run(f"acceptor {self.address}", self.serve_forever)
+            self._pool.run(self.serve_forever)
         except NoThread as error:
             self.socket.close()
             raise OSError(str(error)) from error
@@ -1201,7 +1194,7 @@ class Listener(socketserver.ThreadingTCPServer):
                 self._waiting -= 1
                 return True
         try:
-            self._pool.run(f"acceptor {self.address}", self.serve_forever)
+            self._pool.run(self.serve_forever)
             return True
         except NoThread as error:
             log_limit("connection-dropped", peer=peer, reason=reason_of(error))
@@ -1209,23 +1202,21 @@ class Listener(socketserver.ThreadingTCPServer):
             return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In this thread, in place of a new one each time."""
-        self.process_request_thread(request, client_address)
+        """By a function, in this thread, in place of a class and a new thread each time."""
+        kept = None
+        try:
+            kept = self._handle(request, Address(*client_address[:2]))
+        except Exception:  # the safety net; socketserver prints to stderr
+            log_internal_error()
+        if not kept:
+            self.shutdown_request(request)
         with self._lock:
             self._waiting += 1
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """A function in place of a class."""
-        self._handle(request, Address(*client_address[:2]))
 
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
         self._left()
         request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """The safety net; socketserver prints to stderr."""
-        log_internal_error()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
@@ -1338,7 +1329,8 @@ class Writer:
         """
         with self._lock:
             # Who comes later waits behind those who wait, or they would never get room.
-            if self._writing and frame and (self._waiting or not self._has_room_locked(len(frame))):
+            is_full = self._waiting or not self._has_room_locked(len(frame))
+            if self._writing and frame and is_full and self._cause is None:
                 self._waiting += 1
                 self._room.wait()
                 while not (self._has_room_locked(len(frame)) or stream.silenced or self._cause is not None):
@@ -1548,17 +1540,19 @@ def end_frame(kind: FrameType, number: int, reason: str) -> bytes:
 class Stream:
     """One visitor's connection, carried by one session: its state, and the way to its socket.
 
-    Threads: fed and ended by the session reader, drained by its drainer, swept by the clock, closed
-    by its pump, aborted by any.
+    Threads: fed and ended by the session reader, drained by its drainer, swept by the clock,
+    aborted by any, closed by whoever ends the last of it.
     Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of writer
-    and budget may be taken. Only the pump closes the socket, when no drainer is at work: a
-    descriptor closed under another thread's call could carry its bytes to a stranger.
+    and budget may be taken. Pump and drainer alone use the socket without it, and while one of them
+    is at work nobody closes it: a descriptor closed under another thread's call could carry its
+    bytes to a stranger.
     Invariant: the queue never exceeds window + debt. While something is queued and there is a
     socket, a drainer is at work.
     """
 
     level = 1  # of the session that carries it
     first_window = WINDOW_BYTES
+    _reset_behind_data = False  # CLOSE_CONN goes behind the DATA that is still here; the pump's
 
     def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
@@ -1568,12 +1562,14 @@ class Stream:
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
         self._sent_at = self._opened_at  # the last of them, or the end
         self._lock = threading.Lock()
-        self._changed = LateCondition(self._lock)  # more credit, a drainer gone, an end, room
+        self._changed = LateCondition(self._lock)  # more credit, an end, room
         # guarded by _lock
         self._receiving = Receiving.OPEN
         self._sending = Sending.OPEN
         self._cause: str | None = None  # of an end that is not clean; the first
+        self._pumping = True  # its pump is at work, or on its way
         self._is_over = False  # the pump has nothing more to receive
+        self._is_closed = False
         self._sock = sock
         self._queue = ByteQueue()
         self._draining = False  # a drainer is at work
@@ -1599,18 +1595,21 @@ class Stream:
                 self._queue.append(part)
         if self._queue:  # read without the lock
             self._start_drainer()
+        self._close_unused()
 
     def end_received(self, _: bytes = b"") -> None:
         """FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
+        self._close_unused()
 
     def close_received(self, reason: bytes) -> None:
         """The peer's CLOSE_CONN: a reset."""
         with self._lock:
             self._sending = Sending.CLOSED
             self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
+        self._close_unused()
 
     def window_received(self, payload: bytes) -> None:
         """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
@@ -1642,6 +1641,10 @@ class Stream:
             half_open = self._sending is not Sending.OPEN or self._receiving is not Receiving.OPEN
             if half_open and now - max(self._moved_at, self._sent_at) > STUCK_S:
                 self._abort_locked("stuck")
+            # Where the pump has left, nobody else would hear of it while there is nothing to send.
+            if not self._pumping and self._sock is not None and has_error(self._sock):
+                self._abort_locked("reset")
+        self._close_unused()
 
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
@@ -1661,9 +1664,10 @@ class Stream:
         """End both directions with a reset of the socket; the first cause stays. Never waits."""
         with self._lock:
             self._abort_locked(cause)
+        self._close_unused()
 
     def _abort_locked(self, cause: str) -> None:
-        if self._cause is None:
+        if self._cause is None and not self._is_closed:
             self._cause = cause
             self._stop_receiving_locked()
             self._end_pump_locked()
@@ -1745,14 +1749,14 @@ class Stream:
             self._write_queue_locked()
 
     def _start_drainer(self) -> None:
-        """Where one is needed. Not under the lock: it waits until the thread runs."""
+        """Where one is needed."""
         with self._lock:
-            sock = self._sock  # stays: the pump closes it only when no drainer is at work
+            sock = self._sock  # stays while a drainer is at work
             if not self._queue or self._draining or sock is None:
                 return
             self._draining = True
         try:
-            self._session.start_thread(f"drainer {self.number}", lambda: self._drain(sock))
+            self._session.start_thread(lambda: self._drain(sock))
         except NoThread as error:
             self._drainer_failed(reason_of(error))
 
@@ -1766,32 +1770,45 @@ class Stream:
                     # drainer for what comes now.
                     self._draining = bool(self._queue)
                     if not self._draining:
-                        return
+                        break
                 ready([sock], writing=True, seconds=DRAIN_STEP_S)
         except BaseException:
             self._drainer_failed("internal error")
             raise
+        self._close_unused()
 
     def _drainer_failed(self, cause: str) -> None:
         with self._lock:
             self._draining = False
-            self._abort_locked(cause)
-            self._changed.notify_all()
+        self.abort(cause)
 
     def refuse(self, cause: str) -> None:
-        """In place of `run`, where there is no thread for it. Raises SessionEnded."""
+        """In place of `run`, where there is no thread for it: the reader's, which must not wait."""
+        self._reset_behind_data = False
         self.abort(cause)
-        self._session.forget(self)
-        self._session.writer.post(end_frame(FrameType.CLOSE_CONN, self.number, cause))
+        self._pump_left()
 
-    def _close(self) -> None:
-        """The pump's last step. What it reads without the lock does not change any more."""
+    def _pump_left(self) -> None:
+        self._report_abort()
         with self._lock:
-            while self._draining:
-                self._changed.wait()
+            self._pumping = False
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        """The last step, where pump and drainer have left and nothing more goes to the socket.
+
+        Whoever has done the last of that comes here behind it, and nobody has to be woken for it.
+        What is read without the lock does not change any more.
+        """
+        if self._receiving is not Receiving.ENDED:
+            return
+        with self._lock:
+            if self._pumping or self._draining or self._is_closed:
+                return
+            self._is_closed = True
             sock, self._sock = self._sock, None
-            self._stop_receiving_locked()
             self._session.budget.give(self._receive_window.grown)
+        self._report_abort()  # of one that came after the pump's end
         if sock is not None:
             reset_at_close(sock, self._cause is not None)
             sock.close()
@@ -1802,28 +1819,39 @@ class Stream:
             seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
         )  # fmt: skip
 
+    def _report_abort(self) -> None:
+        """CLOSE_CONN with the reason, unless it or the peer's was said before.
+
+        It waits in the pump alone: what goes behind DATA has been said when the pump leaves.
+        """
+        with self._lock:
+            if self._cause is None or self._sending is Sending.CLOSED:
+                return
+            self._sending = Sending.CLOSED
+            frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
+        writer = self._session.writer
+        with contextlib.suppress(SessionEnded):
+            (writer.send if self._reset_behind_data else writer.post_last)(self, frame)
+
 
 class PumpedStream(Stream):
     """The same with its pump, whose thread runs all that is here: from the socket to the tunnel."""
 
-    _reset_behind_data = False  # CLOSE_CONN goes behind the DATA that is still here
-
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
-        """The pump's life: dial (client), socket to DATA frames, the ends, close."""
+        """The pump's life: dial (client), socket to DATA frames, its end."""
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
             # Read without the lock: one that is not dialled has been there from the start.
             sock = self._dial(connect) if connect else self._sock
             if sock is not None:
-                self._end_sending(sock, self._pump(sock, is_new=connect is None))
-            self._report_abort()
+                self._end_sending(self._pump(sock, is_new=connect is None))
         except SessionEnded as ended:
             self.abort(str(ended))
         except BaseException:
             self.abort("internal error")
             raise
         finally:
-            self._close()
+            self._pump_left()
 
     def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket | None:
         try:
@@ -1893,51 +1921,31 @@ class PumpedStream(Stream):
             return 0
 
     def _wait_for_credit(self, sock: socket.socket) -> None:
-        """With bytes to send and no credit says BLOCKED, once."""
+        """With bytes to send and no credit says BLOCKED, once; looks each second for a reset."""
         said = False
         with self._lock:
             while not self._credit and not self._is_over:
                 if not said and ready([sock], writing=False, seconds=0):
                     self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                     said = True
-                self._watch_locked(sock, self._session.unread_wait_s)
+                was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
+                if was_reset and time.monotonic() - self._sent_at >= self._session.unread_wait_s:
+                    self._abort_locked("reset")
 
-    def _end_sending(self, sock: socket.socket, unsent: bytes | memoryview) -> None:
-        """The socket has no more: say so, and wait until the other direction has ended, too."""
+    def _end_sending(self, unsent: bytes | memoryview) -> None:
+        """The socket has no more: say so, behind what is unsent."""
         with self._lock:
             if self._receiving is Receiving.BROKEN:
                 self._reset_behind_data = True
                 self._abort_locked("reset")
-            is_open = self._cause is None and self._sending is Sending.OPEN
-            if is_open:
+            if self._cause is None and self._sending is Sending.OPEN:
                 self._sent_at = time.monotonic()
                 unsent = b"".join([unsent, encode(self._end_sending_locked(), self.number)])
         self._session.writer.send(self, unsent)
-        with self._lock:
-            while is_open and self._receiving is not Receiving.ENDED and not self._is_over:
-                self._watch_locked(sock)
-
-    def _watch_locked(self, sock: socket.socket, unread_wait_s: float = 0.0) -> None:
-        """Wait a second for what another thread does; then look whether the socket was reset."""
-        was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
-        if was_reset and time.monotonic() - self._sent_at >= unread_wait_s:
-            self._abort_locked("reset")
 
     def _end_sending_locked(self) -> FrameType:
         self._sending = Sending.ENDED
         return FrameType.EOF
-
-    def _report_abort(self) -> None:
-        """CLOSE_CONN with the reason, unless the peer has sent its own."""
-        with self._lock:
-            if self._cause is None or self._sending is Sending.CLOSED:
-                return
-            self._sending = Sending.CLOSED
-            frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
-        if self._reset_behind_data:  # often it is the answer that explains the reset
-            self._session.writer.send(self, frame)
-        else:
-            self._session.writer.post_last(self, frame)
 
 
 # ---- who may what -----------------------------------------------------------------------------
@@ -2061,7 +2069,7 @@ class Session:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
         self.after(STALL_S, self._sweep)
         try:
-            self.start_thread(f"control sender {self.transport.peer}", self._send_control)
+            self.start_thread(self._send_control)
             self._read()
             self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
@@ -2252,17 +2260,17 @@ class Session:
             del self._streams[stream.number]
         self.program.metrics.closed(stream)
 
-    def start_thread(self, name: str, task: Task) -> None:
+    def start_thread(self, task: Task) -> None:
         """A thread whose internal error ends this session. Raises NoThread."""
-        self.program.pool.run(name, lambda: self.guarded(task))
+        self.program.pool.run(lambda: self.guarded(task))
 
     def guarded(self, task: Task) -> None:
-        """Run a stream's thread; an error that nobody foresaw ends the session too."""
+        """The safety net of a session's threads: an error that nobody foresaw ends the session."""
         try:
             task()
-        except BaseException:
+        except Exception:
+            log_internal_error()
             self.end("internal error")
-            raise
 
 
 # ---- metrics: totals, and the port that tells of them -----------------------------------------
@@ -2514,7 +2522,7 @@ class Program:
         figures = self.figures()
         used = {name: value for (metric, name), value in figures.items() if metric == "limit_used"}
         shown = {name: f"{value}/{figures.get(('limit', name), '')}".rstrip("/") for name, value in used.items()}
-        log_event(INFO, "state", threads=threading.active_count(), **shown, **days)
+        log_event(INFO, "state", threads=len(sys._current_frames()), **shown, **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():
@@ -2607,6 +2615,10 @@ class ServerSession(Session):
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
         self.guarded(stream.run)
+
+    def forget(self, stream: Stream) -> None:
+        super().forget(stream)
+        self._server.visitor_left(self)
 
     def retire(self, reason: str) -> None:
         self._server.leave_lease(self, reason, linger=self.level > 0)
@@ -2824,7 +2836,7 @@ class Server(Program):
         return lease
 
     def _start(self, lease: Lease) -> None:
-        """Start its acceptor; not under the lock, for that waits. Raises SessionEnded."""
+        """Start its acceptor, not under the lock. Raises SessionEnded."""
         try:
             lease.listener.start()
         except OSError as error:
@@ -2871,27 +2883,30 @@ class Server(Program):
         self.metrics.count("refusals_total", "streams" if full else "visitors")
         return False
 
-    def visitor_left(self) -> None:
+    def visitor_left(self, session: ServerSession | None = None) -> None:
         with self._lock:
             self._visitors -= 1
+            if session is not None:
+                session.visitors -= 1
 
-    def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> None:
-        """The life of a visitor's connection, in its pump's thread."""
+    def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> bool:
+        """Find a session, and be the pump of a stream there; False where there is none."""
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
         try:
             while session := self._choose(lease, ended, deadline):
                 try:
-                    return session.serve_visitor(sock, visitor)
+                    session.serve_visitor(sock, visitor)
+                    return True
                 except SessionEnded:
                     ended.append(session)
-                finally:
                     with self._lock:
                         session.visitors -= 1
             raise SessionEnded("no client is connected, or none takes more")
         except (SessionEnded, OSError) as error:
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
             self.metrics.count("refusals_total", "no-client")
+            return False
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
@@ -3072,7 +3087,7 @@ class ClientSession(Session):
         try:
             if full:
                 raise NoThread(f"{MAX_STREAMS} streams are open")
-            self.start_thread(f"pump {number}", lambda: stream.run(lambda: self._dial_local(stream)))
+            self.start_thread(lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
             self._client.metrics.count("refusals_total", "streams")
@@ -3113,7 +3128,7 @@ class Client(Program):
     def start(self) -> None:
         super().start()
         for mapping in self._mappings:
-            self.pool.run(f"mapping {mapping.local}", functools.partial(self._run_mapping, mapping))
+            self.pool.run(functools.partial(self._run_mapping, mapping))
 
     def has_too_many(self, server: Address) -> bool:
         """Whether as many older sessions there as may have streams yet, after its GOAWAYs."""
@@ -3180,7 +3195,7 @@ class Client(Program):
                 name = self.settings.tls_server_name or mapping.server.host
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
-                self.pool.run(f"reader {mapping.local}", lambda: self._read(session))
+                self.pool.run(lambda: self._read(session))
             except BaseException:
                 sock.close()
                 raise
@@ -3256,6 +3271,7 @@ class OriginalStream(PumpedStream):
         if answer:
             with contextlib.suppress(SessionEnded):
                 self._session.writer.post_last(self, encode(FrameType.CLOSE_CONN, self.number))
+        self._close_unused()
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""

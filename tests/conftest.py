@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from judged import judged as judged  # each test's sessions
 from judged import summary
 from level1 import forget_timers
 from starter import Starter
-from support import Program, eventually
+from support import Program, eventually, threads
 from tls_peers import House
 
 import rtunnel
@@ -78,15 +77,14 @@ def starter() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """No test leaves a thread, a descriptor or a child process behind; a failure names it."""
-    threads, descriptors, children = set(threading.enumerate()), _descriptors(), _children()
+    before, descriptors, children = threads(), _descriptors(), _children()
     processors = _processors()
     yield
     assert _processors() == processors, "the test has left the others fewer processors"
 
     def left() -> list[str]:
         return [
-            # The clock's lives as long as its process.
-            *(f"thread {each.name}" for each in set(threading.enumerate()) - threads if each.name != "clock"),
+            *(f"{count} threads {name}" for name, count in (threads() - before).items()),
             *(f"descriptor {n} {what}" for n, what in _descriptors().items() if descriptors.get(n) != what),
             *(f"process {pid}" for pid in _children() - children),
         ]

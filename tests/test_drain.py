@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 import pytest
 from level1 import Ends, PeerServer, mapping
@@ -176,10 +175,10 @@ def test_goaway_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         ends.log.wait_for("session-opened")
         run = client.pool.run
 
-        def fail_once(name: str, task: Callable[[], object]) -> None:
+        def fail_once(task: rtunnel.Task) -> None:
             if failures:
                 raise failures.pop()
-            run(name, task)
+            run(task)
 
         monkeypatch.setattr(client.pool, "run", fail_once)
         first.send_frame(FrameType.GOAWAY, 0, b"stopping")

@@ -349,10 +349,10 @@ def test_out_of_threads() -> None:
     class Poor(rtunnel.Pool):
         rich = True
 
-        def run(self, name: str, task: rtunnel.Task) -> None:
+        def run(self, task: rtunnel.Task) -> None:
             if not self.rich:
                 raise rtunnel.NoThread("can't start new thread")
-            super().run(name, task)
+            super().run(task)
 
     pool = Poor()
     rtunnel.CLOCK.start()
@@ -388,7 +388,7 @@ def test_visitors_for_whom_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mo
         assert is_served(public)
 
 
-def no_thread(name: str, task: rtunnel.Task) -> None:
+def no_thread(task: rtunnel.Task) -> None:
     """What a pool does where the system gives no thread."""
     raise rtunnel.NoThread("can't start new thread")
 
@@ -550,13 +550,14 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
     """A server that is out of threads closes the port again, and the session; its client comes back and gets one. The
     thread is started without the server's lock."""
     control = ends.open_server()
-    start_thread, start = threading.Thread.start, rtunnel.Listener.start
-    failures, free, closed = [RuntimeError("can't start new thread")], [], []
+    run, start = rtunnel.Pool.run, rtunnel.Listener.start
+    failures, free, closed = [rtunnel.NoThread("can't start new thread")], [], []
 
-    def fail_once(thread: threading.Thread) -> None:
-        if thread.name.startswith("acceptor") and text(control) not in thread.name and failures:
+    def fail_once(pool: rtunnel.Pool, task: rtunnel.Task) -> None:
+        listener = getattr(task, "__self__", None)  # of an acceptor
+        if isinstance(listener, rtunnel.Listener) and str(listener.address) != text(control) and failures:
             raise failures.pop()
-        start_thread(thread)
+        run(pool, task)
 
     def watched(listener: rtunnel.Listener) -> None:
         free.append(has_free_lock(ends.server))
@@ -564,7 +565,7 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
             closed.append(listener.socket)
         start(listener)
 
-    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    monkeypatch.setattr(rtunnel.Pool, "run", fail_once)
     monkeypatch.setattr(rtunnel.Listener, "start", watched)
     ends.open_client(control, mapping(("127.0.0.1", 1)))
     ends.log.wait_for("session-closed", reason="can't start new thread")
@@ -576,14 +577,14 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
 
 def test_a_stream_that_is_slow_to_close_holds_up_no_other(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of a lost client do not wait for one that is slow to close."""
-    close, go_on = rtunnel.Stream._close, threading.Event()
+    close, go_on = rtunnel.Stream._pump_left, threading.Event()
 
     def slow_close(stream: rtunnel.Stream) -> None:
         if stream.number <= 4:
             go_on.wait(30)
         close(stream)
 
-    monkeypatch.setattr(rtunnel.Stream, "_close", slow_close)
+    monkeypatch.setattr(rtunnel.Stream, "_pump_left", slow_close)
     with Peer.as_client(ends.open_server()) as peer, contextlib.ExitStack() as stack:
         visitors = []
         for _ in range(12):  # the streams are numbered in this order

@@ -15,7 +15,18 @@ import pytest
 from conftest import Factory
 from level1 import control_address, stop
 from naive_peer import NEW_CONN, NaivePeer
-from support import EchoCrowd, Program, Service, connect, echo_service, ends_with, eventually, read_exactly, running
+from support import (
+    EchoCrowd,
+    Program,
+    Service,
+    connect,
+    echo_service,
+    ends_with,
+    eventually,
+    read_exactly,
+    running,
+    threads,
+)
 from tunnels import MODES, closed_port, fill, open_tunnel, own_sockets, raise_descriptor_limit, text, until_full
 
 import rtunnel
@@ -193,7 +204,7 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
 
     monkeypatch.setattr(rtunnel, "log_event", listen)
     rtunnel.CLOCK.start()  # which lives as long as the process
-    threads = set(threading.enumerate())
+    before = threads()
     sockets = own_sockets() if sys.platform == "linux" else 0
     with echo_service() as service, ExitStack() as stack:
         settings = rtunnel.Settings(control_listen=rtunnel.Address("127.0.0.1", 0), public_bind="127.0.0.1")
@@ -218,6 +229,6 @@ def test_nothing_is_left(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
             assert time.monotonic() - asked < 5
         for visitor in visitors:
             assert ends_with(visitor) == "reset"
-    eventually(lambda: set(threading.enumerate()) == threads)
+    eventually(lambda: not threads() - before)
     if sys.platform == "linux":
         eventually(lambda: own_sockets() == sockets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import random
@@ -25,6 +26,7 @@ from support import (
     read_exactly,
     reset,
     running,
+    threads,
 )
 from tunnels import tcp_pair, text, visit
 
@@ -78,23 +80,23 @@ class Bench:
         near, far = tcp_pair()
         self.peer = NaivePeer(far)
         self.session = rtunnel.Session(rtunnel.PlainTransport(near), program)
-        self.started: list[str] = []
+        self.started: list[rtunnel.Task] = []
         start = self.session.start_thread
 
-        def noting(name: str, *task: Any) -> None:
-            self.started.append(name)
-            start(name, *task)
+        def noting(task: rtunnel.Task) -> None:
+            self.started.append(task)
+            start(task)
 
         self.session.start_thread = noting  # type: ignore[method-assign]
 
     def drainers(self) -> int:
         """How many drainers have been started."""
-        return sum(name.startswith("drainer") for name in self.started)
+        return sum("_start_drainer" in getattr(task, "__qualname__", "") for task in self.started)
 
     def open(self, sock: socket.socket | None, dial: Callable[[], socket.socket] | None = None) -> rtunnel.Stream:
         """A stream with its pump at work: of an accepted socket, or of one that it dials."""
         stream = open_stream(self.session, sock, LOOPBACK)
-        self.session.program.pool.run(f"pump {stream.number}", lambda: stream.run(dial))
+        self.session.program.pool.run(lambda: stream.run(dial))
         return stream
 
 
@@ -348,7 +350,7 @@ class WatchedSocket(socket.socket):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(fileno=sock.detach())
         self.at_work = 0
-        self.closed_by: list[str] = []
+        self.closed = 0
         self.closed_under = 0
         self.tell_error_late = threading.Event()  # a failing send waits for it, at most 0.3 s
         self.failed = threading.Event()  # a send has met an error
@@ -381,15 +383,14 @@ class WatchedSocket(socket.socket):
 
     def close(self) -> None:
         if self.fileno() >= 0:
-            self.closed_by.append(threading.current_thread().name)
+            self.closed += 1
             self.closed_under += self.at_work
         super().close()
 
 
 @pytest.mark.parametrize("end", ["abort", "session", "visitor", "peer"])
-def test_only_the_pump_closes_the_socket(bench: Bench, visitor: Ends, end: str, both_paths: None) -> None:
-    """However a stream ends, with a drainer at work: its pump alone closes the socket, once, and under no other
-    call."""
+def test_nobody_closes_the_socket_under_a_call(bench: Bench, visitor: Ends, end: str, both_paths: None) -> None:
+    """However a stream ends, with a drainer at work: its socket is closed once, and under no other call."""
     near, far = visitor
     watched = WatchedSocket(near)
     stream = bench.open(watched)
@@ -403,9 +404,9 @@ def test_only_the_pump_closes_the_socket(bench: Bench, visitor: Ends, end: str, 
         reset(far)
     else:
         bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
-    eventually(lambda: watched.closed_by)
+    eventually(lambda: watched.closed)
     eventually(lambda: bench.session.stream_count() == 0)
-    assert (watched.closed_by, watched.closed_under) == (["pump 1"], 0)
+    assert (watched.closed, watched.closed_under) == (1, 0)
 
 
 def test_a_reset_that_the_drainer_meets_first(bench: Bench, visitor: Ends) -> None:
@@ -581,45 +582,44 @@ def test_waiting_for_a_socket(visitor: Ends, monkeypatch: pytest.MonkeyPatch, wi
 
 
 def test_idle_threads_are_used_again(pool: rtunnel.Pool) -> None:
-    """A task that finds an idle thread runs in it, under its own name."""
-    seen: list[tuple[threading.Thread, str]] = []
-    for number in range(20):
+    """A task that finds an idle thread runs in it."""
+    seen: list[int] = []
+    for _ in range(20):
         done = threading.Event()
 
-        def task(number: int = number, done: threading.Event = done) -> None:
-            seen.append((threading.current_thread(), threading.current_thread().name))
+        def task(done: threading.Event = done) -> None:
+            seen.append(threading.get_ident())
             done.set()
 
-        pool.run(f"task {number}", task)
+        pool.run(task)
         assert done.wait(10)
         eventually(lambda: idle_threads(pool))
-    assert len({thread for thread, _ in seen}) == 1
-    assert [name for _, name in seen] == [f"task {number}" for number in range(20)]
+    assert len(seen) == 20
+    assert len({*seen}) == 1
 
 
 def test_tasks_run_at_the_same_time(pool: rtunnel.Pool) -> None:
     """No task waits for another's thread."""
     together = threading.Barrier(30)
     for _ in range(30):
-        pool.run("task", lambda: together.wait(10))
+        pool.run(lambda: together.wait(10))
     eventually(lambda: idle_threads(pool) == 30)
     assert not together.broken
 
 
 def test_a_task_that_fails_costs_no_thread(pool: rtunnel.Pool, log: Log) -> None:
     """An error that escapes a task is logged with its traceback, and the thread works on."""
-    pool.run("failing", lambda: 1 // 0)
+    pool.run(lambda: 1 // 0)
     eventually(lambda: idle_threads(pool))
     (record,) = log.events("internal-error")
     assert "ZeroDivisionError" in record["traceback"]
-    assert record["thread"] == "failing"
 
 
 def test_idle_threads_end(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that has had no work for a time ends."""
     monkeypatch.setattr(rtunnel, "POOL_IDLE_S", 0.01)
-    pool.run("task", lambda: None)
-    eventually(lambda: not any(thread.name == "task" for thread in threading.enumerate()))
+    pool.run(lambda: None)
+    eventually(lambda: not tasks())
 
 
 def test_a_task_is_never_lost_to_a_thread_that_ends(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,7 +628,7 @@ def test_a_task_is_never_lost_to_a_thread_that_ends(pool: rtunnel.Pool, monkeypa
     source = random.Random(3)
     for _ in range(300):
         done = threading.Event()
-        pool.run("task", done.set)
+        pool.run(done.set)
         assert done.wait(10)
         threading.Event().wait(source.random() / 1000)
 
@@ -638,10 +638,10 @@ def test_closing_while_threads_go_idle(log: Log) -> None:
     for _ in range(200):
         pool = rtunnel.Pool()
         for _ in range(3):
-            pool.run("task", lambda: None)
+            pool.run(lambda: None)
         pool.close()
         with pytest.raises(rtunnel.NoThread, match="stopping"):
-            pool.run("task", lambda: None)
+            pool.run(lambda: None)
     eventually(lambda: not tasks())
     assert not log.events("internal-error")
 
@@ -650,7 +650,7 @@ def test_closing_lets_all_idle_threads_go(log: Log) -> None:
     """However many are idle, each ends: one that leaves wakes the next."""
     pool, together = rtunnel.Pool(), threading.Barrier(50)
     for _ in range(50):
-        pool.run("task", lambda: together.wait(10))
+        pool.run(lambda: together.wait(10))
     eventually(lambda: idle_threads(pool) == 50)
     pool.close()
     eventually(lambda: not tasks(), 5.0)
@@ -659,47 +659,46 @@ def test_closing_lets_all_idle_threads_go(log: Log) -> None:
 def test_closing_never_waits(log: Log) -> None:
     """A thread that does not end is not waited for; it leaves when its task is done."""
     pool, leave, left = rtunnel.Pool(), threading.Event(), threading.Event()
-    pool.run("task", lambda: (leave.wait(10), left.set()))
+    pool.run(lambda: (leave.wait(10), left.set()))
     pool.close()
     assert not left.is_set()
     leave.set()
+    assert left.wait(10)
     eventually(lambda: not tasks())
-    assert left.is_set()
 
 
-def tasks() -> list[threading.Thread]:
-    """The pool threads of these tests that there are."""
-    return [thread for thread in threading.enumerate() if thread.name == "task"]
+def tasks() -> int:
+    """How many threads of pools there are."""
+    return threads()["of a pool"]
 
 
 def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system gives no thread the caller is told, and the pool can be used on and closed."""
 
-    def fail(self: threading.Thread) -> None:
+    def fail(work: Callable[..., None], arguments: tuple[rtunnel.Task]) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        patch.setattr(_thread, "start_new_thread", fail)
         with pytest.raises(rtunnel.NoThread, match="can't start"):
-            pool.run("task", lambda: None)
+            pool.run(lambda: None)
     done = threading.Event()
-    pool.run("task", done.set)
+    pool.run(done.set)
     assert done.wait(10)
 
 
 def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool that is closed while a thread is being started still runs its task, and lets the thread go."""
     pool, starting, go_on, ran = rtunnel.Pool(), threading.Event(), threading.Event(), threading.Event()
-    start = threading.Thread.start
+    start = _thread.start_new_thread
 
-    def slowly(thread: threading.Thread) -> None:
-        if thread.name == "task":
-            starting.set()
-            assert go_on.wait(10)
-        start(thread)
+    def slowly(work: Callable[..., None], arguments: tuple[rtunnel.Task]) -> None:
+        starting.set()
+        assert go_on.wait(10)
+        start(work, arguments)
 
-    monkeypatch.setattr(threading.Thread, "start", slowly)
-    with running(lambda: pool.run("task", ran.set)):
+    monkeypatch.setattr(_thread, "start_new_thread", slowly)
+    with running(lambda: pool.run(ran.set)):
         assert starting.wait(10)
         pool.close()
         go_on.set()
@@ -974,7 +973,6 @@ def test_an_internal_error_of_the_clock(log: Log) -> None:
     assert called.wait(10)
     (record,) = log.events("internal-error")
     assert "Boom" in record["traceback"]
-    assert record["thread"] == "clock"
 
 
 def test_the_clock(log: Log) -> None:

@@ -6,7 +6,7 @@ the tables of rtunnel.py.
 
 What counts as a wait: a receive, send, connect or accept on a socket that blocks; a poll or select
 with a timeout; the wait of a condition, event or semaphore; a get from a queue; the start of a
-thread (it waits until the thread runs) and its join; a sleep; a name's resolution; a write to
+threading.Thread (it waits until the thread runs) and its join; a sleep; a name's resolution; a write to
 stderr. Each is noted where it is called, whether or not it had to wait this time.
 What does not: a `with lock` (a lock is held for a few statements only, which is what the record
 proves); calls on files; the resolution of a numeric address.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -269,6 +270,14 @@ class Program:
 
 def _matches(record: Record, event: str, fields: Mapping[str, object]) -> bool:
     return record.event == event and all(record.fields.get(name) == str(value) for name, value in fields.items())
+
+
+def threads() -> collections.Counter[str]:
+    """The Python threads of this process by name; a pool's have none. The clock's lives as long as the process."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    found = collections.Counter(names.get(ident, "of a pool") for ident in sys._current_frames())
+    del found["clock"]
+    return found
 
 
 def reachable(address: str) -> Address:
