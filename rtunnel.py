@@ -220,10 +220,10 @@ HEARTBEAT_S = 15.0  # yamux: 30 s [Session._beat]
 HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
 WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
-WATCH_S = 1.0  # between looks of a pump that waits for credit [PumpedStream._wait_for_credit]
+WATCH_S = 1.0  # between looks for a reset: the clock's, a pump's without credit [Session._sweep]
 DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
 LINGER_S = 5.0  # level 0: from FIN to close, which could eat our last bytes [OriginalStream]
-STALL_S = 5.0  # a sweep each; a queue that has not moved since the last gives growth back [Stream]
+STALL_S = 5.0  # a queue that has not moved for so long gives its growth back [Stream.sweep]
 STUCK_S = 600.0  # without a byte, of a stream whose other direction has ended [Stream.sweep]
 LEASE_LINGER_S = 5.0  # a port waits for its client's return: two attempts [Server.leave_lease]
 FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Backoff]
@@ -1633,7 +1633,7 @@ class Stream:
                 session.writer.grant(self, grant)
 
     def sweep(self) -> None:
-        """The clock's, every 5 s: take growth back from a queue that stands, end what is stuck."""
+        """The clock's, each second: growth back from a queue that stands, an end to what is stuck."""
         now = time.monotonic()
         with self._lock:
             if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
@@ -2067,7 +2067,7 @@ class Session:
 
     def run(self) -> str:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
-        self.after(STALL_S, self._sweep)
+        self.after(WATCH_S, self._sweep)
         try:
             self.start_thread(self._send_control)
             self._read()
@@ -2168,7 +2168,7 @@ class Session:
     def _sweep(self) -> None:
         for stream in self.streams():
             stream.sweep()
-        self.after(STALL_S, self._sweep)
+        self.after(WATCH_S, self._sweep)
 
     def _beat(self) -> None:
         if self._ping is None:  # one at a time: an answer may be slower than the heartbeat

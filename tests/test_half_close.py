@@ -315,6 +315,31 @@ def test_a_reset_behind_half_close(ends: Ends, who: str) -> None:
             assert see_end_then(visitor) == "reset"
 
 
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="without poll a reset shows when something is sent")
+@pytest.mark.parametrize("who", ["visitor", "service"])
+def test_a_reset_behind_half_close_in_silence(ends: Ends, who: str) -> None:
+    """[T-5]: the same where the other side sends nothing, and nobody's thread is at the socket that was reset."""
+    met, seen = threading.Event(), threading.Event()
+
+    def end_and_reset(sock: socket.socket) -> None:
+        sock.shutdown(socket.SHUT_WR)
+        assert met.wait(10)
+        reset(sock)
+
+    def wait_for_it(sock: socket.socket) -> None:
+        assert sock.recv(1) == b""
+        met.set()
+        eventually(lambda: rtunnel.has_error(sock))
+        seen.set()
+
+    with (
+        Service(end_and_reset if who == "service" else wait_for_it) as service,
+        connect(ends.open_tunnel(service)) as visitor,
+    ):
+        (end_and_reset if who == "visitor" else wait_for_it)(visitor)
+        assert seen.wait(10)
+
+
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_an_abort_resets_the_socket(ends: Ends, side: str) -> None:
     """[T-4]: CLOSE_CONN of level 1 resets the socket, whatever is queued; it is not answered."""

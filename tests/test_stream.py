@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from level1 import Log, control_address, idle_threads, leases, open_stream, stop
-from naive_peer import CLOSE_CONN, DATA, NEW_CONN, NaivePeer, frame
+from naive_peer import CLOSE_CONN, DATA, EOF, NEW_CONN, NaivePeer, frame
 from support import (
     connect,
     echo_service,
@@ -140,6 +140,28 @@ def test_a_short_answer_is_one_record_with_its_end(
     bench.peer.expect(DATA, 1, b"answer")
     assert bench.peer.read_close(1) == b""
     assert rtunnel.encode(DATA, 1, b"answer") + rtunnel.encode(CLOSE_CONN, 1) in sent
+
+
+def test_who_ends_last_closes(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """A pump whose socket has no more leaves at once; what the tunnel brings still goes to the socket, and the end of
+    that, in the reader's thread, closes it."""
+    near, far = visitor
+    bench.session.stream_kind = rtunnel.PumpedStream
+    bench.session.peer_window = 1000
+    watched, pool = WatchedSocket(near), bench.session.program.pool
+    idle = idle_threads(pool)
+    bench.open(watched)
+    far.shutdown(socket.SHUT_WR)
+    bench.peer.expect(EOF, 1)
+    eventually(lambda: idle_threads(pool) == idle + 1)
+    bench.peer.send_frame(DATA, 1, b"the answer")
+    assert read_exactly(far, 10) == b"the answer"
+    assert (bench.session.stream_count(), watched.closed) == (1, 0)
+    bench.peer.send_frame(EOF, 1)
+    assert read_all(far) == b""
+    eventually(lambda: bench.session.stream_count() == 0)
+    assert (watched.closed, watched.closed_under) == (1, 0)
+    assert idle_threads(pool) == idle + 1
 
 
 # --- a stream: from the tunnel to the socket ----------------------------------------------------------------
@@ -842,7 +864,7 @@ def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
     """Stopping never waits; the port is free at once, also with connections open and others waiting."""
     leave = threading.Event()
     try:
-        first = listen(LOOPBACK, pool, lambda sock, peer: leave.wait(10))
+        first = listen(LOOPBACK, pool, lambda sock, peer: leave.wait(10) and None)
         with connect(first.address), connect(first.address):
             asked = time.monotonic()
             first.stop()

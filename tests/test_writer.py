@@ -519,6 +519,8 @@ def test_the_end_wakes_all_who_wait(writer: rtunnel.Writer, transport: FakeTrans
             sleeper.join(10)
             assert not sleeper.is_alive()
         assert [str(error) for error in started.errors] == ["the first cause"] * 5
+        with pytest.raises(rtunnel.SessionEnded, match="the first cause"):
+            send(writer, LARGE)  # it does not wait for room that nobody makes any more
         assert len(transport.sends) == 1
         assert sender.is_alive()
         assert not transport.finished
