@@ -62,12 +62,13 @@ Each is held for a few statements, and nobody waits under one.
 
     lock                    guards                            under it may be taken
     Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
-                            strangers, visitors               PlainTransport._lock,
+                            strangers, visitors               PlainTransport._lock, Pool._lock,
                                                               Listener._lock, Event._cond
     Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
                             the cause of the end              Event._cond, Metrics._lock
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
-                            and the calls on its socket       scheduler._lock, Event._cond
+                            and the calls on its socket       Pool._lock, scheduler._lock,
+                                                              Event._cond
     Writer._lock            what is queued, who writes        -
     LogHandler.lock         a line on its way to the queue    Queue.mutex
     TlsTransport._lock      the SSL object, while OpenSSL     _log_secrets.lock
@@ -1542,8 +1543,8 @@ class Stream:
 
     Threads: fed and ended by the session reader, drained by its drainer, swept by the clock,
     aborted by any, closed by whoever ends the last of it.
-    Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of writer
-    and budget may be taken. Pump and drainer alone use the socket without it, and while one of them
+    Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of
+    writer, budget and pool may be taken. Pump and drainer alone use the socket without it, and while one of them
     is at work nobody closes it: a descriptor closed under another thread's call could carry its
     bytes to a stranger.
     Invariant: the queue never exceeds window + debt. While something is queued and there is a
@@ -1593,8 +1594,7 @@ class Stream:
                 part = part[self._deliver_locked(part) :]
             if part:
                 self._queue.append(part)
-        if self._queue:  # read without the lock
-            self._start_drainer()
+                self._start_drainer_locked()
         self._close_unused()
 
     def end_received(self, _: bytes = b"") -> None:
@@ -1748,17 +1748,15 @@ class Stream:
             self._moved_at = time.monotonic()
             self._write_queue_locked()
 
-    def _start_drainer(self) -> None:
-        """Where one is needed."""
-        with self._lock:
-            sock = self._sock  # stays while a drainer is at work
-            if not self._queue or self._draining or sock is None:
-                return
-            self._draining = True
+    def _start_drainer_locked(self) -> None:
+        """Where there is none, and a socket."""
+        if self._draining or (sock := self._sock) is None:
+            return
         try:
             self._session.start_thread(lambda: self._drain(sock))
+            self._draining = True
         except NoThread as error:
-            self._drainer_failed(reason_of(error))
+            self._abort_locked(reason_of(error))
 
     def _drain(self, sock: socket.socket) -> None:
         """The drainer: the queue to the socket, until the queue is empty."""
@@ -1773,14 +1771,11 @@ class Stream:
                         break
                 ready([sock], writing=True, seconds=DRAIN_STEP_S)
         except BaseException:
-            self._drainer_failed("internal error")
+            with self._lock:
+                self._draining = False
+            self.abort("internal error")
             raise
         self._close_unused()
-
-    def _drainer_failed(self, cause: str) -> None:
-        with self._lock:
-            self._draining = False
-        self.abort(cause)
 
     def refuse(self, cause: str) -> None:
         """In place of `run`, where there is no thread for it: the reader's, which must not wait."""
@@ -1865,7 +1860,8 @@ class PumpedStream(Stream):
         with self._lock:
             self._sock = sock
             self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
-        self._start_drainer()
+            if self._queue:
+                self._start_drainer_locked()
         return sock
 
     def _pump(self, sock: socket.socket, *, is_new: bool) -> bytes | memoryview:
@@ -2680,8 +2676,8 @@ class Server(Program):
     Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; main
     calls `start`, the clock `_close_unused`, the acceptors `admit_visitor`.
     Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
-    session, writer and clock may be taken, and ports be bound at addresses, not names: that waits
-    for nobody, and two who want one port come one after the other.
+    session, writer, clock and pool may be taken, and ports be bound at addresses, not names: that
+    waits for nobody, and two who want one port come one after the other.
     """
 
     def __init__(self, settings: Settings, context: Trust) -> None:
@@ -2789,7 +2785,6 @@ class Server(Program):
                 code = "too-many-clients"
             raise Refused(code, f"port {init.port} cannot be opened: {reason}") from error
         if found is None:
-            self._start(lease)
             log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
         about = {"peer": peer, "identity": session.transport.identity, "level": session.level, "port": address.port}
         log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
@@ -2821,31 +2816,20 @@ class Server(Program):
         return lease
 
     def _bind_free_locked(self, session: ServerSession, init: Init, port: int) -> Lease:
-        """The port asked for, or that this instance had before, or any. Raises OSError."""
+        """The port asked for, or that this instance had before, or any; open. Raises OSError."""
         try:
             lease = Lease(self, Address(self.settings.public_bind, port), session)
         except OSError:
             if port == init.port:
                 raise
             lease = Lease(self, Address(self.settings.public_bind, 0), session)
+        lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
             self._assigned[session.holder, init.instance] = lease.listener.address.port
             if len(self._assigned) > MAX_ASSIGNED_PORTS:
                 del self._assigned[next(iter(self._assigned))]
         return lease
-
-    def _start(self, lease: Lease) -> None:
-        """Start its acceptor, not under the lock. Raises SessionEnded."""
-        try:
-            lease.listener.start()
-        except OSError as error:
-            with self._lock:
-                sessions = list(lease.sessions)  # nearly always one
-            for session in sessions:
-                self.leave_lease(session, reason_of(error), linger=False)
-                session.end(reason_of(error))
-            raise SessionEnded(reason_of(error)) from error
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:
         """No more visitors for it. Without another session its port closes, or lingers for 5 s."""

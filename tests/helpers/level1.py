@@ -181,11 +181,6 @@ def knows_no_instance(server: rtunnel.Server) -> bool:
         return not server._assigned
 
 
-def has_free_lock(server: rtunnel.Server) -> bool:
-    """Whether nobody holds the lock of its leases."""
-    return not server._lock.locked()
-
-
 def ended_by(session: rtunnel.Session) -> str | None:
     """The cause of a session's end; None while it lives."""
     with session._lock:
