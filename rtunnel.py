@@ -85,6 +85,7 @@ Each is held for a few statements, and nobody waits under one.
     Semaphore._cond,        queue
     Queue.mutex
 
+Whoever ends the last of a stream closes its socket: `Stream._close_unused`.
 A field below `# guarded by` is used under that lock, and a `_locked` method is called under it.
 Where a read says `without the lock`, it reads one reference or number, which is whole with the GIL
 and without it; and that is final once it is set, or who sets it wakes the reader, or the reader
@@ -171,7 +172,7 @@ def release_signals() -> None:
 MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 300 [Decoder]
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
 FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
-MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.serve_visitor]
+MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.open_stream]
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [Decoder]
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [FrameType]
 MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
@@ -202,7 +203,7 @@ MAX_STRANGERS = 256  # no client yet: 300 kB each (TLS); sshd: 100 [Server.serve
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
 MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
-MAX_STREAMS = 16384  # of a process: a descriptor, a thread or two each [Server, ClientSession]
+MAX_STREAMS = 16384  # of a process: a descriptor, up to two threads each [Server, ClientSession]
 MAX_SESSION_STREAMS = 12288  # so that no client's visitors take all places [Lease.choose]
 MAX_RETIRED = 8  # sessions of a client beyond its mappings, after GOAWAYs [ClientSession]
 MAX_OPENING = 8  # control connections that a client opens at a time at a server [Client._connect]
@@ -822,7 +823,7 @@ Inbox = queue.SimpleQueue[Task | None]  # of a pool's thread; none: it leaves
 class Pool:
     """Threads that are reused: a new one for each task costs a tenth of the short connections.
 
-    They are daemons of `_thread`. A threading.Thread is 4 kB more, and its start waits until it runs.
+    They are made by `_thread`: a threading.Thread costs 4 kB more, and its start is a wait.
     Threads: any. Locking: `_lock` guards everything below the marker.
     Invariant: an inbox is in `_idle` until somebody takes it out, who puts a task into it.
     """
@@ -1099,9 +1100,9 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (`admit`: is it served?), then `process_request` (`handle`), and `shutdown_request` unless
-    `handle` says that it keeps the connection, and calls `left` itself. Each override names the
-    trap of socketserver that it is there for.
+    (`admit`: is it served?), then `process_request` (`handle`), and `shutdown_request` (`left`)
+    unless `handle` returns True: then the connection lives on, and its end is no more the
+    listener's. Each override names the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
     as in PlainTransport.
@@ -1390,15 +1391,18 @@ class Writer:
                 self._grants[stream.number] = self._grants.get(stream.number, 0) + count
                 self._wake_sender_locked()
 
-    def post_last(self, stream: Stream, frame: bytes) -> None:
-        """Queue the stream's last frame, ahead of all DATA; what is still here of it is dropped."""
+    def post_last(self, stream: Stream, frame: bytes, *, behind_data: bool = False) -> None:
+        """Queue a stream's last frame, behind its DATA or in place of it. Raises SessionEnded."""
         with self._lock:
             stream.silenced = True
             self._grants.pop(stream.number, None)
-            self._queue = [entry for entry in self._queue if entry[0] is not stream]
+            if behind_data:
+                self._queue.append((stream, frame))
+            else:
+                self._queue = [entry for entry in self._queue if entry[0] is not stream]
             self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
             self._room.notify_all()  # its pump may be among those who wait
-        self.post(frame)
+        self.post(b"" if behind_data else frame)
 
     def is_behind(self) -> bool:
         """Whether the peer reads too little for more streams: each leaves frames behind."""
@@ -1544,16 +1548,15 @@ class Stream:
     Threads: fed and ended by the session reader, drained by its drainer, swept by the clock,
     aborted by any, closed by whoever ends the last of it.
     Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of
-    writer, budget and pool may be taken. Pump and drainer alone use the socket without it, and while one of them
-    is at work nobody closes it: a descriptor closed under another thread's call could carry its
-    bytes to a stranger.
+    writer, budget and pool may be taken. Pump and drainer alone use the socket without it, and
+    while one of them is at work nobody closes it: a descriptor closed under another thread's call
+    could carry its bytes to a stranger.
     Invariant: the queue never exceeds window + debt. While something is queued and there is a
     socket, a drainer is at work.
     """
 
     level = 1  # of the session that carries it
     first_window = WINDOW_BYTES
-    _reset_behind_data = False  # CLOSE_CONN goes behind the DATA that is still here; the pump's
 
     def __init__(self, session: Session, number: int, sock: socket.socket | None, visitor: Address | None) -> None:
         self._session = session
@@ -1568,6 +1571,7 @@ class Stream:
         self._receiving = Receiving.OPEN
         self._sending = Sending.OPEN
         self._cause: str | None = None  # of an end that is not clean; the first
+        self._was_reset = False  # the socket: what it said before goes ahead of CLOSE_CONN
         self._pumping = True  # its pump is at work, or on its way
         self._is_over = False  # the pump has nothing more to receive
         self._is_closed = False
@@ -1594,7 +1598,7 @@ class Stream:
                 part = part[self._deliver_locked(part) :]
             if part:
                 self._queue.append(part)
-                self._start_drainer_locked()
+            self._start_drainer_locked()
         self._close_unused()
 
     def end_received(self, _: bytes = b"") -> None:
@@ -1607,8 +1611,9 @@ class Stream:
     def close_received(self, reason: bytes) -> None:
         """The peer's CLOSE_CONN: a reset."""
         with self._lock:
-            self._sending = Sending.CLOSED
-            self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
+            if not self._has_ended_locked():
+                self._sending = Sending.CLOSED
+                self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
         self._close_unused()
 
     def window_received(self, payload: bytes) -> None:
@@ -1633,7 +1638,7 @@ class Stream:
                 session.writer.grant(self, grant)
 
     def sweep(self) -> None:
-        """The clock's, each second: growth back from a queue that stands, an end to what is stuck."""
+        """The clock's, each second: growth back from what stands, an end to what is stuck."""
         now = time.monotonic()
         with self._lock:
             if self._queue and now - self._moved_at > STALL_S and self._receive_window.grown:
@@ -1641,9 +1646,10 @@ class Stream:
             half_open = self._sending is not Sending.OPEN or self._receiving is not Receiving.OPEN
             if half_open and now - max(self._moved_at, self._sent_at) > STUCK_S:
                 self._abort_locked("stuck")
-            # Where the pump has left, nobody else would hear of it while there is nothing to send.
-            if not self._pumping and self._sock is not None and has_error(self._sock):
-                self._abort_locked("reset")
+            # Where the pump has left nobody else sees the error, and nobody needs what this clears.
+            sock = None if self._pumping else self._sock
+            if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._abort_locked("reset", was_reset=True)
         self._close_unused()
 
     def state(self) -> dict[str, object]:
@@ -1666,9 +1672,11 @@ class Stream:
             self._abort_locked(cause)
         self._close_unused()
 
-    def _abort_locked(self, cause: str) -> None:
+    def _abort_locked(self, cause: str, *, was_reset: bool = False) -> None:
         if self._cause is None and not self._is_closed:
-            self._cause = cause
+            if self._has_ended_locked():
+                self._sending = Sending.CLOSED  # for the wire it has ended: nothing is said
+            self._cause, self._was_reset = cause, was_reset
             self._stop_receiving_locked()
             self._end_pump_locked()
 
@@ -1710,9 +1718,10 @@ class Stream:
         except OSError:
             # What the socket has received before can still be read: often the answer that explains
             # the reset. So the pump goes on, and aborts the stream when it has read all.
-            self._stop_receiving_locked(Receiving.BROKEN)
-            if self._sending is not Sending.OPEN:
-                self._abort_locked("reset")
+            if self._sending is Sending.OPEN:
+                self._stop_receiving_locked(Receiving.BROKEN)
+            else:
+                self._abort_locked("reset", was_reset=True)
             return len(data)
         self._moved_at = time.monotonic()
         grant, paid = self._receive_window.drain(count)
@@ -1749,8 +1758,8 @@ class Stream:
             self._write_queue_locked()
 
     def _start_drainer_locked(self) -> None:
-        """Where there is none, and a socket."""
-        if self._draining or (sock := self._sock) is None:
+        """Where one is needed."""
+        if not self._queue or self._draining or (sock := self._sock) is None:
             return
         try:
             self._session.start_thread(lambda: self._drain(sock))
@@ -1777,33 +1786,28 @@ class Stream:
             raise
         self._close_unused()
 
-    def refuse(self, cause: str) -> None:
-        """In place of `run`, where there is no thread for it: the reader's, which must not wait."""
-        self._reset_behind_data = False
-        self.abort(cause)
-        self._pump_left()
-
-    def _pump_left(self) -> None:
-        self._report_abort()
-        with self._lock:
-            self._pumping = False
-        self._close_unused()
-
     def _close_unused(self) -> None:
         """The last step, where pump and drainer have left and nothing more goes to the socket.
 
         Whoever has done the last of that comes here behind it, and nobody has to be woken for it.
-        What is read without the lock does not change any more.
+        Before it CLOSE_CONN, unless it or the peer's was said. What is read without the lock stays.
         """
         if self._receiving is not Receiving.ENDED:
             return
         with self._lock:
-            if self._pumping or self._draining or self._is_closed:
+            if self._pumping:
+                return
+            if self._cause is not None and self._sending is not Sending.CLOSED:
+                self._sending = Sending.CLOSED
+                frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
+                behind = self._was_reset or not self.level  # T-4, E-1
+                with contextlib.suppress(SessionEnded):
+                    self._session.writer.post_last(self, frame, behind_data=behind)
+            if self._draining or self._is_closed:
                 return
             self._is_closed = True
             sock, self._sock = self._sock, None
             self._session.budget.give(self._receive_window.grown)
-        self._report_abort()  # of one that came after the pump's end
         if sock is not None:
             reset_at_close(sock, self._cause is not None)
             sock.close()
@@ -1813,20 +1817,6 @@ class Stream:
             level=self._session.level, received=self._received, sent=self._sent,
             seconds=time.monotonic() - self._opened_at, reason=self._cause or "clean",
         )  # fmt: skip
-
-    def _report_abort(self) -> None:
-        """CLOSE_CONN with the reason, unless it or the peer's was said before.
-
-        It waits in the pump alone: what goes behind DATA has been said when the pump leaves.
-        """
-        with self._lock:
-            if self._cause is None or self._sending is Sending.CLOSED:
-                return
-            self._sending = Sending.CLOSED
-            frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
-        writer = self._session.writer
-        with contextlib.suppress(SessionEnded):
-            (writer.send if self._reset_behind_data else writer.post_last)(self, frame)
 
 
 class PumpedStream(Stream):
@@ -1848,6 +1838,16 @@ class PumpedStream(Stream):
         finally:
             self._pump_left()
 
+    def refuse(self, cause: str) -> None:
+        """In place of `run`, where there is no thread for it."""
+        self.abort(cause)
+        self._pump_left()
+
+    def _pump_left(self) -> None:
+        with self._lock:
+            self._pumping = False
+        self._close_unused()
+
     def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket | None:
         try:
             sock = connect()
@@ -1860,8 +1860,7 @@ class PumpedStream(Stream):
         with self._lock:
             self._sock = sock
             self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
-            if self._queue:
-                self._start_drainer_locked()
+            self._start_drainer_locked()
         return sock
 
     def _pump(self, sock: socket.socket, *, is_new: bool) -> bytes | memoryview:
@@ -1912,8 +1911,9 @@ class PumpedStream(Stream):
         except BlockingIOError:
             return None
         except OSError as error:
-            self._reset_behind_data = True
-            self.abort("reset" if isinstance(error, ConnectionError) else reason_of(error))
+            with self._lock:
+                cause = "reset" if isinstance(error, ConnectionError) else reason_of(error)
+                self._abort_locked(cause, was_reset=True)
             return 0
 
     def _wait_for_credit(self, sock: socket.socket) -> None:
@@ -1926,14 +1926,13 @@ class PumpedStream(Stream):
                     said = True
                 was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
                 if was_reset and time.monotonic() - self._sent_at >= self._session.unread_wait_s:
-                    self._abort_locked("reset")
+                    self._abort_locked("reset", was_reset=True)
 
     def _end_sending(self, unsent: bytes | memoryview) -> None:
         """The socket has no more: say so, behind what is unsent."""
         with self._lock:
             if self._receiving is Receiving.BROKEN:
-                self._reset_behind_data = True
-                self._abort_locked("reset")
+                self._abort_locked("reset", was_reset=True)
             if self._cause is None and self._sending is Sending.OPEN:
                 self._sent_at = time.monotonic()
                 unsent = b"".join([unsent, encode(self._end_sending_locked(), self.number)])
@@ -2162,9 +2161,9 @@ class Session:
         self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat, self._check_alive)
 
     def _sweep(self) -> None:
+        self.after(WATCH_S, self._sweep)
         for stream in self.streams():
             stream.sweep()
-        self.after(WATCH_S, self._sweep)
 
     def _beat(self) -> None:
         if self._ping is None:  # one at a time: an answer may be slower than the heartbeat
@@ -2598,8 +2597,8 @@ class ServerSession(Session):
             self.program.metrics.count("refusals_total", "silent")
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
 
-    def serve_visitor(self, sock: socket.socket, visitor: Address) -> None:
-        """Open a stream for a visitor and be its pump. Raises SessionEnded where none opens."""
+    def open_stream(self, sock: socket.socket, visitor: Address) -> PumpedStream:
+        """For a visitor; the caller is its pump. Raises SessionEnded where none opens."""
         with self._lock:
             if self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("its stream ids are used up")
@@ -2610,7 +2609,7 @@ class ServerSession(Session):
             self.add_locked(stream)
         if stream.number == MAX_STREAM_ID:
             self.retire("stream ids are used up")
-        self.guarded(stream.run)
+        return stream
 
     def forget(self, stream: Stream) -> None:
         super().forget(stream)
@@ -2880,14 +2879,16 @@ class Server(Program):
         try:
             while session := self._choose(lease, ended, deadline):
                 try:
-                    session.serve_visitor(sock, visitor)
-                    return True
+                    stream = session.open_stream(sock, visitor)
                 except SessionEnded:
                     ended.append(session)
                     with self._lock:
                         session.visitors -= 1
+                else:
+                    session.guarded(stream.run)
+                    return True
             raise SessionEnded("no client is connected, or none takes more")
-        except (SessionEnded, OSError) as error:
+        except SessionEnded as error:
             log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
             self.metrics.count("refusals_total", "no-client")
             return False
@@ -3225,8 +3226,6 @@ class OriginalStream(PumpedStream):
     first_window = UNLIMITED
     # guarded by _lock
     _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
-
-    _reset_behind_data = True  # always
 
     def state(self) -> dict[str, object]:
         return {key: value for key, value in super().state().items() if key not in ("window", "credit")}

@@ -697,7 +697,7 @@ def tasks() -> int:
 def test_a_thread_that_cannot_be_started(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system gives no thread the caller is told, and the pool can be used on and closed."""
 
-    def fail(work: Callable[..., None], arguments: tuple[rtunnel.Task]) -> None:
+    def fail(work: Callable[..., None], arguments: tuple[rtunnel.Inbox]) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
@@ -714,7 +714,7 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, starting, go_on, ran = rtunnel.Pool(), threading.Event(), threading.Event(), threading.Event()
     start = _thread.start_new_thread
 
-    def slowly(work: Callable[..., None], arguments: tuple[rtunnel.Task]) -> None:
+    def slowly(work: Callable[..., None], arguments: tuple[rtunnel.Inbox]) -> None:
         starting.set()
         assert go_on.wait(10)
         start(work, arguments)
