@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from level1 import Log, control_address, idle_threads, leases, open_stream, stop
-from naive_peer import CLOSE_CONN, DATA, EOF, NEW_CONN, NaivePeer, frame
+from level1 import Log, control_address, idle_threads, leases, open_stream, stop, writer_in_use
+from naive_peer import CLOSE_CONN, DATA, EOF, NEW_CONN, PING, PONG, WINDOW, NaivePeer, frame
 from support import (
     connect,
     echo_service,
@@ -142,12 +142,16 @@ def test_a_short_answer_is_one_record_with_its_end(
     assert rtunnel.encode(DATA, 1, b"answer") + rtunnel.encode(CLOSE_CONN, 1) in sent
 
 
+def level_1(bench: Bench) -> None:
+    """Its streams are of level 1 from now on."""
+    bench.session.stream_kind, bench.session.peer_window = rtunnel.PumpedStream, 1_000_000
+
+
 def test_who_ends_last_closes(bench: Bench, visitor: Ends, both_paths: None) -> None:
     """A pump whose socket has no more leaves at once; what the tunnel brings still goes to the socket, and the end of
     that, in the reader's thread, closes it."""
     near, far = visitor
-    bench.session.stream_kind = rtunnel.PumpedStream
-    bench.session.peer_window = 1000
+    level_1(bench)
     watched, pool = WatchedSocket(near), bench.session.program.pool
     idle = idle_threads(pool)
     bench.open(watched)
@@ -162,6 +166,58 @@ def test_who_ends_last_closes(bench: Bench, visitor: Ends, both_paths: None) -> 
     eventually(lambda: bench.session.stream_count() == 0)
     assert (watched.closed, watched.closed_under) == (1, 0)
     assert idle_threads(pool) == idle + 1
+
+
+def test_an_answer_that_is_queued_when_its_socket_is_reset(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """[T-4]: what a pump that has left had read goes ahead of CLOSE_CONN, whoever finds the reset."""
+    near, far = visitor
+    level_1(bench)
+    idle = idle_threads(bench.session.program.pool)
+    with writer_in_use(bench.session.writer):
+        bench.open(near)
+        far.sendall(b"why")
+        far.shutdown(socket.SHUT_WR)
+        eventually(lambda: idle_threads(bench.session.program.pool) == idle + 1)
+        reset(far)
+        eventually(lambda: bench.session.stream_count() == 0)
+    bench.peer.expect(DATA, 1, b"why")
+    bench.peer.expect(EOF, 1)
+    bench.peer.expect(CLOSE_CONN, 1, b"reset")
+
+
+def test_a_stream_that_has_ended_is_still_written(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """[T-3]: behind both ends' EOF a CLOSE_CONN is dropped, and what is queued is written."""
+    near, far = visitor
+    level_1(bench)
+    bench.open(near)
+    far.shutdown(socket.SHUT_WR)
+    bench.peer.expect(EOF, 1)
+    bench.peer.send_frame(DATA, 1, BIG[:60_000])
+    bench.peer.send_frame(EOF, 1)
+    bench.peer.send_frame(CLOSE_CONN, 1, b"late")
+    assert read_all(far) == BIG[:60_000]
+
+
+def test_nothing_is_said_where_a_stream_has_ended(bench: Bench, visitor: Ends, both_paths: None) -> None:
+    """[T-3]: nor does this end say CLOSE_CONN there, where the socket is reset with bytes in the queue."""
+    near, far = visitor
+    level_1(bench)
+    bench.open(near)
+    far.shutdown(socket.SHUT_WR)
+    bench.peer.expect(EOF, 1)
+    bench.peer.send_frame(DATA, 1, BIG[:60_000])
+    bench.peer.send_frame(EOF, 1)
+    answered(bench)
+    reset(far)
+    eventually(lambda: bench.session.stream_count() == 0)
+    answered(bench)
+
+
+def answered(bench: Bench) -> None:
+    """A PING is answered, and until then nothing comes but WINDOW: all that was sent before has been dealt with."""
+    bench.peer.send_frame(PING, 0, b"12345678")
+    while (got := bench.peer.read_frame()) != (PONG, 0, b"12345678"):
+        assert got[0] == WINDOW, got
 
 
 # --- a stream: from the tunnel to the socket ----------------------------------------------------------------
