@@ -236,6 +236,7 @@ SCRAPE_S, MAX_SCRAPES = 5.0, 8  # one wait of a scrape, and how many at a time [
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
+SWITCH_S = 0.1  # Python's 5 ms: 10,000 threads that wake would only ask for the GIL [run_program]
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
 STEP_S = 0.5  # the longest wait of main (Windows: no signal wakes it); outside Linux, in accept
@@ -2294,7 +2295,6 @@ METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
     "certificate_expiry_timestamp_seconds": ("when the first certificate or list in a file ends", "file", ()),
 }
 
-
 Figures = dict[tuple[str, str], float]  # by metric and label
 
 
@@ -2377,7 +2377,6 @@ class Metrics:
 
 
 # ---- program: what server and client share ----------------------------------------------------
-
 
 Trust = rtunnel_tls.TlsContext | None  # None: plain mode
 
@@ -3740,6 +3739,7 @@ def run_program(settings: Settings) -> int:
     os.close(descriptor)
     stay_on_cpu(settings.cpu, settings.command)
     threading.stack_size(STACK_BYTES)
+    sys.setswitchinterval(SWITCH_S)
     raise_descriptor_limit()
     flush_log = start_log(settings.log_level)
     try:
