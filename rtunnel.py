@@ -85,7 +85,7 @@ Each is held for a few statements, and nobody waits under one.
     Semaphore._cond,        queue
     Queue.mutex
 
-Whoever ends the last of a stream closes its socket: `Stream._close_unused`.
+Whoever ends the last of a stream closes its socket: `Stream._close_if_done`.
 A field below `# guarded by` is used under that lock, and a `_locked` method is called under it.
 Where a read says `without the lock`, it reads one reference or number, which is whole with the GIL
 and without it; and that is final once it is set, or who sets it wakes the reader, or the reader
@@ -1393,17 +1393,20 @@ class Writer:
                 self._wake_sender_locked()
 
     def post_last(self, stream: Stream, frame: bytes, *, behind_data: bool = False) -> None:
-        """Queue a stream's last frame, behind its DATA or in place of it. Raises SessionEnded."""
+        """Queue a stream's last frame, behind its DATA or in place of it; at the end nothing."""
         with self._lock:
+            if self._cause is not None:
+                return
             stream.silenced = True
             self._grants.pop(stream.number, None)
             if behind_data:
                 self._queue.append((stream, frame))
             else:
                 self._queue = [entry for entry in self._queue if entry[0] is not stream]
+                self._control += frame
             self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
             self._room.notify_all()  # its pump may be among those who wait
-        self.post(b"" if behind_data else frame)
+            self._wake_sender_locked()
 
     def is_behind(self) -> bool:
         """Whether the peer reads too little for more streams: each leaves frames behind."""
@@ -1599,15 +1602,15 @@ class Stream:
                 part = part[self._deliver_locked(part) :]
             if part:
                 self._queue.append(part)
-            self._start_drainer_locked()
-        self._close_unused()
+                self._start_drainer_locked()
+        self._close_if_done()
 
     def end_received(self, _: bytes = b"") -> None:
         """FIN for the socket behind what is queued. Raises ProtocolError."""
         with self._lock:
             if self._takes_locked("EOF"):
                 self._end_receiving_locked()
-        self._close_unused()
+        self._close_if_done()
 
     def close_received(self, reason: bytes) -> None:
         """The peer's CLOSE_CONN: a reset."""
@@ -1615,7 +1618,7 @@ class Stream:
             if not self._has_ended_locked():
                 self._sending = Sending.CLOSED
                 self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
-        self._close_unused()
+        self._close_if_done()
 
     def window_received(self, payload: bytes) -> None:
         """The peer's WINDOW; dropped where the stream has ended. Raises ProtocolError."""
@@ -1651,7 +1654,7 @@ class Stream:
             sock = None if self._pumping else self._sock
             if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._abort_locked("reset", was_reset=True)
-        self._close_unused()
+        self._close_if_done()
 
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
@@ -1671,7 +1674,7 @@ class Stream:
         """End both directions with a reset of the socket; the first cause stays. Never waits."""
         with self._lock:
             self._abort_locked(cause)
-        self._close_unused()
+        self._close_if_done()
 
     def _abort_locked(self, cause: str, *, was_reset: bool = False) -> None:
         if self._cause is None and not self._is_closed:
@@ -1785,9 +1788,9 @@ class Stream:
                 self._draining = False
             self.abort("internal error")
             raise
-        self._close_unused()
+        self._close_if_done()
 
-    def _close_unused(self) -> None:
+    def _close_if_done(self) -> None:
         """The last step, where pump and drainer have left and nothing more goes to the socket.
 
         Whoever has done the last of that comes here behind it, and nobody has to be woken for it.
@@ -1802,8 +1805,7 @@ class Stream:
                 self._sending = Sending.CLOSED
                 frame = end_frame(FrameType.CLOSE_CONN, self.number, self._cause)
                 behind = self._was_reset or not self.level  # T-4, E-1
-                with contextlib.suppress(SessionEnded):
-                    self._session.writer.post_last(self, frame, behind_data=behind)
+                self._session.writer.post_last(self, frame, behind_data=behind)
             if self._draining or self._is_closed:
                 return
             self._is_closed = True
@@ -1847,7 +1849,7 @@ class PumpedStream(Stream):
     def _pump_left(self) -> None:
         with self._lock:
             self._pumping = False
-        self._close_unused()
+        self._close_if_done()
 
     def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket | None:
         try:
@@ -2264,7 +2266,7 @@ class Session:
         """The safety net of a session's threads: an error that nobody foresaw ends the session."""
         try:
             task()
-        except Exception:
+        except Exception:  # this session alone ends
             log_internal_error()
             self.end("internal error")
 
@@ -2672,7 +2674,7 @@ class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
     Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; main
-    calls `start`, the clock `_close_unused`, the acceptors `admit_visitor`.
+    calls `start`, the clock `_close_unused`, acceptors `admit_visitor`, any thread `visitor_left`.
     Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
     session, writer, clock and pool may be taken, and ports be bound at addresses, not names: that
     waits for nobody, and two who want one port come one after the other.
@@ -2875,22 +2877,19 @@ class Server(Program):
         """Find a session, and be the pump of a stream there; False where there is none."""
         deadline = Deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
-        try:
-            while session := self._choose(lease, ended, deadline):
-                try:
-                    stream = session.open_stream(sock, visitor)
-                except SessionEnded:
-                    ended.append(session)
-                    with self._lock:
-                        session.visitors -= 1
-                else:
-                    session.guarded(stream.run)
-                    return True
-            raise SessionEnded("no client is connected, or none takes more")
-        except SessionEnded as error:
-            log_limit("visitor-refused", peer=visitor, reason=reason_of(error))
-            self.metrics.count("refusals_total", "no-client")
-            return False
+        while session := self._choose(lease, ended, deadline):
+            try:
+                stream = session.open_stream(sock, visitor)
+            except SessionEnded:
+                ended.append(session)
+                with self._lock:
+                    session.visitors -= 1
+            else:
+                session.guarded(stream.run)
+                return True
+        log_limit("visitor-refused", peer=visitor, reason="no client is connected, or none takes more")
+        self.metrics.count("refusals_total", "no-client")
+        return False
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
         """A session for a visitor, who waits here as others do in a lingering lease's queue."""
@@ -3251,9 +3250,8 @@ class OriginalStream(PumpedStream):
             else:
                 self._end_receiving_locked()
         if answer:
-            with contextlib.suppress(SessionEnded):
-                self._session.writer.post_last(self, encode(FrameType.CLOSE_CONN, self.number))
-        self._close_unused()
+            self._session.writer.post_last(self, encode(FrameType.CLOSE_CONN, self.number))
+        self._close_if_done()
 
     def _end_sending_locked(self) -> FrameType:
         """The first end of file ends both directions (E-2)."""

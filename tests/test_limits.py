@@ -565,7 +565,7 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
     monkeypatch.setattr(rtunnel.Pool, "run", fail_once)
     monkeypatch.setattr(rtunnel.Listener, "start", watched)
     ends.open_client(control, mapping(("127.0.0.1", 1)))
-    assert "can't start new thread" in ends.log.wait_for("session-closed")["reason"]
+    ends.log.wait_for("session-closed", reason="unavailable: port 0 cannot be opened: can't start new thread")
     ends.public()
     assert [sock.fileno() for sock in closed] == [-1]
     assert len(leases(ends.server)) == 1

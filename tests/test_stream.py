@@ -187,19 +187,22 @@ def test_an_answer_that_is_queued_when_its_socket_is_reset(bench: Bench, visitor
 
 def test_a_stream_that_has_ended_is_still_written(bench: Bench, visitor: Ends, both_paths: None) -> None:
     """[T-3]: behind both ends' EOF a CLOSE_CONN is dropped, and what is queued is written."""
-    near, far = visitor
-    level_1(bench)
-    bench.open(near)
-    far.shutdown(socket.SHUT_WR)
-    bench.peer.expect(EOF, 1)
-    bench.peer.send_frame(DATA, 1, BIG[:60_000])
-    bench.peer.send_frame(EOF, 1)
+    far = ended_with_a_queue(bench, visitor)
     bench.peer.send_frame(CLOSE_CONN, 1, b"late")
     assert read_all(far) == BIG[:60_000]
 
 
 def test_nothing_is_said_where_a_stream_has_ended(bench: Bench, visitor: Ends, both_paths: None) -> None:
     """[T-3]: nor does this end say CLOSE_CONN there, where the socket is reset with bytes in the queue."""
+    far = ended_with_a_queue(bench, visitor)
+    answered(bench)
+    reset(far)
+    eventually(lambda: bench.session.stream_count() == 0)
+    answered(bench)
+
+
+def ended_with_a_queue(bench: Bench, visitor: Ends) -> socket.socket:
+    """Both ends have sent EOF, and this one has yet to write 60,000 bytes; returns the socket that they are for."""
     near, far = visitor
     level_1(bench)
     bench.open(near)
@@ -207,10 +210,7 @@ def test_nothing_is_said_where_a_stream_has_ended(bench: Bench, visitor: Ends, b
     bench.peer.expect(EOF, 1)
     bench.peer.send_frame(DATA, 1, BIG[:60_000])
     bench.peer.send_frame(EOF, 1)
-    answered(bench)
-    reset(far)
-    eventually(lambda: bench.session.stream_count() == 0)
-    answered(bench)
+    return far
 
 
 def answered(bench: Bench) -> None:

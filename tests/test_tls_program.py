@@ -15,6 +15,7 @@ import stat
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -626,18 +627,21 @@ def test_sessions_never_put_two_threads_into_one_ssl_object(monkeypatch: pytest.
         assert isinstance(each, ByThread)
         assert each.most == 1
         assert each.calls > 1000
+        assert "_send_control" in each.functions
         assert len(each.threads) >= 1 + threads
 
 
 class ByThread(Watched):
-    """Notes the threads, too."""
+    """Notes the threads, and the functions that they are in, too."""
 
     def __init__(self, ssl: rtunnel_tls._Ssl) -> None:
         super().__init__(ssl)
         self.threads: set[int] = set()
+        self.functions: set[str] = set()
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:
         self.threads.add(threading.get_ident())
+        self.functions |= {frame.f_code.co_name for frame, _ in traceback.walk_stack(None)}
         return super()._call(method, *args)
 
 
