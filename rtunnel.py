@@ -54,7 +54,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     stream drainer   0 or 1 a        queue to socket                Stream._drain
                      stream          (Stream._drain)
     idle worker      what was        waits for the next task        Pool._work
-                     needed, 10 s    (Pool._work)
+                     needed, 20 s    (Pool._work)
 
 Locks
 -----
@@ -234,7 +234,7 @@ REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each o
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
 SCRAPE_S, MAX_SCRAPES = 5.0, 8  # one wait of a scrape, and how many at a time [Metrics.serve]
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
-POOL_IDLE_S = 10.0  # a thread without work ends [Pool]
+POOL_IDLE_S = 10.0  # to twice that a thread waits for work: a crowd's end one by one [Pool]
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
 SWITCH_S = 0.1  # Python's 5 ms: 10,000 threads that wake would only ask for the GIL [run_program]
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
@@ -832,7 +832,7 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # guarded by _lock
-        self._idle: list[Inbox] = []  # the last to idle is the first to work: its memory is warm
+        self._idle: dict[Inbox, None] = {}  # the last is the first to work: its memory is warm
         self._closed = False
 
     def run(self, task: Task) -> None:
@@ -841,7 +841,7 @@ class Pool:
             if self._closed:
                 raise NoThread("stopping")
             new = not self._idle
-            inbox = Inbox() if new else self._idle.pop()
+            inbox = Inbox() if new else self._idle.popitem()[0]
         inbox.put(task)  # as an argument it would live as long as the thread
         if new:
             try:
@@ -853,11 +853,11 @@ class Pool:
         """A thread's life."""
         while True:
             try:
-                task = inbox.get(timeout=POOL_IDLE_S)
+                task = inbox.get(timeout=POOL_IDLE_S * random.uniform(1, 2))
             except queue.Empty:
                 with self._lock:
                     if inbox in self._idle:
-                        self._idle.remove(inbox)
+                        del self._idle[inbox]
                         return
                 continue  # one is on its way
             if task is None:
@@ -871,7 +871,7 @@ class Pool:
             with self._lock:
                 if self._closed:
                     return
-                self._idle.append(inbox)
+                self._idle[inbox] = None
 
     def close(self) -> None:
         """No more tasks; the idle leave."""
@@ -879,7 +879,7 @@ class Pool:
             self._closed = True
             # Each wakes the next: thousands at once would all ask for the interpreter's lock.
             if self._idle:
-                self._idle.pop().put(None)
+                self._idle.popitem()[0].put(None)
 
 
 class LateCondition:

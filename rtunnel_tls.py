@@ -276,8 +276,7 @@ def _bare_context(profile: Profile) -> SSL.Context:
         for binding, names in (("curves_list", profile.groups), ("sigalgs_list", profile.signatures)):
             if getattr(lib, f"SSL_CTX_set1_{binding}")(context._context, ":".join(names).encode()) != 1:
                 lib.ERR_clear_error()
-                version = SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()
-                raise ValueError(f"{version} lacks one of {', '.join(names)}")
+                raise ValueError(f"{SSL.OpenSSL_version(SSL.OPENSSL_VERSION).decode()} lacks one of {', '.join(names)}")
     # No resumption: each session proves both keys afresh. The option makes tickets stateful, and
     # without a cache they lead nowhere; two small ones still go out to a client that has passed.
     context.set_options(SSL.OP_NO_TICKET)
@@ -579,7 +578,8 @@ class _Ssl:
     def read_into(self, view: memoryview) -> tuple[int, SSL.Error | None]:
         """Plaintext, until `view` is full or OpenSSL needs more, and what has ended the session."""
         ssl, count = self._connection._ssl, 0
-        while count < len(view):
+        # Where no record is left, to hear that from SSL_read would cost as much as a record.
+        while not count or (count < len(view) and lib.BIO_get_mem_data(self._connection._into_ssl, ffi.NULL)):
             got = lib.SSL_read(ssl, ffi.from_buffer(view[count:], require_writable=True), len(view) - count)
             if got <= 0:
                 if lib.SSL_get_error(ssl, got) == lib.SSL_ERROR_WANT_READ:

@@ -700,6 +700,19 @@ def test_idle_threads_end(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -
     eventually(lambda: not tasks())
 
 
+def test_the_idle_threads_of_a_crowd_do_not_end_at_once(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands that wake at one time would keep all others waiting for the interpreter's lock."""
+    monkeypatch.setattr(rtunnel, "POOL_IDLE_S", 0.5)
+    together = threading.Barrier(50)
+    for _ in range(50):
+        pool.run(lambda: together.wait(10))
+    eventually(lambda: idle_threads(pool) == 50)
+    eventually(lambda: idle_threads(pool) < 50)
+    began = time.monotonic()
+    eventually(lambda: not tasks())
+    assert time.monotonic() - began > 0.1
+
+
 def test_a_task_is_never_lost_to_a_thread_that_ends(pool: rtunnel.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task given in the moment in which an idle thread gives up still runs."""
     monkeypatch.setattr(rtunnel, "POOL_IDLE_S", 0.0005)
