@@ -33,11 +33,11 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                                      and dispatches frames, writes  PlainTransport.send,
                                      none, dials nobody             Session.run,
                                      (Server.serve_control,         OriginalStream.feed
-                                     Client._read)
+                                     ClientSession.run)
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
+    mapping          1 a mapping     dials the server, shakes       Program.stops_within, dial,
                      and server, at  hands, waits for the           Client._connect, Client._serve,
                      the client      session's end                  PlainTransport.receive_into,
                                      (Client._run_mapping)          PlainTransport.send,
@@ -171,7 +171,7 @@ def release_signals() -> None:
 # the wire
 MAX_CONTROL_PAYLOAD_BYTES = 4 * 1024  # every frame but DATA; INIT needs some 300 [Decoder]
 MAX_DATA_PAYLOAD_BYTES = 1024 * 1024  # accepted; decoding is cut-through: no memory [Decoder]
-FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [Stream._pump]
+FRAME_SENT_BYTES = 64 * 1024  # 16 KiB: a third slower; 256 KiB: more latency [PumpedStream._pump]
 MAX_STREAM_ID = 2**32 - 1  # ids rise and never wrap [ServerSession.open_stream]
 MAX_UNKNOWN_FRAMES_BEFORE_INIT = 16  # a newer client may greet, nobody may babble [Decoder]
 MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [FrameType]
@@ -184,7 +184,7 @@ NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in qu
 LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [window_limit]
 MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [add_credit]
 UNLIMITED = 2**62  # level 0: a window that never runs out; after INIT: unknown frames
-SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what all windows of a session grow by [Budget]
+SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what a session's windows grow by, unless set [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
 QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wait [Writer.send]
@@ -193,7 +193,7 @@ RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [
 GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
-DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [Stream]
+DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [ByteQueue]
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): small frames wait behind it [tune]
 LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [OriginalStream]
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
@@ -217,8 +217,8 @@ SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port 
 CONNECT_TIMEOUT_S = 10.0  # to the server, all its addresses together [dial]
 DIAL_TIMEOUT_S = 5.0  # to a local service, the same; the original's value [dial]
 NEXT_ADDRESS_S = 0.25  # until the next address is tried too (RFC 8305, section 5) [dial]
-LIVED_S = 10.0  # a session that lasts so long is open, though nothing came [ClientSession]
-HEARTBEAT_S = 15.0  # yamux: 30 s [Session._beat]
+LIVED_S = 10.0  # a session that lasts so long without a word is mostly open [ClientSession]
+HEARTBEAT_S = 15.0  # unless set; yamux: 30 s [Session._beat]
 HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
 WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
@@ -282,7 +282,7 @@ class NoThread(RtunnelError):
 
 # ---- wire: addresses and frames; no socket, thread, clock or log (PROTOCOL.md, sections 2, 3) ----
 
-# Of a host name or an IPv4 address: printable ASCII but '.', ':' and brackets.
+# Of a host name or an IPv4 address: printable ASCII but '.', ':', '\' and square brackets.
 LABEL = r"[!-\-/-9;-Z^-~]{1,63}"
 
 
@@ -882,22 +882,6 @@ class Pool:
                 self._idle.popitem()[0].put(None)
 
 
-class LateCondition:
-    """Made when somebody first waits: an idle stream's would be 1 kB. Called with its lock held."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._condition: threading.Condition | None = None
-
-    def wait(self, seconds: float | None = None) -> bool:
-        self._condition = self._condition or threading.Condition(self._lock)
-        return self._condition.wait(seconds)
-
-    def notify_all(self) -> None:
-        if self._condition is not None:
-            self._condition.notify_all()
-
-
 # A send that does not wait, on a socket that does: Linux alone has it. macOS ignores the flag, and
 # Windows has none. There stream sockets are non-blocking, and pumps wait in steps of DRAIN_STEP_S.
 DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
@@ -1100,13 +1084,13 @@ class Listener(socketserver.ThreadingTCPServer):
 
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
-    A connection's life: `serve_forever` calls `get_request`, which waits for it, `verify_request`
-    (`admit`: is it served?), then `process_request` (`handle`), and `shutdown_request` (`left`)
-    unless `handle` returns True: then the connection lives on, and its end is no more the
-    listener's. Each override names the trap of socketserver that it is there for.
+    A connection's life: `serve_forever` calls `get_request`, which waits for it, `process_request`
+    (`admit`: is it served? then `handle`), and that calls `shutdown_request` (`left`) unless
+    `handle` returns True: then the connection lives on, and its end is no more the listener's.
+    Each override names the trap of socketserver that it is there for.
     Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
-    as in PlainTransport.
+    as in PlainTransport, but where it was never accepted from.
     Invariant: from the start to the stop an acceptor waits, or is on its way.
     """
 
@@ -1181,15 +1165,6 @@ class Listener(socketserver.ThreadingTCPServer):
                 self._asked_to_stop.wait(ACCEPT_PAUSE_S)
             raise  # socketserver goes on with the next
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """An error here would end the thread: socketserver catches none."""
-        peer = Address(*client_address[:2])
-        try:
-            return self._admit(peer) and self._has_successor(peer)
-        except Exception:  # the safety net of the admission: this connection alone ends
-            log_internal_error()
-            return False
-
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
         with self._lock:
@@ -1205,16 +1180,17 @@ class Listener(socketserver.ThreadingTCPServer):
             return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """By a function, in this thread, in place of a class and a new thread each time."""
-        kept = None
+        """By functions, in this thread, in place of a class and a new thread each time."""
+        peer, gave_way, kept = Address(*client_address[:2]), False, None
         try:
-            kept = self._handle(request, Address(*client_address[:2]))
-        except Exception:  # the safety net; socketserver prints to stderr
+            gave_way = self._admit(peer) and self._has_successor(peer)
+            kept = gave_way and self._handle(request, peer)
+        except Exception:  # the safety net: socketserver would print to stderr
             log_internal_error()
         if not kept:
             self.shutdown_request(request)
         with self._lock:
-            self._waiting += 1
+            self._waiting += gave_way  # else it has never ceased to count
 
     def shutdown_request(self, request: Any) -> None:
         """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
@@ -1300,8 +1276,8 @@ class Writer:
     one thread that has set `_writing`.
     Invariant: where something is queued somebody writes or gathers, or the control sender is woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
-    WINDOW (they are summed), a BLOCKED and a last frame; one PING of ours; MAX_UNSENT_BYTES of all
-    else, which only the peer provokes.
+    WINDOW (they are summed) and a last frame; for each and each DATA a BLOCKED; one PING of ours;
+    MAX_UNSENT_BYTES of all else, which only the peer provokes.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -1551,10 +1527,9 @@ class Stream:
 
     Threads: fed and ended by the session reader, drained by its drainer, swept by the clock,
     aborted by any, closed by whoever ends the last of it.
-    Locking: `_lock` guards everything below the marker. Under it no call waits; the locks of
-    writer, budget and pool may be taken. Pump and drainer alone use the socket without it, and
-    while one of them is at work nobody closes it: a descriptor closed under another thread's call
-    could carry its bytes to a stranger.
+    Locking: `_lock` guards everything below the marker. Under it no call waits. Pump and drainer
+    alone use the socket without it, and while one of them is at work nobody closes it: a descriptor
+    closed under another thread's call could carry its bytes to a stranger.
     Invariant: the queue never exceeds window + debt. While something is queued and there is a
     socket, a drainer is at work.
     """
@@ -1570,8 +1545,8 @@ class Stream:
         self._sent = 0  # bytes from the socket to the tunnel; this and the next are the pump's
         self._sent_at = self._opened_at  # the last of them, or the end
         self._lock = threading.Lock()
-        self._changed = LateCondition(self._lock)  # more credit, an end, room
         # guarded by _lock
+        self._changed: threading.Condition | None = None  # more credit, an end, room
         self._receiving = Receiving.OPEN
         self._sending = Sending.OPEN
         self._cause: str | None = None  # of an end that is not clean; the first
@@ -1625,7 +1600,7 @@ class Stream:
         with self._lock:
             if not self._has_ended_locked():
                 self._credit = add_credit(self._credit, *U32.unpack(payload))
-                self._changed.notify_all()
+                self._notify_locked()
 
     def blocked_received(self, _: bytes = b"") -> None:
         """The peer has bytes and no credit: where nothing is queued the window was the brake.
@@ -1688,13 +1663,17 @@ class Stream:
         """Nothing more goes to the socket, neither what is queued nor FIN."""
         self._receiving = state
         self._queue = ByteQueue()
-        self._changed.notify_all()
+        self._notify_locked()
 
     def _end_pump_locked(self) -> None:
         self._is_over = True
         if self._sock is not None:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RD)  # SHUT_WR would send FIN, a clean end
+
+    def _notify_locked(self) -> None:
+        if self._changed is not None:
+            self._changed.notify_all()
 
     def _takes_locked(self, name: str) -> bool:
         """False for what an ended stream drops. Raises ProtocolError for what comes after EOF."""
@@ -1749,7 +1728,7 @@ class Stream:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
             self._fin_sent_locked()
-        self._changed.notify_all()
+        self._notify_locked()
 
     def _fin_sent_locked(self) -> None:
         """For level 0."""
@@ -1786,8 +1765,7 @@ class Stream:
         except BaseException:
             with self._lock:
                 self._draining = False
-            self.abort("internal error")
-            raise
+            raise  # it ends the session, and that aborts this stream
         self._close_if_done()
 
     def _close_if_done(self) -> None:
@@ -1823,7 +1801,7 @@ class Stream:
 
 
 class PumpedStream(Stream):
-    """The same with its pump, whose thread runs all that is here: from the socket to the tunnel."""
+    """The same with its pump, from the socket to the tunnel, whose thread runs all but `refuse`."""
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
         """The pump's life: dial (client), socket to DATA frames, its end."""
@@ -1835,10 +1813,7 @@ class PumpedStream(Stream):
                 self._end_sending(self._pump(sock, is_new=connect is None))
         except SessionEnded as ended:
             self.abort(str(ended))
-        except BaseException:
-            self.abort("internal error")
-            raise
-        finally:
+        finally:  # also at an internal error: it ends the session, and that aborts this stream
             self._pump_left()
 
     def refuse(self, cause: str) -> None:
@@ -1927,9 +1902,14 @@ class PumpedStream(Stream):
                 if not said and ready([sock], writing=False, seconds=0):
                     self._session.writer.post(encode(FrameType.BLOCKED, self.number))
                     said = True
-                was_reset = not self._changed.wait(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
+                was_reset = not self._wait_locked(WATCH_S) and (has_error(sock) or self._receiving is Receiving.BROKEN)
                 if was_reset and time.monotonic() - self._sent_at >= self._session.unread_wait_s:
                     self._abort_locked("reset", was_reset=True)
+
+    def _wait_locked(self, seconds: float) -> bool:
+        """For a change. The condition is made here: an idle stream's would be 1 kB."""
+        self._changed = self._changed or threading.Condition(self._lock)
+        return self._changed.wait(seconds)
 
     def _end_sending(self, unsent: bytes | memoryview) -> None:
         """The socket has no more: say so, behind what is unsent."""
@@ -2025,8 +2005,7 @@ class Session:
 
     Threads: `run` is the session reader; `_send_control` the control sender; the clock calls what
     `after` is given; everything public else from any.
-    Locking: `_lock` guards everything below the marker. Under it the locks of a new stream, of the
-    writer and of the clock may be taken.
+    Locking: `_lock` guards everything below the marker.
     Invariant: a stream is in `_streams` from before its NEW_CONN is sent until its socket is
     closed. Our ids rise and are never used again, and each session has its own streams. So a frame
     never meets another stream's socket.
@@ -2397,7 +2376,6 @@ class Program:
         self._scraped: Listener | None = None  # main's
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.stop_asked = threading.Event()
         self.status = 0  # the process's exit status
         self._lock = threading.Lock()
         # The stop has begun; at the server also: a session has joined or left a lease.
@@ -2474,6 +2452,11 @@ class Program:
             self._stopping = True
             self._changed.notify_all()
 
+    def stops_within(self, seconds: float) -> bool:
+        """Whether the stop or a drain begins within so long. Nothing else wakes a client."""
+        with self._lock:
+            return self._stopping or self._changed.wait(seconds)
+
     def retire_all(self) -> None:
         """For a drain: nothing new, and the open streams may finish."""
         self.take_nothing_new()
@@ -2482,7 +2465,6 @@ class Program:
 
     def stop(self) -> None:
         """Nothing new, and all that is there ends. Never waits: `has_connections` tells."""
-        self.stop_asked.set()
         self.take_nothing_new()
         if self._scraped is not None:
             self._scraped.stop()
@@ -2543,9 +2525,9 @@ class ServerSession(Session):
 
     role = "server"
 
-    def __init__(self, transport: Transport, server: Server, carrier: PlainTransport, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, server: Server, carrier: PlainTransport) -> None:
         super().__init__(transport, server)
-        self._server, self._deadline = server, deadline
+        self._server = server
         self.carrier = carrier  # whose place among the strangers it has
         self.decoder.unknown_limit = MAX_UNKNOWN_FRAMES_BEFORE_INIT
         self.init: Init | None = None  # this and the next two are the reader's
@@ -2561,12 +2543,6 @@ class ServerSession(Session):
         if self.init is None or self._server.global_lease is not None:
             return True
         return self.program.settings.rules.allow(self.transport.identity, self.init.port)
-
-    def run(self) -> str:
-        if self._server.global_lease is not None:
-            self.after(SILENT_CLIENT_S, self._join_silent)
-        self.after(self._deadline.remaining(), self._check_hello)
-        return super().run()
 
     def on_init(self, frame: Frame) -> None:
         if self.init is not None:
@@ -2587,13 +2563,13 @@ class ServerSession(Session):
     def on_goaway(self, frame: Frame) -> None:
         self._server.leave_lease(self, "client: " + quoted(frame.payload.decode("ascii", "replace")), linger=False)
 
-    def _join_silent(self) -> None:
+    def join_silent(self) -> None:
         # An original that has nothing to say begins no other frame; if it has, its INIT may come.
         if not self.decoder.unknown_frames and not self.decoder.is_inside_control():
             with contextlib.suppress(Refused):
                 self._server.open_lease(self, Init(0, ""))
 
-    def _check_hello(self) -> None:
+    def check_hello(self) -> None:
         if not self.is_client:
             self.program.metrics.count("refusals_total", "silent")
             self.end(f"no INIT within {HELLO_TIMEOUT_S:.0f} s")
@@ -2674,10 +2650,10 @@ class Server(Program):
     """The control port, the sessions, and the leases that they hold.
 
     Threads: `serve_control` is each session's reader, `serve_visitor` each stream's pump; main
-    calls `start`, the clock `_close_unused`, acceptors `admit_visitor`, any thread `visitor_left`.
-    Locking: `_lock` guards everything below the marker and all leases. Under it the locks of
-    session, writer, clock and pool may be taken, and ports be bound at addresses, not names: that
-    waits for nobody, and two who want one port come one after the other.
+    calls `start`, acceptors `admit_visitor`, any thread `leave_lease` and `visitor_left`.
+    Locking: `_lock` guards everything below the marker and all leases. Under it ports may be bound,
+    at addresses, not names: that waits for nobody, and two who want one port come one after the
+    other.
     """
 
     def __init__(self, settings: Settings, context: Trust) -> None:
@@ -2730,8 +2706,11 @@ class Server(Program):
                     oldest = next(each for each, site in self._strangers.items() if site == largest)
                     del self._strangers[oldest]
                     oldest.shutdown()  # its reader wakes, and leaves
-            session = ServerSession(self.secure(carrier, deadline), self, carrier, deadline)
+            session = ServerSession(self.secure(carrier, deadline), self, carrier)
             with self.registered(session):
+                if self.global_lease is not None:
+                    session.after(SILENT_CLIENT_S, session.join_silent)
+                session.after(deadline.remaining(), session.check_hello)
                 reason = session.run()
                 self.leave_lease(session, reason, linger=session.level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
@@ -2995,15 +2974,18 @@ class ClientSession(Session):
         return super().state() | self.mapping.about()
 
     def run(self) -> str:
-        self.after(LIVED_S, self._check_lived)
         try:
             with self._client.registered(self):
+                self.after(LIVED_S, self._check_lived)
                 self.reason = super().run()
         except SessionEnded as error:  # the program stops
             self.transport.close()
             self.reason = str(error)
         finally:
             self.over.set()
+        if self.goaway is not None and self.goaway != REPLACED:  # else the mapping says it
+            about = {**self.mapping.about(), "level": self.level, "reason": self.reason}
+            log_event(INFO, "session-closed", **about, **self.rtt())
         return self.reason
 
     def on_frame(self, frame: Frame) -> None:
@@ -3037,8 +3019,9 @@ class ClientSession(Session):
 
     def _open(self) -> None:
         """The server has taken this session: in TLS 1.3 the handshake alone does not say so."""
-        if not self.is_open:
-            self.is_open = True
+        with self._lock:
+            is_new, self.is_open = not self.is_open, True
+        if is_new:
             self._client.has_opened(self.mapping)
             about = {**self.mapping.about(), "level": self.level, "peer": self.transport.peer}
             log_event(INFO, "session-opened", public=self._public or f"port {self.mapping.remote_port}", **about)
@@ -3102,7 +3085,7 @@ class Client(Program):
         self._mappings = mappings
         # By server: one that swallows packets must not keep connections to others waiting.
         self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
-        # Servers of level 1, whose silence is the network's. Any reader changes it, in one step.
+        # Servers of level 1, whose silence is the network's. Changed in one step, by any thread.
         self.welcomed: set[Address] = set()
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
@@ -3125,7 +3108,7 @@ class Client(Program):
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff, wait_s = Backoff(self.settings.reconnect_max), 0.0
-        while not self.stop_asked.wait(wait_s):
+        while not self.stops_within(wait_s):
             try:
                 wait_s = self._serve(mapping, backoff)
             except Exception:  # the safety net: the mapping goes on
@@ -3140,7 +3123,7 @@ class Client(Program):
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             self.metrics.count("failed_dials_total", "server")
-            if not self.stop_asked.is_set():
+            if not self.stops_within(0):
                 log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
         session.over.wait()
@@ -3155,7 +3138,7 @@ class Client(Program):
             wait = self._take_denial(mapping, session.reason)
         else:
             wait = backoff.next_s()
-        if not self.stop_asked.is_set():
+        if not self.stops_within(0):
             about |= {"level": session.level, "reason": session.reason, "retry_s": wait}
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
@@ -3178,17 +3161,11 @@ class Client(Program):
                 name = self.settings.tls_server_name or mapping.server.host
                 transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
-                self.pool.run(lambda: self._read(session))
+                self.pool.run(session.run)
             except BaseException:
                 sock.close()
                 raise
         return session
-
-    def _read(self, session: ClientSession) -> None:
-        """The session reader."""
-        reason, about = session.run(), session.mapping.about()
-        if session.goaway is not None and session.goaway != REPLACED:  # else the mapping says it
-            log_event(INFO, "session-closed", **about, level=session.level, reason=reason, **session.rtt())
 
     def figures(self) -> Figures:
         sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
@@ -3202,11 +3179,11 @@ class Client(Program):
             new = self._denied.get(mapping) != reason
             self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self._mappings)
+            self._stopping |= hopeless
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
             self.status = 3
-            self.stop_asked.set()
             self.words.put("refused")
         return self.settings.reconnect_max
 
@@ -3234,7 +3211,7 @@ class OriginalStream(PumpedStream):
             deadline = Deadline(LEVEL_0_WAIT_S)
             with self._lock:
                 while self._receiving is Receiving.OPEN and len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:
-                    if not self._changed.wait(deadline.remaining()) and not deadline.remaining():
+                    if not self._wait_locked(deadline.remaining()) and not deadline.remaining():
                         self._abort_locked("stalled")
         super().feed(part)
 
@@ -3341,9 +3318,9 @@ def common_options(role: str) -> list[Option]:
         Option("TLS", "tls-profile", "default", profile, "NAME",
                f"what is admitted in a handshake, the same at both ends; one of {', '.join(rtunnel_tls.PROFILES)}"),
         *([server_name] if role == "client" else []),
-        Option("limits", "heartbeat", "15", seconds, "SECONDS",
+        Option("limits", "heartbeat", f"{HEARTBEAT_S:g}", seconds, "SECONDS",
                "a PING so often; a peer from which no byte comes for three times as long is dead"),
-        Option("limits", "session-budget", "64", mebibytes, "MIB",
+        Option("limits", "session-budget", f"{SESSION_BUDGET_BYTES >> 20}", mebibytes, "MIB",
                "what the windows of one session may grow by, all streams together"),
         Option("limits", "drain", "0", seconds_or_none, "SECONDS", "at SIGTERM nothing new is taken, and the open "
                "streams have so long to finish; 0: they are reset at once"),

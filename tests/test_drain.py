@@ -125,6 +125,26 @@ def test_nobody_new_while_it_drains(server: Factory, client: Factory) -> None:
         assert stopping.wait() == 0
 
 
+def test_a_client_that_drains_dials_no_more(server: Factory, client: Factory) -> None:
+    """A session that ends while its client drains has no successor: it would only be a stranger to the server."""
+    with echo_service() as service:
+        staying, leaving = server(), server()
+        where = (f"--server={text(each.control_address)}" for each in (staying, leaving))
+        asking = client(*where, f"--local={service.text}", "--reconnect-max=0.1", "--drain=30", "--log-level=debug")
+        leaving.lease_address()
+        with connect(staying.lease_address()) as visitor:
+            check_echo(visitor)
+            asking.send_signal(signal.SIGTERM)
+            asking.wait_for("stopping")
+            dialled = len(asking.events("connecting"))
+            assert leaving.stop() == 0
+            for _ in range(10):
+                check_echo(visitor)
+                time.sleep(0.1)  # ten times as long as a mapping waits before it dials
+            assert len(asking.events("connecting")) == dialled
+        assert asking.wait() == 0
+
+
 def test_a_client_between_two_servers(server: Factory, client: Factory) -> None:
     """A client that gets GOAWAY keeps its streams and connects anew at once: to the next server on the same port,
     which serves its visitors while the old one lets the old streams finish."""

@@ -205,7 +205,7 @@ def beat(session: rtunnel.Session) -> None:
 
 def hear_silence(session: rtunnel.ServerSession) -> None:
     """What the clock does with a global port's connection from which no INIT has come for 2 s."""
-    session._join_silent()
+    session.join_silent()
 
 
 def pretend_ping(session: rtunnel.Session, payload: bytes, seconds_ago: float) -> None:

@@ -19,7 +19,7 @@ from recorder import MODULES, ROOT, functions
 
 SOURCES = {file: (ROOT / file).read_text() for file in MODULES}
 # Who calls these waits, they do so in nobody's name: the tables name the caller.
-ON_BEHALF = {"ready", "LateCondition.wait", "connect"}
+ON_BEHALF = {"ready", "PumpedStream._wait_locked", "connect"}
 CARRIERS = "Pool._work", "Listener.serve_forever"  # whose threads are called by what they do
 
 
