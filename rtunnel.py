@@ -3567,7 +3567,7 @@ def tell_systemd(state: str) -> None:
     """What a unit of Type=notify waits for (sd_notify(3)); elsewhere nothing."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), address.replace("@", "\0", 1))
+            sock.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def reload(program: Program, make: Callable[[], Program]) -> None:

@@ -183,7 +183,7 @@ class Notified:
     def __init__(self, address: str) -> None:
         self.address = address
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.sock.bind(address.replace("@", "\0", 1))
+        self.sock.bind("\0" + address[1:] if address[0] == "@" else address)
         self.sock.settimeout(10.0)
 
     def hear(self) -> dict[str, str]:
@@ -196,7 +196,7 @@ def notified(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Notifie
     """Where a unit of Type=notify is told."""
     if request.param == "abstract" and sys.platform != "linux":
         pytest.skip("abstract names are of Linux")
-    address = str(tmp_path / "notify") if request.param == "path" else f"@rtunnel-test-{os.getpid()}"
+    address = str(tmp_path / "notify@1") if request.param == "path" else f"@rtunnel-test-{os.getpid()}"
     made = Notified(address)
     with made.sock:
         yield made
