@@ -151,9 +151,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
 
-import configargparse
+try:
+    import configargparse
 
-import rtunnel_tls
+    import rtunnel_tls
+except ModuleNotFoundError as missing:
+    sys.exit(f"rtunnel: {missing}; install it by `pip install .`, or `. .venv/bin/activate` where that was done")
 
 __version__ = "0.1.0"
 
@@ -1951,7 +1954,8 @@ class PortRules:
         In a file's list a comma ends the item: what has no name belongs to the one before.
         """
         name, equals, spans = text.rpartition("=")
-        if bool(name) != bool(equals):
+        # Not a second rule behind a comma: it would be a part of the first one's name.
+        if bool(name) != bool(equals) or re.search(r"=\s*[0-9]", name) or not re.fullmatch("[-0-9, ]+", spans):
             raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
         ports = []
         for span in spans.split(","):
@@ -2327,7 +2331,7 @@ class Metrics:
             import prometheus_client
             from prometheus_client import core
         except ImportError:
-            raise ConfigError("--metrics needs prometheus-client: pip install 'rtunnel[metrics]'") from None
+            raise ConfigError("--metrics needs prometheus-client: pip install prometheus-client") from None
         self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
         registry = prometheus_client.CollectorRegistry()
         registry.register(self)
@@ -3290,9 +3294,9 @@ def written(pattern: str, what: str, form: str, convert: Callable[[str], Any] = 
 
 
 listen_address = functools.partial(dial_address, listen=True)
-ABOVE_0 = r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?"  # any digit but 0 must come
-seconds = written(ABOVE_0, "time", "a number of seconds above 0", float)
-seconds_or_none = written("0|" + ABOVE_0, "time", "a number of seconds above 0", float)
+TIME = r"[0-9]{1,6}(\.[0-9]{1,9})?"  # three of the most are what Windows can wait for
+seconds = written("(?=.*[1-9])" + TIME, "time", "a number of seconds above 0 and below 1000000", float)
+seconds_or_none = written(TIME, "time", "a number of seconds below 1000000", float)
 mebibytes = written("[0-9]{1,6}", "size", "a number of MiB", lambda text: int(text) * 1024 * 1024)
 cpu = written("auto|any|[0-9]{1,4}", "CPU", "its number, auto or any")
 log_level = written("debug|info|warning|error", "level", "debug, info, warning or error")
@@ -3328,7 +3332,7 @@ def common_options(role: str) -> list[Option]:
                "several; auto: the first for a server, another for a client; any: all of them"),
         Option("log", "log-level", "info", log_level, "LEVEL", "debug, info, warning or error"),
         Option("log", "metrics", "", listen_address, "ADDRESS", "serve figures for Prometheus there, to whoever asks; "
-               "needs rtunnel[metrics]; empty: none"),
+               "needs prometheus-client; empty: none"),
     ]
 
 
@@ -3386,9 +3390,10 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
     def parse(self, stream: TextIO) -> dict[str, Any]:
         settings: dict[str, Any] = {}
         try:
+            stream.seek(0)  # not in a pipe, which a reload could not read again
             lines = stream.readlines()
-        except UnicodeDecodeError:
-            raise configargparse.ConfigFileParserException(f"{stream.name}: this is no UTF-8 text") from None
+        except (OSError, UnicodeDecodeError):
+            raise configargparse.ConfigFileParserException(f"{stream.name}: this is no file of UTF-8 text") from None
         for number, line in enumerate(lines, 1):
             key, fault = re.split(r"[=:\s]", line.strip(), maxsplit=1)[0], ""
             if not key or key[0] in "#;":
@@ -3401,6 +3406,8 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
                 settings |= super().parse([line])
                 if isinstance(settings.get(key), list) and self.options[key].action != "append":
                     fault = f"{key} takes one value, and no list"
+                elif settings.get(key) == []:
+                    fault = f"the list of {key} is empty; leave the line out for the default"
             if fault:
                 raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
         return settings
@@ -3422,7 +3429,9 @@ def add_command(commands: Any, command: str, summary: str) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_env_var_help=False, add_config_file_help=False,
         epilog="Flags win over the environment (RTUNNEL_..., as RTUNNEL_LOG_LEVEL), the environment over the file.",
     )  # fmt: skip
-    parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", help="a file of key = value lines")
+    about = "a file of key = value lines; of several the last counts"
+    path = written("(?s).+", "file", "its path")
+    parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", type=path, help=about)
     show = functools.partial(parser.add_argument, action="store_true")
     show("--print-config", help="show each setting and where it came from, and exit")
     show("--example-config", help="show a commented file of all settings, and exit")
@@ -3442,7 +3451,8 @@ def make_program(first: Settings) -> Program:
     What a reload cannot change stays as it was first, and is named.
     """
     settings = first.parse_again()
-    kept = {each.name: each.attribute for each in OPTIONS[first.command] if each.name not in RELOADED}
+    reloaded = RELOADED if settings.tls_crl else RELOADED - {"tls-crl"}  # else it would admit again
+    kept = {each.name: each.attribute for each in OPTIONS[first.command] if each.name not in reloaded}
     changed = [name for name, attribute in kept.items() if getattr(settings, attribute) != getattr(first, attribute)]
     if changed:
         log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
@@ -3641,7 +3651,7 @@ def add_pki(commands: Any) -> None:
     for action in (init, issue):
         action.add_argument("--force", action="store_true", help="replace what is there")
     for action in (init, issue, renew, revoke, show):
-        action.add_argument("--dir", default="conf/pki", help="the folder (default: conf/pki)")
+        action.add_argument("--dir", default="conf/pki", type=os.path.expanduser, help="the folder (default: conf/pki)")
     pki.set_defaults(run=run_pki, parser=pki)
 
 
@@ -3658,8 +3668,6 @@ PKI_NEXT = {
 
 def run_pki(settings: Settings) -> int:
     release_signals()
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="backslashreplace")  # a certificate's name need not fit the terminal
     if settings.action == "init":
         options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
         print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
@@ -3698,7 +3706,7 @@ def run_program(settings: Settings) -> int:
         print(example_config(settings.command), end="")
         return 0
     if settings.print_config:
-        shown = re.sub(r"(http://[^\s:]+:)\S*@", r"\1***@", settings.parser.format_values())
+        shown = re.sub(r"(http://[^\s:@]*:)\S*@", r"\1***@", settings.parser.format_values())
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"
@@ -3756,13 +3764,17 @@ def entry() -> NoReturn:
     The interpreter's own end waits for a lock that a thread may hold that writes to a stopped
     terminal. What is left of streams is reset by the kernel (SO_LINGER).
     """
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # a name need not fit the terminal
     try:
         status = main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where there is no stdout
     except BrokenPipeError:  # of `--print-config | head`: who reads has enough
         status = 0
-    except OSError:
+    except (OSError, KeyboardInterrupt) as error:
         status = 1
+        with contextlib.suppress(OSError):
+            print(f"rtunnel: {reason_of(error)}", file=sys.stderr, flush=True)
     os._exit(status)
 
 

@@ -136,7 +136,7 @@ def _told(subject: str = "", remedy: str = "") -> Iterator[None]:
         yield
         return
     except OSError as error:
-        detail = f"{error.strerror}" if subject else f"{error.filename}: {error.strerror}"
+        detail = f"{error.strerror}" if subject or not error.filename else f"{error.filename}: {error.strerror}"
     except (SSL.Error, crypto.Error) as error:
         detail = _reason(error).partition(";")[0]
     except (HandshakeError, AttributeError, *_UNFIT) as error:
@@ -334,10 +334,12 @@ def parse_name(name: str) -> str | Address:
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name.partition("%")[0])
         return getattr(address, "ipv4_mapped", None) or address
-    host = name.removesuffix(".").encode("idna").decode().lower()  # UnicodeError is a ValueError
-    if len(host) > 253 or not re.fullmatch(r"(?!-)[a-z0-9_-]{1,63}(\.(?!-)[a-z0-9_-]{1,63})*", host):
-        raise ValueError(f"{name!r} is neither a host name nor an address")
-    return host
+    with contextlib.suppress(UnicodeError):
+        host = name.removesuffix(".").encode("idna").decode().lower()
+        # A last label of digits alone is a mistyped address.
+        if len(host) <= 253 and re.fullmatch(r"((?!-)[a-z0-9_-]{1,63}\.)*(?![0-9]+$)(?!-)[a-z0-9_-]{1,63}", host):
+            return host
+    raise ValueError(f"{name!r} is neither a host name nor an address")
 
 
 def _load(label: str, parse: Callable[[bytes], Any], file: PathLike) -> list[Any]:
@@ -861,9 +863,9 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             if named or not Path(target).exists():
                 raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
             with _told(str(target)):
-                certificate = _load_certificates(target)[0]
-                if not _has_signed(authority, certificate):
-                    raise ValueError("it is of another authority, which alone can revoke it")
+                certificate, *others = _load_certificates(target)
+                if not _has_signed(authority, certificate) or not all("authority" in _roles(each) for each in others):
+                    raise ValueError("it is of another authority, which alone can revoke it, or it holds several")
             serials = {certificate.serial_number}
         if serial is not None:
             serials.add(int(serial, 16))
@@ -879,7 +881,7 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
 def show(target: PathLike) -> list[str]:
     """Lines about all certificates of a folder, or of a file, by the list that lies beside it."""
     path = Path(target)
-    files = sorted(path.glob("*.crt")) if path.is_dir() else [path]
+    files = sorted(each for each in path.iterdir() if each.suffix == ".crt") if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: {PROGRAM} pki init")
     listed, root, record = files[0].with_name("crl.pem"), files[0].with_name("ca.crt"), path / "issued.pem"
@@ -979,11 +981,9 @@ def _authority(
 def _general_name(host: str) -> x509.GeneralName:
     """A subjectAltName; `*.` may stand for one label. Raises ValueError."""
     name = parse_name(host.removeprefix("*."))
-    if isinstance(name, str):
-        return x509.DNSName("*." * host.startswith("*.") + name)
-    if host.startswith("*."):
-        raise ValueError(f"{host!r}: no wildcard can stand in an address; name each address by itself")
-    return x509.IPAddress(name)
+    if host.startswith("*.") and (not isinstance(name, str) or "." not in name):
+        raise ValueError(f"{host!r}: a wildcard is one label of three or more, and no part of an address")
+    return x509.DNSName("*." * host.startswith("*.") + name) if isinstance(name, str) else x509.IPAddress(name)
 
 
 def _make(

@@ -53,7 +53,7 @@ setup(
     ],
     python_requires=">=3.10",
     # The first two carry OpenSSL 4 in their wheels, so that nothing has to be compiled.
-    install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7"],
+    install_requires=["pyOpenSSL>=26.4", "cryptography>=49", "ConfigArgParse>=1.7.5"],
     extras_require={"metrics": METRICS, "test": TEST, "dev": DEV, "fuzz": FUZZ},
     py_modules=["rtunnel", "rtunnel_tls"],
     entry_points={"console_scripts": ["rtunnel = rtunnel:entry"]},

@@ -53,7 +53,21 @@ def test_rules(items: tuple[str, ...], identity: str, allowed: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
-    "text", ["alice", "=80", "alice=", "alice=x", "alice=80-", "alice=-80", "alice=90-80", "alice=65536", "alice=80,"]
+    "text",
+    [
+        "alice",
+        "=80",
+        "alice=",
+        "alice=x",
+        "alice=80-",
+        "alice=-80",
+        "alice=90-80",
+        "alice=65536",
+        "alice=80,",
+        "alice=80, bob=81",
+        "alice=80 bob=81",
+        "alice=80,bob=81",
+    ],
 )
 def test_wrong_rules(text: str) -> None:
     """What is no rule is refused, an empty range too; a list cannot begin without a name."""

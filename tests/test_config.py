@@ -226,6 +226,13 @@ WRONG = [
     ("server", "--control-listen", "\x1b[2J:1"),
     ("server", "\x1b[2J"),
     ("server", "--log-level", "a\nb"),
+    ("server", "-c", ""),
+    ("server", "--config="),
+    ("server", "--heartbeat", "1000000"),
+    ("server", "--heartbeat", "0.0"),
+    ("server", "--drain", "1000000"),
+    ("server", "--allow", "alice=8080, bob=9090"),
+    ("client", "--server", "h:1", "--local", "h:2", "--tls", "--tls-server-name", "a..b"),
 ]
 
 
@@ -253,6 +260,7 @@ FILES = {
     b"log-level\n": "log-level",
     b"log-level = [info, debug]\n": "log-level",
     b"tls = [true]\n": "tls takes one value",
+    b"allow = []\n": "the list of allow is empty",
     b"control-listen = nowhere\n": "nowhere",
     b"\x1b[2J = 1\n": "unknown",
     b"\xff\xfe\x00\n": "",
@@ -271,6 +279,24 @@ def test_wrong_files(command: Command, tmp_path: Path, content: bytes) -> None:
     assert FILES[content] in err
     if "unknown" in err:
         assert str(file) in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no /dev/fd")
+def test_a_file_that_is_a_pipe(command: Command) -> None:
+    """What a pipe says can be read once, and so would be lost at the first reload: it is refused."""
+    reading, writing = os.pipe()
+    os.write(writing, b"tls-crl = crl.pem\n")
+    os.close(writing)
+    status, out, err = command("server", "-c", f"/dev/fd/{reading}")
+    os.close(reading)
+    assert (status, out) == (2, "")
+    assert f"/dev/fd/{reading}: this is no file" in err
+
+
+def test_a_drain_of_nothing(settings: Callable[..., dict[str, Any]]) -> None:
+    """Nought is no drain, however it is written."""
+    for text_ in ("0", "0.0", "000"):
+        assert settings("server", "--drain", text_)["made"][0].drain == 0.0
 
 
 def test_systems_without_descriptor_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +332,35 @@ def test_no_traceback_from_the_program_itself() -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
+
+
+def ended(*arguments: str, before: str = "", **options: Any) -> tuple[int, str]:
+    """The real command in a process of its own: status, standard error."""
+    shell = f'{before} exec "$0" "$@"'
+    command = ["sh", "-c", shell, sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=30, **options)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")
+def test_standard_output_that_is_none() -> None:
+    """Closed, full, or of another alphabet: no traceback, and where something was lost, a sentence and status 1."""
+    example = ("rtunnel.py", "server", "--example-config")
+    assert ended("rtunnel.py", "pki", "show", "--dir", "/nowhere", before="exec >&-;")[0] == 2
+    assert ended(*example, before="exec >&-;") == (0, "")
+    if os.path.exists("/dev/full"):
+        assert ended(*example, before="exec >/dev/full;") == (1, "rtunnel: No space left on device\n")
+    latin = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = ("rtunnel.py", "server", "--tls-cert=\u00e9.crt", "--print-config")
+    assert ended(*arguments, env=latin, stdout=subprocess.DEVNULL) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")
+def test_packages_that_are_missing() -> None:
+    """Outside its environment the program says what it needs."""
+    status, said = ended("-S", "-E", "rtunnel.py", "--version")
+    assert status == 1
+    assert re.fullmatch(r"rtunnel: No module named '\w+'; install it by [^\n]+\n", said)
 
 
 # --- what the program says of itself ------------------------------------------------------------------------

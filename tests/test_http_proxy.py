@@ -313,12 +313,13 @@ def test_what_is_no_proxy(command: Command, url: str) -> None:
     assert SECRET not in err
 
 
+@pytest.mark.parametrize("user", ["alice", ""])
 @pytest.mark.parametrize("source", ["flag", "environment", "file"])
 def test_print_config_masks_the_password(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, user: str
 ) -> None:
     """--print-config shows the proxy and the user, wherever they come from, and *** in place of the password."""
-    url = f"http://alice:{SECRET}@x@proxy.invalid:3128"
+    url = f"http://{user}:{SECRET}@x@proxy.invalid:3128" if user else f"http://:a:{SECRET}@proxy.invalid:3128"
     flags = ["client", "--print-config"]
     if source == "flag":
         flags += ["--proxy", url]
@@ -330,7 +331,7 @@ def test_print_config_masks_the_password(
         flags += ["-c", str(file)]
     status, out, _ = command(*flags)
     assert status == 0
-    assert "http://alice:***@proxy.invalid:3128" in out
+    assert f"http://{user}:***@proxy.invalid:3128" in out
     assert SECRET not in out
 
 

@@ -286,7 +286,7 @@ def test_without_the_package(program: Factory) -> None:
     lacking = "import sys; sys.modules['prometheus_client'] = None"
     refused = program("server", "--control-listen=127.0.0.1:0", PORT, before=lacking)
     assert refused.wait() == 2
-    expected = "rtunnel server: --metrics needs prometheus-client: pip install 'rtunnel[metrics]'"
+    expected = "rtunnel server: --metrics needs prometheus-client: pip install prometheus-client"
     assert refused.lines == [expected]
 
 

@@ -6,6 +6,7 @@ import base64
 import builtins
 import contextlib
 import datetime
+import errno
 import functools
 import os
 import re
@@ -199,6 +200,11 @@ def test_a_name_cannot_leave_the_folder(folder: Path, name: str) -> None:
         ("neither", {"hosts": [""]}),
         ("'*.192.0.2.1'|wildcard", {"hosts": ["*.192.0.2.1"]}),
         ("'*.2001:db8::1'|wildcard", {"hosts": ["*.2001:db8::1"]}),
+        ("'*.lan'|wildcard", {"hosts": ["*.lan"]}),
+        ("'192.0.2.256' is neither", {"hosts": ["192.0.2.256"]}),
+        ("'10.0.0.01' is neither", {"hosts": ["10.0.0.01"]}),
+        ("'a..b' is neither", {"hosts": ["a..b"]}),
+        ("is neither", {"hosts": ["a" * 64]}),
     ],
 )
 def test_what_cannot_be_issued_is_one_sentence(folder: Path, words: str, given: dict[str, object]) -> None:
@@ -282,6 +288,46 @@ def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_
     refuse("x.crt: it is of another authority", revoke, folder, folder / "x.crt")
     shutil.copy(tmp_path / "other" / "crl.pem", folder / "crl.pem")
     refuse("crl.pem|another authority", revoke, folder)
+
+
+def test_a_file_of_two_certificates_cannot_be_revoked(folder: Path, tmp_path: Path) -> None:
+    """Only the first would be: each is revoked by its own file. Authorities behind one are its chain."""
+    issue(folder, "a", hosts=None)
+    issue(folder, "b", hosts=None)
+    both, chain = tmp_path / "both.pem", tmp_path / "chain.pem"
+    a, b, ca = ((folder / name).read_bytes() for name in ("a.crt", "b.crt", "ca.crt"))
+    both.write_bytes(a + b)
+    chain.write_bytes(a + ca)
+    before = (folder / "crl.pem").read_bytes()
+    refuse(f"{both}: |several", revoke, folder, both)
+    assert (folder / "crl.pem").read_bytes() == before
+    revoke(folder, chain)
+    assert (folder / "crl.pem").read_bytes() != before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such modes")
+def test_a_folder_that_one_may_not_read(folder: Path) -> None:
+    """It is said to be that, and not to be empty."""
+    folder.chmod(0)
+    was_root = os.geteuid() == 0
+    try:
+        if was_root:
+            os.seteuid(65534)
+        refuse("Permission denied", show, folder)
+    finally:
+        if was_root:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="it is locked in another way")
+def test_a_folder_that_cannot_be_locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks the system's word is told, and no file that has no name."""
+    error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(TlsConfigError) as caught:
+        issue(folder, "a", hosts=None)
+    assert str(caught.value) == error.strerror
 
 
 def test_show_tells_what_an_operator_asks(folder: Path) -> None:

@@ -217,6 +217,19 @@ def test_what_wants_a_restart(program: Factory, tmp_path: Path, line: str, ignor
         Peer.as_client(control)
 
 
+def test_revocation_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
+    """A file that was emptied, as on a full disk, does not let those in again who are revoked."""
+    config = tmp_path / "server.ini"
+    files = "".join(f"tls-{option} = {file}\n" for option, file in own.files("server").items())
+    config.write_text(f"control-listen = 127.0.0.1:0\ntls = true\n{files}tls-crl = {own.crl}\n")
+    serving = program("server", "-c", str(config))
+    serving.wait_for("listening")
+    config.write_text(f"control-listen = 127.0.0.1:0\ntls = true\n{files}")
+    serving.send_signal(signal.SIGHUP)
+    assert serving.wait_for("reload-ignored")["settings"] == "tls-crl"
+    serving.wait_for("reloaded")
+
+
 def test_tls_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
     """A file in which `tls` has been lost does not make the server serve everybody."""
     config = tmp_path / "server.ini"

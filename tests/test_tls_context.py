@@ -537,7 +537,24 @@ def test_names_have_one_form(given: str, parsed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "a..b", "-a", "a b", "a\0b", "a/b", "*", "*.example.org", "a" * 64, "a." * 130]
+    "name",
+    [
+        "",
+        ".",
+        "a..b",
+        "-a",
+        "a b",
+        "a\0b",
+        "a/b",
+        "*",
+        "*.example.org",
+        "a" * 64,
+        "a." * 130,
+        "192.0.2.256",
+        "10.0.0.01",
+        "1",
+        "a.1",
+    ],
 )
 def test_what_is_no_name_is_refused(house: House, name: str) -> None:
     """What is neither a host name nor an address is told at start."""
