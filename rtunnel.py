@@ -223,6 +223,7 @@ NEXT_ADDRESS_S = 0.25  # until the next address is tried too (RFC 8305, section 
 LIVED_S = 10.0  # a session that lasts so long without a word is mostly open [ClientSession]
 HEARTBEAT_S = 15.0  # unless set; yamux: 30 s [Session._beat]
 HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
+MAX_PINGS = 1024  # that may be unanswered: four hours of heartbeats [Session]
 WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
 WATCH_S = 1.0  # between looks for a reset: the clock's, a pump's without credit [Session._sweep]
@@ -898,6 +899,7 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 def tune(sock: socket.socket, *, control: bool = False) -> None:
     """Small messages at once, dead peers found; for a control connection a short kernel queue."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # urgent bytes are not dropped
     wanted = {
         "TCP_NODELAY": 1,
         "TCP_KEEPIDLE": KEEPALIVE_IDLE_S,
@@ -966,7 +968,6 @@ def dial(address: Address, seconds: float) -> socket.socket:
             for sock in ready(pending, writing=True, seconds=min(NEXT_ADDRESS_S, left) if untried else left):
                 host, code = pending.pop(sock), sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
-                    sock.setblocking(True)
                     return sock
                 sock.close()
                 said[host] = OSError(code, os.strerror(code))
@@ -997,12 +998,16 @@ def connect(row: Any, seconds: float) -> socket.socket:
     try:
         tune(sock)
         sock.settimeout(seconds)
-        sock.connect(row[4])
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(row[4])
         sock.settimeout(None)
-    except OSError as error:
-        if seconds or not isinstance(error, BlockingIOError):
-            sock.close()
-            raise
+        # Where nobody listens, and our own port is by chance the one that is dialled.
+        if sock.getsockname() == row[4]:
+            reset_at_close(sock)
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -1063,7 +1068,9 @@ class ProxyAnswer(socket.SocketIO):
         return self
 
     def readinto(self, buffer: Any) -> int | None:
-        self._limited.settimeout(max(self._deadline.remaining(), 0.001))
+        if not (left := self._deadline.remaining()):
+            raise TimeoutError
+        self._limited.settimeout(left)
         return super().readinto(buffer)
 
 
@@ -1279,7 +1286,7 @@ class Writer:
     one thread that has set `_writing`.
     Invariant: where something is queued somebody writes or gathers, or the control sender is woken.
     Memory: QUEUE_BYTES of DATA. Of control frames there are at most, for each stream, a NEW_CONN, a
-    WINDOW (they are summed) and a last frame; for each and each DATA a BLOCKED; one PING of ours;
+    WINDOW (they are summed) and a last frame; for each and each DATA a BLOCKED; our PINGs;
     MAX_UNSENT_BYTES of all else, which only the peer provokes.
     """
 
@@ -1439,12 +1446,13 @@ class Writer:
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        self._writing = True
         if not self._has_work_locked():
+            self._writing = True
             return own  # without a copy
         grants = self._grants.items()
         windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
         batch = b"".join([self._control, *windows, *(frame for _, frame in self._queue), own])
+        self._writing = True  # not before there was the memory for it
         self._control.clear()
         self._grants.clear()
         self._queue.clear()
@@ -2031,8 +2039,8 @@ class Session:
         self.rtt_s: float | None = None  # of the last PING; this and the next are the reader's
         self.shortest_rtt_s: float | None = None
         self._received_at = time.monotonic()  # the reader's; the clock looks at it
-        # Ours that is unanswered, and its time: the clock sets it, the reader clears it.
-        self._ping: tuple[bytes, float] | None = None
+        # Ours that are unanswered, and their times: the clock appends, the reader takes them.
+        self._pings: collections.deque[tuple[bytes, float]] = collections.deque(maxlen=MAX_PINGS)
         self._farewell_said = threading.Event()
         self.refusal = ""  # the code of its WELCOME, if that has refused; the reader's
         self._lock = threading.Lock()
@@ -2102,7 +2110,7 @@ class Session:
         self.writer.post(encode(FrameType.PONG, 0, frame.payload), provoked=True)
 
     def on_pong(self, frame: Frame) -> None:
-        sent, self._ping = self._ping, None
+        sent = self._pings.popleft() if self._pings else None
         if sent is None or sent[0] != frame.payload:
             raise ProtocolError("PONG without a PING")
         self.rtt_s = time.monotonic() - sent[1]
@@ -2152,11 +2160,12 @@ class Session:
             stream.sweep()
 
     def _beat(self) -> None:
-        if self._ping is None:  # one at a time: an answer may be slower than the heartbeat
-            ping = os.urandom(8)
-            self._ping = ping, time.monotonic()
-            with contextlib.suppress(SessionEnded):
-                self.writer.post(encode(FrameType.PING, 0, ping))
+        # Also while others are unanswered: an answer behind bulk, in a deep buffer on its way, may be
+        # slower than the peer's patience, and nothing else may go in our direction.
+        ping = os.urandom(8)
+        self._pings.append((ping, time.monotonic()))
+        with contextlib.suppress(SessionEnded):
+            self.writer.post(encode(FrameType.PING, 0, ping))
         self.after(self.program.settings.heartbeat, self._beat)
 
     def _check_alive(self) -> None:
@@ -3771,7 +3780,7 @@ def entry() -> NoReturn:
         print(end="", flush=True)  # also where there is no stdout
     except BrokenPipeError:  # of `--print-config | head`: who reads has enough
         status = 0
-    except (OSError, KeyboardInterrupt) as error:
+    except (OSError, KeyboardInterrupt, RuntimeError) as error:  # RuntimeError: no thread
         status = 1
         with contextlib.suppress(OSError):
             print(f"rtunnel: {reason_of(error)}", file=sys.stderr, flush=True)

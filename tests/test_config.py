@@ -363,6 +363,14 @@ def test_packages_that_are_missing() -> None:
     assert re.fullmatch(r"rtunnel: No module named '\w+'; install it by [^\n]+\n", said)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")
+def test_a_start_without_threads() -> None:
+    """Where the system has no thread for the log or the clock, that is one sentence, and status 1."""
+    full = "import sys, threading\ndef start(self): raise RuntimeError('no thread')\nthreading.Thread.start = start\n"
+    begin = "sys.argv = ['rtunnel', 'server', '--control-listen=127.0.0.1:0']\nimport rtunnel\nrtunnel.entry()"
+    assert ended("-c", full + begin) == (1, "rtunnel: no thread\n")
+
+
 # --- what the program says of itself ------------------------------------------------------------------------
 
 

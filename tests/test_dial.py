@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from level1 import Ends, mapping
-from support import Address, Service, connect, echo, read_exactly, running
+from support import Address, Service, connect, echo, free_port, read_exactly, running
 from tunnels import closed_port, fill, visit
 
 import rtunnel
@@ -174,6 +174,26 @@ def test_families_take_turns(resolve: Callable[..., rtunnel.Address]) -> None:
             rtunnel.dial(resolve(*six, *four), 5.0)
         tried = [each.split(": ")[0] for each in rtunnel.reason_of(caught.value).split("; ")]
         assert tried == [six[0][0], four[0][0], six[1][0], four[1][0], six[2][0]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody else gets a bound port there")
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2")])
+def test_a_connection_to_itself(
+    resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]
+) -> None:
+    """Where nobody listens, and the system gives our end by chance the very port that is dialled, TCP connects it to
+    itself: that is a refusal, and the port is free for its service again."""
+    here = ("127.0.0.1", free_port())
+
+    def bind_there(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # one alone can have it
+            sock.bind(here)
+
+    monkeypatch.setattr(rtunnel, "tune", bind_there)
+    where = resolve(*((host, here[1]) for host in hosts)) if hosts[1:] else rtunnel.Address(*here)
+    with pytest.raises(ConnectionRefusedError):
+        rtunnel.dial(where, 2.0)
+    socket.create_server(here).close()
 
 
 @linux_only

@@ -244,6 +244,24 @@ def test_streams_leave_nothing_behind(tunnel: Opened) -> None:
 
 
 @both_paths
+def test_urgent_bytes_are_bytes(tunnel: Opened, mode: Mode) -> None:
+    """[S-4]: what TCP calls urgent, as Telnet's marks are, crosses the tunnel in its place, in both directions."""
+    heard: list[bytes] = []
+
+    def answer(sock: socket.socket) -> None:
+        heard.append(read_exactly(sock, 7))
+        for part, flags in ((b"DEF", 0), (b"?", socket.MSG_OOB), (b"abc", 0)):
+            sock.send(part, flags)
+
+    with Service(answer) as service, tunnel(service).connect() as visitor:
+        visitor.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        for part, flags in ((b"abc", 0), (b"!", socket.MSG_OOB), (b"def", 0)):
+            visitor.send(part, flags)
+        assert read_exactly(visitor, 7) == b"DEF?abc"
+    assert heard == [b"abc!def"]
+
+
+@both_paths
 def test_a_refusing_local_service_is_a_reset(tunnel: Opened, mode: Mode) -> None:
     """A local service that refuses gives the visitor a reset, whether or not it has sent something."""
     with closed_port() as address:

@@ -244,16 +244,22 @@ def test_other_answers(answer: bytes) -> None:
         assert re.fullmatch(f"proxy {service.text}: ({ANSWERS[answer]})", rtunnel.reason_of(caught.value))
 
 
-@pytest.mark.parametrize("drip", [b"", b"x"], ids=["silent", "dripping"])
-def test_the_deadline(drip: bytes) -> None:
-    """A proxy that says nothing, or says a byte now and then, is left after the seconds for the whole dial."""
+@pytest.mark.parametrize(
+    ("first", "drip", "pause_s"),
+    [(b"HTTP/1.1 200 ", b"", 0.05), (b"HTTP/1.1 200 ", b"x", 0.05), (b"", 99 * b"HTTP/1.1 100 Continue\r\n\r\n", 0.0)],
+    ids=["silent", "dripping", "flooding"],
+)
+def test_the_deadline(first: bytes, drip: bytes, pause_s: float) -> None:
+    """A proxy that says nothing, says a byte now and then, or asks to wait for ever is left after the seconds for the
+    whole dial."""
     done = threading.Event()
 
     def handle(sock: socket.socket) -> None:
         read_request(sock)
-        sock.sendall(b"HTTP/1.1 200 ")
-        while not done.wait(0.05):
-            sock.sendall(drip)
+        sock.sendall(first)
+        with contextlib.suppress(OSError):
+            while not done.wait(pause_s):
+                sock.sendall(drip)
 
     with Service(handle) as service:
         try:

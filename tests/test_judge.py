@@ -190,6 +190,7 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ("", "level 1, stream 1", [(CLIENT, FULL + frame(BLOCKED, 1), 0), (SERVER, window(1, 131072), 0)]),
     ("", "level 0, stream 1", [(CLIENT, data(1, 9) + frame(CLOSE_CONN, 1), 0), (SERVER, frame(CLOSE_CONN, 1), 0)]),
     ("", "level 1", [(SERVER, frame(PING, 0, b"12345678"), 0), (CLIENT, frame(PONG, 0, b"12345678"), 4)]),
+    ("", "level 1", [(SERVER, 2 * frame(PING, 0, b"12345678"), 0), (CLIENT, 2 * frame(PONG, 0, b"12345678"), 4)]),
     ("", "INIT", [(SERVER, frame(NEW_CONN, 1), 0), (CLIENT, data(1, 9), 0)]),  # the original's server
     ("", "INIT", [(SERVER, frame(WELCOME, 0, b"error=port-in-use\nmessage=taken"), 0)]),
     ("", "INIT", [(SERVER, frame(WELCOME, 0, b"error=unavailable\nmessage=no such address"), 0)]),
@@ -229,7 +230,6 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
     ]),
     ("H-3", "level 1", [(SERVER, frame(PING, 0, b"12345678"), 0), (CLIENT, frame(PONG, 0, b"12345679"), 0)]),
     ("H-3", "level 1", [(SERVER, frame(PING, 0, b"12345678"), 0), (CLIENT, 2 * frame(PONG, 0, b"12345678"), 0)]),
-    ("H-6", "level 1", [(SERVER, 2 * frame(PING, 0, b"12345678"), 0)]),
     ("N-1", "", [(CLIENT, frame(INIT, 0, b"80:h:1"), 0), (SERVER, frame(WELCOME, 0, WELCOMED), 0)]),
     ("N-2", "INIT", [(SERVER, frame(NEW_CONN, 1) + frame(WELCOME, 0, WELCOMED), 0)]),
     ("N-2", "INIT", [(CLIENT, frame(PING, 0, b"12345678"), 0)]),
@@ -299,7 +299,7 @@ def test_more_pings_than_are_remembered() -> None:
     trace = Trace("level 1")
     trace.say(CLIENT, b"".join(frame(PING, 0, bytes(8)) for _ in range(judge.MAX_PINGS + 1)))
     trace.say(SERVER, frame(PING, 0, bytes(8)) + frame(PONG, 0, bytes(8)) * (judge.MAX_PINGS + 1))
-    assert {(each.rule, each.by) for each in trace.broken} == {("H-6", CLIENT)}
+    assert not trace.broken
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 10, 1000])
@@ -423,7 +423,6 @@ MUTATIONS = [
     Mutation("E-1", "client", double("CLOSE_CONN"), reset, old=True),
     Mutation("E-3", "client", other("CLOSE_CONN", payload="b'a\\nb'"), reset),
     Mutation("H-3", "client", other("PONG", payload="payload[::-1]")),
-    Mutation("H-6", "server", double("PING")),
     Mutation("O-9", "client", double("INIT")),
     Mutation("O-1", "client", "encode = m.encode\nm.encode = lambda kind, stream, payload=b'': "
              "(encode(m.DATA, 1, b'x') if kind == m.FrameType.INIT else b'') + encode(kind, stream, payload)"),

@@ -79,6 +79,7 @@ CONSTANTS = {
     "queue that does not move": rtunnel.STALL_S,
     "heartbeat": rtunnel.HEARTBEAT_S,
     "heartbeats without a byte": rtunnel.HEARTBEATS_TO_DEATH,
+    "PINGs that are remembered": rtunnel.MAX_PINGS,
     "transport that takes no byte": rtunnel.WRITE_TIMEOUT_S,
     "unsent control frames": rtunnel.MAX_UNSENT_BYTES,
     "sessions of a client beyond its mappings": rtunnel.MAX_RETIRED,

@@ -341,6 +341,22 @@ def test_a_send_without_a_frame(writer: rtunnel.Writer, transport: FakeTransport
     assert transport.sends == [frame(NEW_CONN, 1) + frame(NEW_CONN, 2)]
 
 
+def test_no_memory_for_a_batch(
+    writer: rtunnel.Writer, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who cannot make its batch has not begun to write: the others go on, and the end is not waited for in vain."""
+    stream: Any = FakeStream()
+    writer.grant(stream, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(rtunnel, "encode", lambda *_: int("x"))
+        with pytest.raises(ValueError, match="x"):
+            send(writer, SMALL, stream)
+    send(writer, SMALL, stream)
+    assert [kind for kind, *_ in transport.frames()] == [rtunnel.FrameType.WINDOW, DATA]
+    writer.close("over")
+    assert writer.serve() == "over"
+
+
 def test_a_flush_calls_the_transport(writer: rtunnel.Writer, transport: FakeTransport) -> None:
     """Where the transport itself has something to say, the control sender calls its send, with no frame."""
     with threads() as started:

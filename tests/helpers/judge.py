@@ -322,8 +322,6 @@ def _on_ping(session: Session, frame: Frame) -> Verdict:
         after = after._replace(pings=_set(session.pings, frame.sender, more))
     else:
         after = after._replace(forgotten=_set(session.forgotten, frame.sender, True))
-    if unanswered:
-        return Verdict(after, None, _wrong(frame, "H-6", "PING, and the last one has not been answered"))
     return Verdict(after, None)
 
 

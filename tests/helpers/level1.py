@@ -211,7 +211,7 @@ def hear_silence(session: rtunnel.ServerSession) -> None:
 def pretend_ping(session: rtunnel.Session, payload: bytes, seconds_ago: float) -> None:
     """As if this PING had been sent so long ago."""
     with session._lock:
-        session._ping = payload, time.monotonic() - seconds_ago
+        session._pings.append((payload, time.monotonic() - seconds_ago))
 
 
 def receive_window(stream: rtunnel.Stream) -> rtunnel.ReceiveWindow:
