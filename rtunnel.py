@@ -998,11 +998,12 @@ def connect(row: Any, seconds: float) -> socket.socket:
     try:
         tune(sock)
         sock.settimeout(seconds)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(*() if seconds else (BlockingIOError,)):
             sock.connect(row[4])
         sock.settimeout(None)
+        own, there = sock.getsockname(), row[4]
         # Where nobody listens, and our own port is by chance the one that is dialled.
-        if sock.getsockname() == row[4]:
+        if own[1] == there[1] and there[0] in (own[0], "0.0.0.0", "::"):
             reset_at_close(sock)
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     except OSError:
@@ -1645,10 +1646,10 @@ class Stream:
     def state(self) -> dict[str, object]:
         """What a line of the log says about it."""
         with self._lock:
+            credit = {"window": self._receive_window.size, "credit": self._credit} if self.level else {}
             return {
                 "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
-                "queued": len(self._queue), "seconds": time.monotonic() - self._opened_at,
-                "window": self._receive_window.size, "credit": self._credit,
+                "queued": len(self._queue), "seconds": time.monotonic() - self._opened_at, **credit,
                 "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
             }  # fmt: skip
 
@@ -1777,7 +1778,8 @@ class Stream:
             with self._lock:
                 self._draining = False
             raise  # it ends the session, and that aborts this stream
-        self._close_if_done()
+        finally:
+            self._close_if_done()
 
     def _close_if_done(self) -> None:
         """The last step, where pump and drainer have left and nothing more goes to the socket.
@@ -1812,7 +1814,7 @@ class Stream:
 
 
 class PumpedStream(Stream):
-    """The same with its pump, from the socket to the tunnel, whose thread runs all but `refuse`."""
+    """The same with its pump, from the socket to the tunnel, whose thread `run` is."""
 
     def run(self, connect: Callable[[], socket.socket] | None = None) -> None:
         """The pump's life: dial (client), socket to DATA frames, its end."""
@@ -1963,7 +1965,7 @@ class PortRules:
         """
         name, equals, spans = text.rpartition("=")
         # Not a second rule behind a comma: it would be a part of the first one's name.
-        if bool(name) != bool(equals) or re.search(r"=\s*[0-9]", name) or not re.fullmatch("[-0-9, ]+", spans):
+        if bool(name) != bool(equals) or re.search("=[-0-9 ]+[, ]", name) or not re.fullmatch("[-0-9, ]+", spans):
             raise ConfigError(f"{text!r} is no rule: write NAME=PORTS, as alice=8080,9000-9100 or *=0")
         ports = []
         for span in spans.split(","):
@@ -2033,6 +2035,7 @@ class Session:
         transport.wants_flush = self.writer.flush
         self.decoder = Decoder()
         self.budget = Budget(program.settings.session_budget)
+        self._heartbeat_s = program.settings.heartbeat
         # Until the level is fixed, before the first stream.
         self.stream_kind: type[PumpedStream] = OriginalStream
         self.peer_window = UNLIMITED  # where each stream's credit starts
@@ -2069,8 +2072,8 @@ class Session:
                 self.program.metrics.count("refusals_total", self.refusal or "protocol")
             self.end(reason_of(error))
         except Exception:  # the reader's safety net
-            log_internal_error()
             self.end("internal error")
+            log_internal_error()
         with contextlib.suppress(*TRANSPORT_ERRORS):
             self._read()  # discards, until the peer's end or the clock's shutdown
         self._farewell_said.wait()
@@ -2152,7 +2155,7 @@ class Session:
         """Level 1: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
         self.after(0, self._beat)
-        self.after(HEARTBEATS_TO_DEATH * self.program.settings.heartbeat, self._check_alive)
+        self.after(HEARTBEATS_TO_DEATH * self._heartbeat_s, self._check_alive)
 
     def _sweep(self) -> None:
         self.after(WATCH_S, self._sweep)
@@ -2160,16 +2163,16 @@ class Session:
             stream.sweep()
 
     def _beat(self) -> None:
-        # Also while others are unanswered: an answer behind bulk, in a deep buffer on its way, may be
-        # slower than the peer's patience, and nothing else may go in our direction.
+        # Also while others are unanswered: an answer that stands behind bulk may be slower than the
+        # peer's patience, and nothing else may go in our direction.
         ping = os.urandom(8)
         self._pings.append((ping, time.monotonic()))
         with contextlib.suppress(SessionEnded):
             self.writer.post(encode(FrameType.PING, 0, ping))
-        self.after(self.program.settings.heartbeat, self._beat)
+        self.after(self._heartbeat_s, self._beat)
 
     def _check_alive(self) -> None:
-        limit = HEARTBEATS_TO_DEATH * self.program.settings.heartbeat
+        limit = HEARTBEATS_TO_DEATH * self._heartbeat_s
         left = self._received_at + limit - time.monotonic()
         if left <= 0:
             self.end(f"the peer is dead: no byte for {limit:g} s")
@@ -2259,8 +2262,8 @@ class Session:
         try:
             task()
         except Exception:  # this session alone ends
-            log_internal_error()
             self.end("internal error")
+            log_internal_error()
 
 
 # ---- metrics: totals, and the port that tells of them -----------------------------------------
@@ -3215,9 +3218,6 @@ class OriginalStream(PumpedStream):
     # guarded by _lock
     _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
 
-    def state(self) -> dict[str, object]:
-        return {key: value for key, value in super().state().items() if key not in ("window", "credit")}
-
     def feed(self, part: memoryview) -> None:
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
         if len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:  # read without the lock
@@ -3466,7 +3466,9 @@ def make_program(first: Settings) -> Program:
     if changed:
         log_event(WARNING, "reload-ignored", settings=", ".join(changed), meaning="restart the program for these")
     vars(settings).update({attribute: getattr(first, attribute) for attribute in kept.values()})
-    return make_server(settings) if settings.command == "server" else make_client(settings)
+    program = make_server(settings) if settings.command == "server" else make_client(settings)
+    first.tls_crl = settings.tls_crl  # what the next reload cannot take away
+    return program
 
 
 def make_server(settings: Settings) -> Server:
@@ -3715,7 +3717,7 @@ def run_program(settings: Settings) -> int:
         print(example_config(settings.command), end="")
         return 0
     if settings.print_config:
-        shown = re.sub(r"(http://[^\s:@]*:)\S*@", r"\1***@", settings.parser.format_values())
+        shown = re.sub(r"(http://[^\s:]*:)\S*@", r"\1***@", settings.parser.format_values())
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"
@@ -3782,8 +3784,8 @@ def entry() -> NoReturn:
         status = 0
     except (OSError, KeyboardInterrupt, RuntimeError) as error:  # RuntimeError: no thread
         status = 1
-        with contextlib.suppress(OSError):
-            print(f"rtunnel: {reason_of(error)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stderr.write(f"rtunnel: {reason_of(error)}\n")
     os._exit(status)
 
 

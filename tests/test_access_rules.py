@@ -36,6 +36,7 @@ def refused(server: Program, port: int) -> str:
     [
         ((), "alice", (0, 1024, 65535), (1, 80, 1023)),
         (("alice=8080,9000-9100",), "alice", (8080, 9000, 9100), (0, 8081, 8999, 9101)),
+        (("rack=12=8080",), "rack=12", (8080,), (12, 0)),
         (("alice=8080",), "bob", (), (0, 8080, 65535)),  # there is no rule for others, so they may nothing
         (("alice=8080", "*=0"), "bob", (0,), (8080,)),
         (("alice=8080", "*=0-65535"), "alice", (8080,), (0, 8081)),  # her own rules stand for those of all

@@ -177,7 +177,7 @@ def test_families_take_turns(resolve: Callable[..., rtunnel.Address]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nobody else gets a bound port there")
-@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2")])
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("0.0.0.0",), ("127.0.0.1", "127.0.0.2")])
 def test_a_connection_to_itself(
     resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_connection_to_itself(
             sock.bind(here)
 
     monkeypatch.setattr(rtunnel, "tune", bind_there)
-    where = resolve(*((host, here[1]) for host in hosts)) if hosts[1:] else rtunnel.Address(*here)
+    where = resolve(*((host, here[1]) for host in hosts)) if hosts[1:] else rtunnel.Address(hosts[0], here[1])
     with pytest.raises(ConnectionRefusedError):
         rtunnel.dial(where, 2.0)
     socket.create_server(here).close()

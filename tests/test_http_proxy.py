@@ -319,7 +319,7 @@ def test_what_is_no_proxy(command: Command, url: str) -> None:
     assert SECRET not in err
 
 
-@pytest.mark.parametrize("user", ["alice", ""])
+@pytest.mark.parametrize("user", ["alice", "alice@example.org", ""])
 @pytest.mark.parametrize("source", ["flag", "environment", "file"])
 def test_print_config_masks_the_password(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, user: str

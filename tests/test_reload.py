@@ -230,6 +230,22 @@ def test_revocation_is_not_turned_off(program: Factory, own: House, tmp_path: Pa
     serving.wait_for("reloaded")
 
 
+def test_a_list_that_came_by_a_reload_stays(program: Factory, own: House, tmp_path: Path) -> None:
+    """It is the last list that counts, not the one of the start."""
+    config = tmp_path / "server.ini"
+    files = "".join(f"tls-{option} = {file}\n" for option, file in own.files("server").items())
+    without = f"control-listen = 127.0.0.1:0\ntls = true\n{files}"
+    config.write_text(without)
+    serving = program("server", "-c", str(config))
+    serving.wait_for("listening")
+    for text_, count in ((f"{without}tls-crl = {own.crl}\n", 0), (without, 1)):
+        config.write_text(text_)
+        before = len(serving.events("reloaded"))
+        serving.send_signal(signal.SIGHUP)
+        serving.wait_for_count(before + 1, "reloaded")
+        assert len(serving.events("reload-ignored", settings="tls-crl")) == count
+
+
 def test_tls_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
     """A file in which `tls` has been lost does not make the server serve everybody."""
     config = tmp_path / "server.ini"

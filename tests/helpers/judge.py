@@ -326,13 +326,13 @@ def _on_ping(session: Session, frame: Frame) -> Verdict:
 
 
 def _on_pong(session: Session, frame: Frame) -> Verdict:
-    """[H-3]. Whoever asks more than once gets more than one answer."""
+    """[H-3]: in the order of the PINGs."""
     asked = session.pings[1 - frame.sender]
     at = next((at for at, ping in enumerate(asked) if ping.payload == frame.payload), None)
+    if at != 0 and not session.forgotten[1 - frame.sender]:
+        raise _Offence("H-3", "PONG without its PING, or ahead of an older one's")
     if at is None:
-        if session.forgotten[1 - frame.sender]:
-            return Verdict(session, None)
-        raise _Offence("H-3", "PONG without its PING")
+        return Verdict(session, None)
     return Verdict(session._replace(pings=_set(session.pings, 1 - frame.sender, asked[at + 1 :])), None)
 
 
