@@ -1029,6 +1029,32 @@ def pair(log: Log) -> Iterator[Pair]:
         yield Pair(serving, log, stack)
 
 
+def test_an_internal_error_of_a_drainer_behind_the_end(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its session has ended already, a drainer that fails still closes what it was the last to use."""
+    waits, leave, ready = threading.Event(), threading.Event(), rtunnel.ready
+
+    def fail(socks: Any, *, writing: bool, seconds: float) -> list[socket.socket]:
+        if not writing:
+            return ready(socks, writing=writing, seconds=seconds)
+        waits.set()
+        assert leave.wait(10)
+        raise Boom
+
+    monkeypatch.setattr(rtunnel, "ready", fail)
+    [peer, _], [session, _] = pair.peers, pair.sessions
+    with connect(pair.publics[0]) as visitor:
+        peer.expect(NEW_CONN, 1)
+        while not waits.is_set():
+            peer.send_frame(DATA, 1, bytes(1 << 14))
+        session.end("for the test")
+        log.wait_for("session-closed")
+        leave.set()
+        eventually(lambda: not session.stream_count())
+        eventually(lambda: not session._server._visitors)
+        assert ends_with(visitor) == "reset"
+    assert "Boom" in eventually(lambda: log.events("internal-error"))[0]["traceback"]
+
+
 def test_an_internal_error_of_the_reader(pair: Pair, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that nobody foresaw in a session's reader is logged with its traceback and ends that session only."""
 
