@@ -48,6 +48,7 @@ from OpenSSL._util import ffi, lib  # private: only the `_set_…` functions and
 
 Role = Literal["server", "client"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Name = str | Address  # of a server
 Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
 PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"  # what to type
@@ -188,7 +189,7 @@ class TlsContext:
         self.profile = PROFILES[profile_name]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
-        self.peer_name: str | Address | None = None if verify_name is None else self.naming(verify_name).peer_name
+        self.peer_name: Name | None = None if verify_name is None else self.naming(verify_name).peer_name
         make = f"{PROGRAM} pki init{self.profile.pki_option}"
         with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
             roots = _load_certificates(ca)
@@ -290,7 +291,7 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_peer_name(wanted: Any, name: str | Address) -> None:
+def _set_peer_name(wanted: Any, name: Name) -> None:
     """Hold a peer's subjectAltName, and nothing else, to this name. Raises ValueError."""
     if isinstance(name, str):
         flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
@@ -326,7 +327,7 @@ _now = functools.partial(datetime.datetime.now, datetime.timezone.utc)
 _iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
 
 
-def parse_name(name: str) -> str | Address:
+def parse_name(name: str) -> Name:
     """A host or address in the one form that is compared and sent. Raises ValueError.
 
     An IPv4-mapped address becomes IPv4; a zone (`%eth0`) is of this machine only, and goes.
@@ -396,11 +397,11 @@ def _roles(certificate: Certificate) -> list[str]:
     return [role for role, purpose in _PURPOSES.items() if purpose in purposes] + ["authority"] * authority
 
 
-def _names(certificate: Certificate) -> list[str | Address]:
+def _names(certificate: Certificate) -> list[Name]:
     """Hosts and addresses in subjectAltName; other kinds of names are not for us."""
     names = [name.value for name in _extension(certificate, x509.SubjectAlternativeName) or ()
              if isinstance(name, x509.DNSName | x509.IPAddress)]  # fmt: skip
-    return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, str | Address)]
+    return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, Name)]
 
 
 def _days_left(end: datetime.datetime) -> int:
@@ -465,9 +466,7 @@ def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> 
         raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
 
 
-def _check_chain(
-    chain: Sequence[Certificate], role: str, profile: Profile, dialled: str | Address | None = None
-) -> str:
+def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile, dialled: Name | None = None) -> str:
     """The identity that a chain gives to who plays `role`. Raises HandshakeError."""
     for each in chain:  # the root's own signature proves nothing, but tells its key
         _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
@@ -993,7 +992,8 @@ def _make(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"--algorithm {algorithm}: choose one of {', '.join(ALGORITHMS)}")
     key: Any = ALGORITHMS[algorithm]()
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    with _told(f"--name {name!r}"):
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
     builder = x509.CertificateBuilder(by.subject if by else subject, subject, key.public_key(), serial, begin, end)
     extensions = extensions | {x509.SubjectKeyIdentifier.from_public_key(key.public_key()): False}

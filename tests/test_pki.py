@@ -290,6 +290,13 @@ def test_a_certificate_of_another_authority_cannot_be_revoked(folder: Path, tmp_
     refuse("crl.pem|another authority", revoke, folder)
 
 
+@pytest.mark.parametrize("name", ["", "a" * 65])
+def test_an_authority_without_a_fit_name(tmp_path: Path, name: str) -> None:
+    """X.520 bounds a common name: the option is told, and nothing is made."""
+    refuse(f"--name {name!r}|length", init_authority, tmp_path / "house", name=name)
+    assert [each.name for each in (tmp_path / "house").iterdir()] == [".lock"]
+
+
 def test_a_file_of_two_certificates_cannot_be_revoked(folder: Path, tmp_path: Path) -> None:
     """Only the first would be: each is revoked by its own file. Authorities behind one are its chain."""
     issue(folder, "a", hosts=None)
