@@ -190,24 +190,13 @@ judge[WELCOME] = function(session, frame)
 end
 
 judge[PING] = function(session, frame)
-    local pings = session.pings[frame.sender]
-    table.insert(pings, frame.text)
-    if #pings > 1 then
-        return "H-6", "PING, and the last one has not been answered"
-    end
+    table.insert(session.pings[frame.sender], frame.text)
 end
 
 judge[PONG] = function(session, frame)
-    local pings = session.pings[3 - frame.sender]
-    for place, bytes in ipairs(pings) do
-        if bytes == frame.text then
-            for _ = 1, place do
-                table.remove(pings, 1)
-            end
-            return
-        end
+    if table.remove(session.pings[3 - frame.sender], 1) ~= frame.text then
+        return "H-3", "PONG without its PING, or ahead of an older one's"
     end
-    return "H-3", "PONG without its PING"
 end
 
 judge[GOAWAY] = function(session, frame)
