@@ -64,7 +64,7 @@ Each is held for a few statements, and nobody waits under one.
     Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
                             strangers, visitors               PlainTransport._lock, Pool._lock,
                                                               Listener._lock, Event._cond
-    Session._lock           streams, ids, PING, timers,       Writer._lock, scheduler._lock,
+    Session._lock           streams, ids, timers,             Writer._lock, scheduler._lock,
                             the cause of the end              Event._cond, Metrics._lock
     Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
                             and the calls on its socket       Pool._lock, scheduler._lock,
@@ -216,7 +216,7 @@ LOG_LINES = 10_000  # that wait to be written; then lines are lost, and counted 
 
 # how long
 HELLO_TIMEOUT_S = 10.0  # from accept to INIT; the original's has no end [Server.serve_control]
-SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port [ServerSession]
+SILENT_CLIENT_S = 2.0  # without INIT: the original's way to join a global port [Server]
 CONNECT_TIMEOUT_S = 10.0  # to the server, all its addresses together [dial]
 DIAL_TIMEOUT_S = 5.0  # to a local service, the same; the original's value [dial]
 NEXT_ADDRESS_S = 0.25  # until the next address is tried too (RFC 8305, section 5) [dial]
@@ -939,7 +939,7 @@ def dial(address: Address, seconds: float) -> socket.socket:
 
     The next address is tried when one has failed, or has not answered for 250 ms: it may swallow
     packets (RFC 8305, section 5). An address that is alone needs no selector: `connect` waits.
-    Raises OSError, which names the addresses and what each said.
+    Raises OSError; of a name's addresses it says what each said.
     """
     deadline = Deadline(seconds)
     untried = [*numeric(address)]
@@ -1701,7 +1701,7 @@ class Stream:
         return self._cause is not None or (half and self._sending is not Sending.OPEN)
 
     def _deliver_locked(self, data: memoryview) -> int:
-        """Give the socket what it takes without waiting: the one place that writes to it.
+        """Give the socket what it takes without waiting: all that is written to it but PROXY's.
 
         Returns how much it took; all, where it will never take more.
         """
@@ -3184,7 +3184,7 @@ class Client(Program):
         return session
 
     def figures(self) -> Figures:
-        sessions = [each for each in self.sessions() if isinstance(each, ClientSession)]
+        sessions = [each for each in self.sessions() if isinstance(each, ClientSession) and not self.stops_within(0)]
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
@@ -3527,7 +3527,7 @@ def run(make: Callable[[], Program]) -> int:
     What a signal does, by phase: SIGINT, SIGTERM and SIGBREAK (Windows: Ctrl+Break) stop; while it
     starts, as soon as it has. The last two let open streams finish, where `--drain` says so; any of
     the three ends that, and in the stop ends the process at once, status 1. SIGHUP reloads, and
-    is refused in drain and stop. SIGUSR1 logs the state, in the stop nothing.
+    is refused in a drain. SIGUSR1 logs the state. In the stop these two do nothing.
     """
     words: queue.SimpleQueue[str] = queue.SimpleQueue()
     # A handler may interrupt main anywhere, so it must take no lock that main may hold.

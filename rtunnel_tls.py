@@ -12,7 +12,7 @@ OpenSSL's threading rule
     Two threads must never be inside one SSL object at once, not even one that reads and one that
     writes. pyOpenSSL has no lock and lets the GIL go in each call: an SSL object that is shared
     unlocked passes every test, and corrupts memory one day. So `_Ssl` alone touches an SSL object,
-    `TlsTransport` alone holds an `_Ssl`, and calls it under its one lock.
+    `TlsTransport` alone holds an `_Ssl`, and calls it, after the handshake, under its one lock.
 
 Errors
     TlsError: TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A
@@ -44,7 +44,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, M
 from cryptography.x509 import Certificate, CertificateRevocationList
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from OpenSSL import SSL, crypto
-from OpenSSL._util import ffi, lib  # private: only the `_set_…` functions and `_Ssl` use it
+from OpenSSL._util import ffi, lib  # private: for `_bare_context`, `_set_peer_name` and `_Ssl`
 
 Role = Literal["server", "client"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -126,6 +126,21 @@ def test_what_serves(server: Factory, client: Factory) -> None:
             shows(asking, "rtunnel_ready", 0)
 
 
+def test_a_client_that_drains_is_not_ready(server: Factory, client: Factory) -> None:
+    """It takes no new visitors: whoever looks at `ready` sends them elsewhere."""
+    with echo_service() as service:
+        serving = server()
+        asking = client(f"--server={text(serving.control_address)}", f"--local={service.text}", "--drain=30", PORT)
+        with connect(serving.lease_address()) as visitor:
+            visitor.sendall(b"x")
+            read_exactly(visitor, 1)
+            shows(asking, "rtunnel_ready", 1)
+            asking.send_signal(signal.SIGTERM)
+            shows(asking, "rtunnel_ready", 0)
+            assert figures(asking)["rtunnel_mappings_open"] == 0
+        assert asking.wait() == 0
+
+
 def test_refusals_by_rule(server: Factory, client: Factory, house: House) -> None:
     """Who is refused is counted by the rule: a stranger without TLS, one that says nothing, a broken frame, a port
     that is denied, a visitor of another network, one without a client."""
