@@ -1079,7 +1079,7 @@ def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
     """Make `close` send RST, the kernel's too when the process is killed; at a clean end FIN."""
     # struct linger has u_short on Windows.
     linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)
-    with contextlib.suppress(OSError):  # macOS: the peer's reset was faster
+    with contextlib.suppress(OSError):  # macOS: reset, or shut both ways, already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
@@ -1167,14 +1167,15 @@ class Listener(socketserver.ThreadingTCPServer):
             self._handle_request_noblock()  # type: ignore[attr-defined]  # the socket blocks: it waits
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Without descriptors it would spin."""
+        """Without descriptors it would spin. On macOS who has gone has no address: a TypeError."""
         try:
-            return super().get_request()
-        except OSError as error:  # also the stop, a step's end, a peer that has gone
-            if error.errno in OUT_OF_RESOURCES:
+            sock, (host, port, *_) = super().get_request()
+            return sock, (host, port)
+        except (OSError, TypeError, MemoryError) as error:  # also the stop, a step's end
+            if isinstance(error, MemoryError) or getattr(error, "errno", 0) in OUT_OF_RESOURCES:
                 log_limit("accept-failed", address=self.address, reason=reason_of(error))
                 self._asked_to_stop.wait(ACCEPT_PAUSE_S)
-            raise  # socketserver goes on with the next
+            raise OSError from error  # socketserver goes on with the next
 
     def _has_successor(self, peer: Address) -> bool:
         """Whether another waits in this thread's place; if need be, one of the pool."""
@@ -1192,7 +1193,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """By functions, in this thread, in place of a class and a new thread each time."""
-        peer, gave_way, kept = Address(*client_address[:2]), False, None
+        peer, gave_way, kept = Address(*client_address), False, None
         try:
             gave_way = self._admit(peer) and self._has_successor(peer)
             kept = gave_way and self._handle(request, peer)
@@ -1737,6 +1738,7 @@ class Stream:
                 self._queue.drop(count)
         if self._receiving is Receiving.ENDING and not self._queue:
             self._receiving = Receiving.ENDED
+            reset_at_close(self._sock, self._sending is Sending.OPEN)  # macOS: not at close
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
             self._fin_sent_locked()
@@ -2163,8 +2165,7 @@ class Session:
             stream.sweep()
 
     def _beat(self) -> None:
-        # Also while others are unanswered: an answer that stands behind bulk may be slower than the
-        # peer's patience, and nothing else may go in our direction.
+        # Also while others are unanswered: an answer may stand behind bulk for long.
         ping = os.urandom(8)
         self._pings.append((ping, time.monotonic()))
         with contextlib.suppress(SessionEnded):
@@ -2210,7 +2211,7 @@ class Session:
     def retire(self, reason: str) -> None:
         """No new streams here; those that are open go on. A client of level 1 connects anew."""
         if frame := self._goaway(reason):
-            with contextlib.suppress(SessionEnded):
+            with contextlib.suppress(SessionEnded), self._lock:  # never ahead of a NEW_CONN
                 self.writer.post(frame)
 
     def streams(self) -> list[Stream]:
@@ -2593,8 +2594,9 @@ class ServerSession(Session):
     def open_stream(self, sock: socket.socket, visitor: Address) -> PumpedStream:
         """For a visitor; the caller is its pump. Raises SessionEnded where none opens."""
         with self._lock:
-            if self._last_stream == MAX_STREAM_ID:
-                raise SessionEnded("its stream ids are used up")
+            # Read without the lock: a GOAWAY, which is behind the lease's end, waits for ours.
+            if self.lease is None or self._last_stream == MAX_STREAM_ID:
+                raise SessionEnded("it takes no more")
             stream = self.stream_kind(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
             payload = str(visitor).encode("ascii") if self.level else b""
@@ -2804,7 +2806,7 @@ class Server(Program):
         replaces = lease is not None and not lease.is_global and bool(lease.sessions)
         if replaces and not init.takeover:
             raise Refused("port-in-use", f"another session of yours serves port {port}")
-        if not replaces and self._client_count_locked() >= MAX_CLIENTS:
+        if not (replaces or session.is_client) and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
         if lease is None and sum(each.identity == identity for each in self._leases.values()) >= MAX_LEASES:
             raise Refused("too-many-clients", f"{identity} has {MAX_LEASES} ports open")
@@ -3018,14 +3020,14 @@ class ClientSession(Session):
         there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
         self._public = Address(there.host, welcome.port)
         self.stream_kind, self.peer_window = PumpedStream, welcome.window
-        self._client.welcomed.add(self.mapping.server)
+        self._client.welcomed.update(each for each in self._client.mappings if each.server == self.mapping.server)
         self.start_timers()
         self._open()
 
     def _check_lived(self) -> None:
         """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
-        if not self._heard and self.mapping.server in self._client.welcomed:
-            self._client.welcomed.discard(self.mapping.server)  # once: it may be an original
+        if not self._heard and self.mapping in self._client.welcomed:
+            self._client.welcomed.discard(self.mapping)  # once: it may be an original
             self.end(f"no WELCOME within {LIVED_S:g} s")
         elif self._heard or self.mapping.remote_port:
             self._open()
@@ -3098,24 +3100,24 @@ class Client(Program):
 
     def __init__(self, mappings: Sequence[Mapping], settings: Settings, context: Trust) -> None:
         super().__init__(settings, context)
-        self._mappings = mappings
+        self.mappings = mappings
         # By server: one that swallows packets must not keep connections to others waiting.
         self._opening = {each.server: threading.BoundedSemaphore(MAX_OPENING) for each in mappings}
-        # Servers of level 1, whose silence is the network's. Changed in one step, by any thread.
-        self.welcomed: set[Address] = set()
+        # At servers of level 1, whose silence is the network's. Changed in one step, by any thread.
+        self.welcomed: set[Mapping] = set()
         # guarded by _lock
         self._denied: dict[Mapping, str] = {}  # those refused for good, with what was said
         self._has_served = False  # any mapping was open once
 
     def start(self) -> None:
         super().start()
-        for mapping in self._mappings:
+        for mapping in self.mappings:
             self.pool.run(functools.partial(self._run_mapping, mapping))
 
     def has_too_many(self, server: Address) -> bool:
         """Whether as many older sessions there as may have streams yet, after its GOAWAYs."""
         there = sum(each.mapping.server == server for each in self.sessions() if isinstance(each, ClientSession))
-        return there >= sum(each.server == server for each in self._mappings) + MAX_RETIRED
+        return there >= sum(each.server == server for each in self.mappings) + MAX_RETIRED
 
     def has_opened(self, mapping: Mapping) -> None:
         with self._lock:
@@ -3186,7 +3188,7 @@ class Client(Program):
     def figures(self) -> Figures:
         sessions = [each for each in self.sessions() if isinstance(each, ClientSession) and not self.stops_within(0)]
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
-        wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self._mappings, serving))
+        wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self.mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
     def _take_denial(self, mapping: Mapping, reason: str) -> float:
@@ -3194,7 +3196,7 @@ class Client(Program):
         with self._lock:
             new = self._denied.get(mapping) != reason
             self._denied[mapping] = reason
-            hopeless = not self._has_served and len(self._denied) == len(self._mappings)
+            hopeless = not self._has_served and len(self._denied) == len(self.mappings)
             self._stopping |= hopeless
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
@@ -3220,19 +3222,18 @@ class OriginalStream(PumpedStream):
 
     def feed(self, part: memoryview) -> None:
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
-        if len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:  # read without the lock
-            deadline = Deadline(LEVEL_0_WAIT_S)
-            with self._lock:
-                while self._receiving is Receiving.OPEN and len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:
-                    if not self._wait_locked(deadline.remaining()) and not deadline.remaining():
-                        self._abort_locked("stalled")
+        deadline = Deadline(LEVEL_0_WAIT_S)
+        with self._lock:
+            while self._receiving is Receiving.OPEN and len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:
+                if not self._wait_locked(deadline.remaining()) and not deadline.remaining():
+                    self._abort_locked("stalled")
         super().feed(part)
 
     def close_received(self, reason: bytes) -> None:
         """With a reason a reset; bare, a clean end behind the DATA. Answered once (E-1)."""
         with self._lock:
-            answer = self._peer_closed = self._sending is not Sending.CLOSED
-            self._sending = Sending.CLOSED
+            answer, self._sending = self._sending is not Sending.CLOSED, Sending.CLOSED
+            self._peer_closed |= answer
             if reason:
                 self._abort_locked("peer: " + quoted(reason[:MAX_REASON_BYTES].decode("ascii", "replace")))
             elif answer and not self._received and self._session.role == "server":
@@ -3413,10 +3414,9 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
                 fault = f"{key} comes twice" + "; write a list [a, b]" * (self.options[key].action == "append")
             else:
                 settings |= super().parse([line])
-                if isinstance(settings.get(key), list) and self.options[key].action != "append":
-                    fault = f"{key} takes one value, and no list"
-                elif settings.get(key) == []:
-                    fault = f"the list of {key} is empty; leave the line out for the default"
+                value, repeatable = settings.get(key), self.options[key].action == "append"
+                if isinstance(value, list) and not (value and repeatable):
+                    fault = f"{key} takes " + ("a list that is not empty" if repeatable else "one value, and no list")
             if fault:
                 raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
         return settings

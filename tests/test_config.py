@@ -260,7 +260,7 @@ FILES = {
     b"log-level\n": "log-level",
     b"log-level = [info, debug]\n": "log-level",
     b"tls = [true]\n": "tls takes one value",
-    b"allow = []\n": "the list of allow is empty",
+    b"allow = []\n": "allow takes a list that is not empty",
     b"control-listen = nowhere\n": "nowhere",
     b"\x1b[2J = 1\n": "unknown",
     b"\xff\xfe\x00\n": "",

@@ -499,14 +499,21 @@ def test_the_memory_of_stalled_streams(server: Factory, streams: int, budget_mib
                 peer.send_data(number, bytes(peer.credit[number]))
             peer.take()
 
-        while any(peer.credit.values()):  # the kernel takes some megabytes, for which credit comes back
-            fill()
-            peer.send_frame(FrameType.PING, 0, b"that was")  # all before it has been queued
-            while peer.hear()[0] != FrameType.PONG:
-                pass
-        serving.send_signal(signal.SIGUSR1)
-        queued = sum(int(serving.wait_for("state-stream")["queued"]) for _ in visitors)
-        assert queued > 0.6 * allowed
+        def filled() -> int:
+            """What is queued without credit left; 0 while the kernel takes megabytes, for which credit comes back."""
+            peer.take()
+            while any(peer.credit.values()):
+                fill()
+                peer.send_frame(FrameType.PING, 0, b"that was")  # all before it has been queued
+                while peer.hear()[0] != FrameType.PONG:
+                    pass
+            told = len(serving.events("state-stream"))
+            serving.send_signal(signal.SIGUSR1)
+            serving.wait_for_count(told + streams, "state-stream")
+            count = sum(int(each["queued"]) for each in serving.events("state-stream")[told:])
+            return count if count > 0.6 * allowed else 0
+
+        queued = eventually(filled)
         most = serving.memory_bytes() - base
         for step in range(80):
             taken = visitors[step % streams]
