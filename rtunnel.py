@@ -925,7 +925,7 @@ def ready(socks: Iterable[socket.socket], *, writing: bool, seconds: float) -> l
 
 
 def has_error(sock: socket.socket) -> bool:
-    """Whether the peer has reset it, also behind unread bytes. False where poll is missing."""
+    """Whether the peer has reset it, also behind unread bytes. False where poll cannot tell."""
     if not hasattr(select, "poll"):
         return False
     # Reading SO_ERROR would clear the error, and the next receive look like a clean end.

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from level1 import Ends, PeerServer, mapping
+from level1 import Ends, Peer, PeerServer, mapping
 from load import Load, answering
 from support import Program, connect, echo_service, ends_with, eventually, free_port, read_exactly
 from tunnels import Factory, Tunnel, text, visit
@@ -169,6 +169,17 @@ def test_a_client_between_two_servers(server: Factory, client: Factory) -> None:
         check_echo(after)
         asking.wait_for("session-closed")
         assert len(asking.events("session-opened")) == 2
+
+
+def test_nothing_opens_behind_goaway() -> None:
+    """[G-1]: a visitor who has chosen a session in the moment of its GOAWAY goes to another: NEW_CONN never follows."""
+    with Ends() as ends, Peer.as_client(ends.open_server()) as peer:
+        [session] = ends.sessions()
+        session.retire("for the test")
+        assert peer.hear(FrameType.GOAWAY)[2] == b"for the test"
+        near, far = socket.socketpair()
+        with near, far, pytest.raises(rtunnel.SessionEnded):
+            session.open_stream(near, rtunnel.Address("203.0.113.7", 51234))
 
 
 def test_a_second_goaway() -> None:

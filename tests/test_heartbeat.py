@@ -280,3 +280,20 @@ def test_a_network_that_goes_silent_before_welcome(ends: Ends, monkeypatch: pyte
             with other.accept()[0]:
                 ends.log.wait_for("session-opened", level=0)
             silent.close()
+
+
+def test_each_mapping_may_be_cut_off_from_its_welcome(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[X-3]: where several mappings come back together, none of them takes the silence for an original's."""
+    monkeypatch.setattr(rtunnel, "LIVED_S", 0.2)
+    with PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as other, contextlib.ExitStack() as stack:
+        ends.open_client(server.address, mapping(("127.0.0.1", 9), 4711), mapping(("127.0.0.1", 9), 4712))
+        welcomed = [server.accept(), server.accept()]
+        ends.log.wait_for("session-opened", 2, level=1)
+        monkeypatch.setattr(rtunnel, "dial", lambda *_: connect(other.getsockname()))
+        for peer in welcomed:
+            peer.sock.close()
+        other.settimeout(10)
+        for _ in welcomed:
+            stack.enter_context(other.accept()[0])
+        for number in (3, 4):
+            assert "no WELCOME" in ends.log.wait_for("session-closed", number)["reason"]

@@ -661,6 +661,17 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
         Peer.as_client(control).sock.close()
 
 
+def test_the_init_of_a_silent_client_needs_no_place(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[O-7]: who counts as a client already may still send INIT, also where all places are taken."""
+    monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(rtunnel, "SILENT_CLIENT_S", 0.1)
+    with Peer.connect(ends.open_server(public=rtunnel.Address("127.0.0.1", 0))) as peer:
+        ends.log.wait_for("session-opened")
+        peer.send_init(init(0, new_instance()))
+        kind, _, payload = peer.read_frame()
+        assert (kind, payload[:9]) == (rtunnel.FrameType.WELCOME, b"version=1")
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_stranger_that_reads_nothing(house: House, monkeypatch: pytest.MonkeyPatch, tls: bool) -> None:
     """Who sends no INIT goes at the deadline, whatever it sends otherwise and does not read: in TLS KeyUpdates, whose

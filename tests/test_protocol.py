@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -175,6 +176,27 @@ def test_a_local_service_that_does_not_answer(client: Factory) -> None:
                 read_init(peer, name_of(listener))
                 peer.send_frame(NEW_CONN, 1)
                 assert peer.read_close(1)
+
+
+def test_a_second_close_conn_prolongs_nothing(server: Factory) -> None:
+    """[E-7]: a socket that does not answer our FIN is closed after LINGER_S, also where CLOSE_CONN came twice before
+    all was written."""
+    program = server(limits={"LINGER_S": 0.1})
+    with leased(program) as (peer, public), connect_small(public) as visitor:
+        peer.expect(NEW_CONN, 1)
+
+        def send_all() -> None:
+            for _ in range(256):  # more than the kernel takes
+                peer.send_frame(DATA, 1, bytes(1 << 15))
+            peer.send(2 * frame(CLOSE_CONN, 1))
+
+        with running(send_all):
+            received = 0
+            while part := visitor.recv(1 << 18):  # slowly: something is queued when the end comes
+                received += len(part)
+                time.sleep(0.002)
+        assert received == 1 << 23
+        program.wait_for("stream-closed")
 
 
 def test_a_slow_visitor_is_not_cut_short(server: Factory) -> None:

@@ -8,6 +8,7 @@ import errno
 import random
 import select
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -927,6 +928,34 @@ def test_an_admission_that_fails(pool: rtunnel.Pool, log: Log) -> None:
     listener.stop()
     (record,) = log.events("internal-error")
     assert "ZeroDivisionError: this one" in record["traceback"]
+
+
+def test_connections_that_cannot_be_accepted(pool: rtunnel.Pool, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for which there is no memory, and one that on macOS has no address any more, count nowhere, and the port
+    goes on."""
+    monkeypatch.setattr(rtunnel, "ACCEPT_PAUSE_S", 0.01)
+    accept, faults, admitted, left = socketserver.TCPServer.get_request, ["memory", "address"], [], []
+
+    def fail(listener: Any) -> Any:
+        sock, address = accept(listener)
+        fault = faults.pop(0) if faults else ""
+        if fault:
+            sock.close()
+        if fault == "memory":
+            raise MemoryError
+        return sock, None if fault else address
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", fail)
+    options: Any = {"admit": lambda peer: admitted.append(peer) or True, "left": lambda: left.append(1)}
+    listener = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: sock.sendall(b"fine"), **options)
+    listener.start()
+    for expected in (b"", b"", b"fine"):
+        with connect(listener.address) as visitor:
+            assert read_all(visitor) == expected
+    listener.stop()
+    eventually(lambda: len(left) == 1)
+    assert len(admitted) == 1
+    assert not log.events("internal-error")
 
 
 def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
