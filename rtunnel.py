@@ -3186,7 +3186,7 @@ class Client(Program):
         return session
 
     def figures(self) -> Figures:
-        sessions = [each for each in self.sessions() if isinstance(each, ClientSession) and not self.stops_within(0)]
+        sessions = [] if self.stops_within(0) else [each for each in self.sessions() if isinstance(each, ClientSession)]
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self.mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}

@@ -217,14 +217,25 @@ def test_what_wants_a_restart(program: Factory, tmp_path: Path, line: str, ignor
         Peer.as_client(control)
 
 
+def without_tls(own: House) -> str:
+    """The lines of a server's configuration that has all of TLS but the switch and a list."""
+    files = own.files("server").items()
+    return "control-listen = 127.0.0.1:0\n" + "".join(f"tls-{option} = {file}\n" for option, file in files)
+
+
+def started(program: Factory, config: Path, lines: str) -> Program:
+    """A server that serves by these lines."""
+    config.write_text(lines)
+    serving: Program = program("server", "-c", str(config))
+    serving.wait_for("listening")
+    return serving
+
+
 def test_revocation_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
     """A file that was emptied, as on a full disk, does not let those in again who are revoked."""
-    config = tmp_path / "server.ini"
-    files = "".join(f"tls-{option} = {file}\n" for option, file in own.files("server").items())
-    config.write_text(f"control-listen = 127.0.0.1:0\ntls = true\n{files}tls-crl = {own.crl}\n")
-    serving = program("server", "-c", str(config))
-    serving.wait_for("listening")
-    config.write_text(f"control-listen = 127.0.0.1:0\ntls = true\n{files}")
+    config, lines = tmp_path / "server.ini", without_tls(own) + "tls = true\n"
+    serving = started(program, config, f"{lines}tls-crl = {own.crl}\n")
+    config.write_text(lines)
     serving.send_signal(signal.SIGHUP)
     assert serving.wait_for("reload-ignored")["settings"] == "tls-crl"
     serving.wait_for("reloaded")
@@ -232,13 +243,9 @@ def test_revocation_is_not_turned_off(program: Factory, own: House, tmp_path: Pa
 
 def test_a_list_that_came_by_a_reload_stays(program: Factory, own: House, tmp_path: Path) -> None:
     """It is the last list that counts, not the one of the start."""
-    config = tmp_path / "server.ini"
-    files = "".join(f"tls-{option} = {file}\n" for option, file in own.files("server").items())
-    without = f"control-listen = 127.0.0.1:0\ntls = true\n{files}"
-    config.write_text(without)
-    serving = program("server", "-c", str(config))
-    serving.wait_for("listening")
-    for text_, count in ((f"{without}tls-crl = {own.crl}\n", 0), (without, 1)):
+    config, lines = tmp_path / "server.ini", without_tls(own) + "tls = true\n"
+    serving = started(program, config, lines)
+    for text_, count in ((f"{lines}tls-crl = {own.crl}\n", 0), (lines, 1)):
         config.write_text(text_)
         before = len(serving.events("reloaded"))
         serving.send_signal(signal.SIGHUP)
@@ -248,12 +255,9 @@ def test_a_list_that_came_by_a_reload_stays(program: Factory, own: House, tmp_pa
 
 def test_tls_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
     """A file in which `tls` has been lost does not make the server serve everybody."""
-    config = tmp_path / "server.ini"
-    files = "".join(f"tls-{option} = {file}\n" for option, file in own.files("server").items())
-    config.write_text(f"control-listen = 127.0.0.1:0\ntls = true\n{files}")
-    serving = program("server", "-c", str(config))
-    serving.wait_for("listening")
-    config.write_text(f"control-listen = 127.0.0.1:0\n{files}")
+    config, lines = tmp_path / "server.ini", without_tls(own)
+    serving = started(program, config, f"{lines}tls = true\n")
+    config.write_text(lines)
     serving.send_signal(signal.SIGHUP)
     assert serving.wait_for("reload-ignored")["settings"] == "tls"
     serving.wait_for("reloaded")
