@@ -60,8 +60,7 @@ interop: $(VENV)/installed-test
 
 clean:
 	rm -rf .venv .venv-ci build dist rtunnel.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf __pycache__ tests/__pycache__ tests/helpers/__pycache__ tests/long/__pycache__ \
-	    tests/interop/go/build tests/interop/rust/target tests/interop/java/target
+	rm -rf __pycache__ */__pycache__ tests/*/__pycache__ tests/interop/go/build tests/interop/rust/target tests/interop/java/target
 
 # Empty files that say what is done. A new setup.py installs again; an unfinished environment is made anew.
 

@@ -58,7 +58,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
 
 Locks
 -----
-Each is held for a few statements, and nobody waits under one.
+Each is held for a few statements, and nobody waits under one, but for the file of SSLKEYLOGFILE.
 
     lock                    guards                            under it may be taken
     Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
@@ -181,12 +181,12 @@ MAX_REASON_BYTES = 64  # of a CLOSE_CONN or GOAWAY; it goes into one log line [F
 MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.parse]
 
 # a session's memory
-WINDOW_BYTES = 64 * 1024  # where a window starts; yamux: 256 KiB, 2.5 GB for 10,000 that stall
+WINDOW_BYTES = 64 * 1024  # where a window starts; yamux: 256 KiB, 2.5 GB for 10,000 [Stream]
 MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms [window_limit]
 NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in queues [window_limit]
 LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [window_limit]
 MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [add_credit]
-UNLIMITED = 2**62  # level 0: a window that never runs out; after INIT: unknown frames
+UNLIMITED = 2**62  # level 0: a window that never runs out [Session]; after INIT: unknown frames
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what a session's windows grow by, unless set [Budget]
 BUDGET_SHARE = 4  # a window gets a quarter of what is left, and so nobody all of it [Budget.take]
 MAX_UNSENT_BYTES = 256 * 1024  # of control frames that the peer leaves unread [Writer.is_behind]
@@ -194,7 +194,7 @@ QUEUE_BYTES = 256 * 1024  # of DATA behind another thread's send; then pumps wai
 QUEUE_FRAMES = 1024  # the same for tiny frames: their objects cost more than their bytes [the same]
 RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [Writer.send]
 GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
-FIRST_BUFFER_BYTES = 1024  # receive buffers start small and grow fourfold when full: 10,000 idle
+FIRST_BUFFER_BYTES = 1024  # receive buffers start small, and grow: 10,000 idle [_pump, _read]
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [ByteQueue]
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): small frames wait behind it [tune]
@@ -234,12 +234,12 @@ STUCK_S = 600.0  # without a byte, of a stream whose other direction has ended [
 LEASE_LINGER_S = 5.0  # a port waits for its client's return: two attempts [Server.leave_lease]
 FIRST_RETRY_S = 1.0  # a client's first wait; doubled up to --reconnect-max [Backoff]
 REFUSED_RETRY_S = 2.0  # at most, where the host answers and its port is closed: a restart [Backoff]
-REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: clones must not evict each other in a loop
+REPLACED_RETRY_S = 30.0  # after GOAWAY `replaced`: no loop of clones [Client._serve]
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3  # TCP's own: 60 s [tune]
 SCRAPE_S, MAX_SCRAPES = 5.0, 8  # one wait of a scrape, and how many at a time [Metrics.serve]
 ACCEPT_PAUSE_S = 0.25  # after an accept without descriptors: the acceptor would spin [Listener]
 POOL_IDLE_S = 10.0  # to twice that a thread waits for work: a crowd's end one by one [Pool]
-STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, and overflow ends in SIGSEGV
+STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, overflow is SIGSEGV [run_program]
 SWITCH_S = 0.1  # Python's 5 ms: 10,000 threads that wake would only ask for the GIL [run_program]
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
 CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
@@ -397,7 +397,7 @@ class DataPart(NamedTuple):
 
 
 def encode(kind: int, stream: int, payload: bytes = b"") -> bytes:
-    """The bytes of one frame (PROTOCOL.md, "Frames")."""
+    """The bytes of one frame (PROTOCOL.md, section 2)."""
     return HEADER.pack(kind, stream, len(payload)) + payload
 
 
@@ -487,7 +487,7 @@ def number(text: str | None, lowest: int, highest: int) -> int:
 
 
 class Init(NamedTuple):
-    """What an INIT frame asks for (PROTOCOL.md, "INIT")."""
+    """What an INIT frame asks for (PROTOCOL.md, section 3)."""
 
     port: int
     local: str  # the local service as the client names it: for the log only
@@ -527,7 +527,7 @@ class Init(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """The server's answer to an INIT of level 1 (PROTOCOL.md, "WELCOME")."""
+    """The server's answer to an INIT of level 1 (PROTOCOL.md, section 3)."""
 
     port: int
     window: int = WINDOW_BYTES
@@ -2279,12 +2279,12 @@ REFUSALS = (
 # Without `rtunnel_`: what it is, its label, and of a counter the values that the label may have.
 METRICS: dict[str, tuple[str, str, Sequence[str]]] = {
     "ready": ("1 where it serves: a server; a client whose mappings are each open at one server at least", "", ()),
-    "sessions": ("control connections now", "", ()),
+    "sessions": ("control connections now whose handshake is over", "", ()),
     "mappings_open": ("mappings that are open now; each counts at each server", "", ()),
     "streams": ("visitors' connections now", "", ()),
     "streams_total": ("visitors' connections since the start", "", ("",)),
     "stream_bytes_total": ("what streams have carried", "direction", ("from_tunnel", "to_tunnel")),
-    "handshakes_total": ("TLS handshakes that came to a session", "", ("",)),
+    "handshakes_total": ("TLS handshakes that passed", "", ("",)),
     "refusals_total": ("connections, mappings and visitors that were refused", "rule", REFUSALS),
     "failed_dials_total": ("connections that could not be made", "to", ("server", "service")),
     "limit": ("the most of what is limited", "limit", ()),
@@ -2387,7 +2387,7 @@ class Program:
     """
 
     def __init__(self, settings: Settings, context: Trust) -> None:
-        self.settings, self._context = settings, context  # main's reload replaces both, whole
+        self.settings, self._context = settings, context  # replaced whole: a reload, a renewal
         self.pool = Pool()
         self.metrics = Metrics(self)
         self._scraped: Listener | None = None  # main's
@@ -2889,7 +2889,7 @@ class Server(Program):
         return False
 
     def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
-        """A session for a visitor, who waits here as others do in a lingering lease's queue."""
+        """A session for a visitor, who waits here, in a thread, for the holder's return."""
         with self._lock:
             while (session := lease.choose(ended)) is None and not self._stopping:
                 full = any(each not in ended for each in lease.sessions)
@@ -3330,7 +3330,8 @@ def common_options(role: str) -> list[Option]:
         Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; made by: rtunnel pki init, and "
                "pki revoke; empty: none is looked at", example="conf/pki/crl.pem" if role == "server" else ""),
         Option("TLS", "tls-profile", "default", profile, "NAME",
-               f"what is admitted in a handshake, the same at both ends; one of {', '.join(rtunnel_tls.PROFILES)}"),
+               "what is admitted in a handshake, where both ends need something in common; one of "
+               + ", ".join(rtunnel_tls.PROFILES)),
         *([server_name] if role == "client" else []),
         Option("limits", "heartbeat", f"{HEARTBEAT_S:g}", seconds, "SECONDS",
                "a PING so often; a peer from which no byte comes for three times as long is dead"),
@@ -3376,7 +3377,8 @@ OPTIONS = {
                "# [8080:127.0.0.1:8000, 2222:127.0.0.1:22]"),
         Option("tunnel", "proxy-protocol", False, bool, "", "tell the local service, which must expect it, each "
                "visitor's address in a PROXY protocol line, version 1", "switch"),
-        Option("tunnel", "reconnect-max", "30", seconds, "SECONDS", "the longest wait between two attempts"),
+        Option("tunnel", "reconnect-max", "30", seconds, "SECONDS",
+               "the longest wait between two attempts; who was replaced by another session waits 30"),
         *common_options("client"),
     ],
 }

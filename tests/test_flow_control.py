@@ -369,6 +369,8 @@ def test_a_near_peers_window(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         eventually(lambda before=before: rig.session.rtt_s != before)  # type: ignore[misc]
         measured.append(rig.session.rtt_s)
     assert rig.session.shortest_rtt_s == min(measured)
+    rig.peer.send_frame(FrameType.BLOCKED, 1)
+    eventually(lambda: asked[-1] == min(measured))
 
 
 def test_blocked_on_a_queue_is_ignored(rig: Rig) -> None:

@@ -150,6 +150,22 @@ def test_a_slow_answer(ends: Ends) -> None:
         ends.log.wait_for("session-closed", reason="PONG without a PING")
 
 
+def test_the_oldest_ping_is_forgotten(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[H-3]: so many PINGs may be unanswered, and no more are remembered: the answer to one before them is one to
+    none."""
+    monkeypatch.setattr(rtunnel, "MAX_PINGS", 2)
+    with NaivePeer.connect(ends.open_server(heartbeat=60)) as peer:
+        peer.send_init(init(0, new_instance()))
+        assert peer.read_frame()[0] == FrameType.WELCOME
+        asked = [peer.read_frame()[2]]
+        [session] = ends.sessions()
+        for _ in range(2):
+            beat(session)
+            asked.append(peer.read_frame()[2])
+        peer.send_frame(FrameType.PONG, 0, asked[0])
+        ends.log.wait_for("session-closed", reason="PONG without a PING")
+
+
 def test_answers_that_stand_behind_bulk(ends: Ends) -> None:
     """[H-1]: while PONGs stand behind bulk, for longer than their sender waits for a sign of life itself, PINGs go on:
     without them it would take this end for dead."""

@@ -233,6 +233,7 @@ ROWS: list[tuple[str, str, list[tuple[int, bytes, float]]]] = [
         (SERVER, frame(PING, 0, b"12345678") + frame(PING, 0, b"abcdefgh"), 0),
         (CLIENT, frame(PONG, 0, b"abcdefgh"), 0),
     ]),
+    ("F-10", "", [(CLIENT, frame(0x16, 0x0301_0200), 0)]),
     ("H-3", "level 1", [(SERVER, frame(PING, 0, b"12345678"), 0), (CLIENT, 2 * frame(PONG, 0, b"12345678"), 0)]),
     ("N-1", "", [(CLIENT, frame(INIT, 0, b"80:h:1"), 0), (SERVER, frame(WELCOME, 0, WELCOMED), 0)]),
     ("N-2", "INIT", [(SERVER, frame(NEW_CONN, 1) + frame(WELCOME, 0, WELCOMED), 0)]),

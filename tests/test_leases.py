@@ -128,7 +128,7 @@ def test_a_stuffed_transport_is_not_waited_for(ends: Ends, soon: None, monkeypat
 
 @pytest.mark.parametrize("newer", ["stays", "leaves"])
 def test_a_replaced_session_that_reads_a_byte_now_and_then(ends: Ends, newer: str) -> None:
-    """[L-2]: a replaced session's control connection is closed within a second, though its client takes a byte now and
+    """[L-2]: a replaced session's control connection is closed after a second, though its client takes a byte now and
     then, so that no write ever fails, and also where the newer session ends before."""
     instance = new_instance()
     with small_control_sockets(), contextlib.ExitStack() as stack:

@@ -125,4 +125,4 @@ def test_half_close_by_level(server: Factory, client: Factory, old: str) -> None
             visitor.sendall(b"question")
             visitor.shutdown(socket.SHUT_WR)
             got = read_all(visitor)
-        assert got == b"reply to question" or OLD[old]
+        assert got in ([b"", b"reply to question"] if OLD[old] else [b"reply to question"])

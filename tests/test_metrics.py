@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import http.client
+import logging
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import Factory
@@ -203,17 +208,29 @@ def test_limits_certificates_and_the_log(server: Factory, house: House) -> None:
 
 
 def test_lines_that_were_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the log could not write is counted."""
-    monkeypatch.setattr(rtunnel, "LOG_LINES", 0)
+    """What the log could not write is counted: where nobody reads it, and where a write fails."""
+    taken, writes = threading.Event(), threading.Event()
+
+    def write(line: str) -> None:
+        taken.set()
+        writes.wait()
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(rtunnel, "LOG_LINES", 1)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write))
     before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
     flush = rtunnel.start_log("info")
     try:
-        [handler] = rtunnel.LOG.handlers
-        assert isinstance(handler, rtunnel.LogHandler)
-        handler.dropped = 3
+        rtunnel.log_event(logging.INFO, "being-written")
+        assert taken.wait(10.0)
+        for _ in range(4):  # the first of them waits
+            rtunnel.log_event(logging.INFO, "behind-it")
         program = rtunnel.Program(rtunnel.Settings(), None)
         assert program.figures()["log_lines_lost_total", ""] == 3
+        writes.set()
+        eventually(lambda: program.figures()["log_lines_lost_total", ""] == 5)
     finally:
+        writes.set()
         flush()
         rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = before
 

@@ -177,9 +177,10 @@ def test_a_broken_file(guarded: Guarded, what: str) -> None:
     ],
 )
 def test_a_broken_configuration(program: Factory, tmp_path: Path, lines: list[str] | None) -> None:
-    """A configuration file that has become wrong, or is gone, is refused as a whole with one log line."""
+    """A configuration file that has become wrong, or is gone, is refused as a whole with one log line; what counted
+    before goes on."""
     config = tmp_path / "server.ini"
-    config.write_text("control-listen = 127.0.0.1:0\n")
+    config.write_text("control-listen = 127.0.0.1:0\nallow = anonymous=1\n")
     serving = program("server", "-c", str(config))
     serving.wait_for("listening")
     config.unlink()
@@ -189,6 +190,8 @@ def test_a_broken_configuration(program: Factory, tmp_path: Path, lines: list[st
     serving.send_signal(signal.SIGHUP)
     serving.wait_for("reload-failed")
     assert len(serving.lines) == before + 1
+    with pytest.raises(Unwelcome, match="port-denied"):
+        Peer.as_client(serving.control_address)
     assert serving.stop() == 0
 
 
@@ -233,12 +236,17 @@ def started(program: Factory, config: Path, lines: str) -> Program:
 
 def test_revocation_is_not_turned_off(program: Factory, own: House, tmp_path: Path) -> None:
     """A file that was emptied, as on a full disk, does not let those in again who are revoked."""
+    rtunnel_tls.revoke(own.folder, "alice")
     config, lines = tmp_path / "server.ini", without_tls(own) + "tls = true\n"
     serving = started(program, config, f"{lines}tls-crl = {own.crl}\n")
     config.write_text(lines)
     serving.send_signal(signal.SIGHUP)
     assert serving.wait_for("reload-ignored")["settings"] == "tls-crl"
     serving.wait_for("reloaded")
+    files = {"cert": own.folder / "alice.crt", "key": own.folder / "alice.key"}
+    where = (f"--server={text(serving.control_address)}", "--local=127.0.0.1:9")
+    asking = program("client", *own.flags("client", **files), *where)
+    says(asking, "alert from the peer: certificate revoked")
 
 
 def test_a_list_that_came_by_a_reload_stays(program: Factory, own: House, tmp_path: Path) -> None:

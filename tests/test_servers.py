@@ -161,10 +161,14 @@ def test_each_certificate_must_name_its_server(server: Factory, client: Factory,
 
 def test_tls_server_name_is_for_all(server: Factory, client: Factory, named: House) -> None:
     """--tls-server-name holds all servers to one name, whatever host is dialled."""
-    serving = server(*named.flags("server"))
-    port = serving.control_address[1]
-    flags = (f"--server=localhost:{port}", "--local=127.0.0.1:9", "--tls-server-name=127.0.0.1")
-    client(*named.flags("client"), *flags).wait_for("session-opened")
+    files = {"cert": named.folder / "other.crt", "key": named.folder / "other.key"}
+    first, other = server(*named.flags("server")), server(*named.flags("server", **files))
+    ports = [each.control_address[1] for each in (first, other)]
+    where = [f"--server=localhost:{port}" for port in ports]
+    asking = client(*named.flags("client"), *where, "--local=127.0.0.1:9", "--tls-server-name=127.0.0.1")
+    asking.wait_for("session-opened", server=f"localhost:{ports[0]}")
+    refused = asking.wait_for("connect-failed", server=f"localhost:{ports[1]}")
+    assert refused["reason"].startswith("name: ")
 
 
 def test_two_names_of_one_server(server: Factory, client: Factory, house: House) -> None:

@@ -203,8 +203,10 @@ def _wrong(frame: Frame, rule: str, text: str) -> Broken:
 
 
 def _check_shape(session: Session, frame: Frame) -> None:
-    """[F-1], [F-2], [F-8], [O-5]: what holds at both levels."""
+    """[F-1], [F-2], [F-8], [F-10], [O-5]: what holds at both levels."""
     kind = KINDS.get(frame.kind)
+    if frame.kind in (0x15, 0x16) and frame.stream >> 24 == 3:
+        raise _Offence("F-10", "a TLS record")
     if frame.kind == DATA:
         if frame.length > MAX_DATA_BYTES:
             raise _Offence("F-2", f"DATA of {frame.length} bytes")
