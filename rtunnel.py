@@ -147,6 +147,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -202,7 +203,7 @@ LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [Origina
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
 # how many
-MAX_STRANGERS = 256  # no client yet: 300 kB each (TLS); sshd: 100 [Server.serve_control]
+MAX_STRANGERS = 256  # no client yet: up to 500 kB each (TLS); sshd: 100 [Server.serve_control]
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
 MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
@@ -3779,6 +3780,7 @@ def entry() -> NoReturn:
     """
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")  # a name need not fit the terminal
+    warnings.simplefilter("ignore")  # a library's, of odd certificates: they would go past the log
     try:
         status = main()
         print(end="", flush=True)  # also where there is no stdout

@@ -87,6 +87,8 @@ MAX_NAMES_TOLD = 8  # of a certificate that names other hosts than ours: it may 
 WARN_DAYS = 30  # a certificate with so few days left is warned of: time for a month's holiday
 ALERT_LINGER_S = 1.0  # we read on so long after an alert: a close with unread input would lose it
 HANDSHAKE_BYTES = 16 * 1024  # what an unknown peer costs here; OpenSSL adds up to 130 KiB
+MAX_HANDSHAKE_BYTES = 48 * 1024  # of a peer: five certificates of ML-DSA-87 and the rest are 44 KiB
+COMPUTED = threading.BoundedSemaphore(4)  # handshakes at a time: OpenSSL may need 3 MB for so many
 INCOMING_BYTES = 256 * 1024  # ciphertext of one receive: 16 records; more leaves the cache
 OUTGOING_BYTES = 128 * 1024  # ciphertext of one send; a larger batch gets a buffer of its own
 MAX_UNSENT_BYTES = 64 * 1024  # answers that a peer makes us owe: 2,400 KeyUpdates, 1 is plenty
@@ -158,7 +160,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, SSL.WantReadError):  # from a write only
         return "the peer has sent the first part of a handshake message, and OpenSSL waits for the rest"
     entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
-    reasons = "; ".join(str(reason) for *_, reason in entries) or type(error).__name__
+    if isinstance(error, SSL.ZeroReturnError):
+        return f"{_FROM_PEER}close notify"
+    reasons = "; ".join(str(reason) for *_, reason in entries) or "OpenSSL has no word for it"
     return re.sub(r"^(?:tls|ssl)\S* alert ", _FROM_PEER, reasons)
 
 
@@ -195,6 +199,8 @@ class TlsContext:
             roots = _load_certificates(ca)
             for root in roots:
                 _check_chain([root], "authority", self.profile)
+                if not any(_has_signed(each, root) for each in roots):
+                    raise ValueError(f"{root.issuer.rfc4514_string()} has signed an authority, and is missing")
                 self._store.add_cert(crypto.X509.from_cryptography(root))
         chain = self._load_own(cert, key)
         self.revocations = [] if crl is None else self._load_lists(crl, [*chain[1:], *roots])
@@ -240,10 +246,16 @@ class TlsContext:
             for authority in chain[1:]:
                 self.ssl_context.add_extra_chain_cert(authority)
         with _told(f"--tls-key {key}"):
-            if _load_key(key).public_key() != chain[0].public_key():
-                raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair")
-            # By name: pyOpenSSL takes no ML-DSA key from memory. Who could swap it could read it.
-            self.ssl_context.use_privatekey_file(str(key))
+            _refuse_unfit_key(key)
+            try:
+                # By name: pyOpenSSL takes no ML-DSA key from memory, cryptography none of all three
+                # forms of RFC 9881. Who could swap it could read it.
+                self.ssl_context.use_privatekey_file(str(key))
+                self.ssl_context.check_privatekey()
+            except SSL.Error as error:
+                if re.search("mismatch|no certificate", _reason(error)):
+                    raise ValueError(f"it is not the key of --tls-cert {file}; copy both files of the pair") from error
+                raise ValueError("it holds no PRIVATE KEY (PEM), or a broken one") from error
             return chain
 
     def _load_lists(self, file: PathLike, authorities: list[Certificate]) -> list[CertificateRevocationList]:
@@ -255,8 +267,12 @@ class TlsContext:
                 _admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures, self.profile)
                 # One that names no end has ended: nobody could tell when it grew stale.
                 _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
-                named = {authority for authority in authorities if authority.subject == each.issuer}
+                parts = [kind for kind in each.extensions if kind.critical]
+                if any(not getattr(kind.value, "only_contains_user_certs", False) for kind in parts):
+                    raise ValueError("it holds a part of a list, which leaves all others without one")
                 issuer = each.issuer.rfc4514_string()
+                # As OpenSSL compares names.
+                named = {one for one in authorities if _folded(one.subject) == _folded(each.issuer)}
                 if named and not any(_has_signed(authority, each) for authority in named):
                     raise ValueError(f"the {issuer} that we trust has not signed it")
                 if len(named) > 1 and _extension(each, x509.AuthorityKeyIdentifier) is None:
@@ -359,10 +375,14 @@ _load_revocations = functools.partial(_load, "X509 CRL", x509.load_pem_x509_crl)
 
 def _load_key(file: PathLike) -> Any:
     """A private key that nobody but its owner can read. Raises OSError, ValueError."""
+    _refuse_unfit_key(file)
+    return _load("PRIVATE KEY", functools.partial(serialization.load_pem_private_key, password=None), file)[0]
+
+
+def _refuse_unfit_key(file: PathLike) -> None:
     if b"ENCRYPTED" in Path(file).read_bytes():  # OpenSSL would ask for the password and wait
         raise ValueError("the key is encrypted, and rtunnel cannot ask for a password")
     _refuse_readable(file)
-    return _load("PRIVATE KEY", functools.partial(serialization.load_pem_private_key, password=None), file)[0]
 
 
 def _refuse_readable(file: PathLike) -> None:
@@ -373,9 +393,16 @@ def _refuse_readable(file: PathLike) -> None:
 
 
 def _extension(source: Certificate | CertificateRevocationList, kind: type[Any]) -> Any:
-    with contextlib.suppress(x509.ExtensionNotFound):
+    try:
         return source.extensions.get_extension_for_class(kind).value
-    return None
+    except x509.ExtensionNotFound:
+        return None
+    except KeyError as error:  # a number in RFC 7633's extension that cryptography does not know
+        raise ValueError(f"it has an extension that cannot be read, with {error}") from error
+
+
+def _folded(name: x509.Name) -> str:
+    return " ".join(name.rfc4514_string().casefold().split())
 
 
 def _algorithm(identifier: ObjectIdentifier) -> str:
@@ -566,7 +593,9 @@ class _Ssl:
         rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
         rule = next(rules, "certificate" if code else "tls")
         with contextlib.suppress(*_UNFIT):
-            if code and rule == "certificate" and (chain := self.negotiated()[3]):
+            chain = self.negotiated()[3] if code and rule == "certificate" else []
+            # OpenSSL may have stopped before the signatures: we read nothing that a stranger made.
+            if chain and all(map(_has_signed, chain[1:], chain)):
                 # Which raises it by its own name, and says of which certificate.
                 _check_chain(chain, context.peer_role, context.profile, context.peer_name)
         return HandshakeError(rule, detail)
@@ -648,10 +677,10 @@ class TlsTransport:
 
         Raises HandshakeError, once the peer could read our alert. The caller closes the carrier.
         """
-        ssl, buffer, begun = _Ssl(context), memoryview(bytearray(HANDSHAKE_BYTES)), False
+        ssl, buffer, received = _Ssl(context), memoryview(bytearray(HANDSHAKE_BYTES)), 0
         try:
             while True:
-                with contextlib.suppress(SSL.WantReadError):
+                with contextlib.suppress(SSL.WantReadError), COMPUTED:
                     ssl.do_handshake()
                     break
                 _limit_waits(carrier, remaining())
@@ -660,14 +689,16 @@ class TlsTransport:
                 _limit_waits(carrier, remaining())
                 count = carrier.receive_into(buffer)
                 if not count:
-                    said = "in the handshake" if begun else "without a word; are both ends started with --tls?"
+                    said = "in the handshake" if received else "without a word; are both ends started with --tls?"
                     raise HandshakeError("closed", f"the peer closed the connection {said}")
                 # A frame of the tunnel, no record: type, stream, length (PROTOCOL.md). The
                 # alert, protocol_version, shows the peer what we speak; OpenSSL would not send it.
-                if not begun and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
+                if not received and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
                     carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
                     raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
-                begun = True
+                received += count
+                if received > MAX_HANDSHAKE_BYTES:
+                    raise HandshakeError("certificate", f"the handshake has over {MAX_HANDSHAKE_BYTES} bytes")
                 ssl.feed(buffer[:count])
             # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
             try:
@@ -680,8 +711,11 @@ class TlsTransport:
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
-            _leave(carrier, ssl.take(memoryview(b"")))
-            raise ssl.refusal(error, context) from error
+            alert, refusal = ssl.take(memoryview(b"")), ssl.refusal(error, context)
+            error.__traceback__ = None  # it would keep what we free before we wait
+            del ssl
+            _leave(carrier, alert)
+            raise refusal from error
         except HandshakeError:
             _leave(carrier, b"")
             raise
@@ -788,8 +822,6 @@ def init_authority(
     if not 1 <= years <= most:
         raise ValueError(f"--years: 1 to {most}, for no certificate can end after the year {datetime.MAXYEAR}")
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.name == "posix" and stat.S_IMODE(where.stat().st_mode) & 0o022:
-        raise ValueError(f"others can write to {where}, and swap what is in it; run: chmod 700 {where}")
     with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force) as files:
         extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
         authority, files["ca.key"], key = _make(name, algorithm, 365 * years, extensions)
@@ -913,6 +945,8 @@ def _held(folder: Path, *fresh: str, force: bool = False) -> Iterator[dict[str, 
     made in a folder of their own, and from its renaming on they count. Who reloads meanwhile can
     meet a certificate without its key: it refuses that, and keeps what it has.
     """
+    if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o022:
+        raise ValueError(f"others can write to {folder}, and swap what is in it; run: chmod 700 {folder}")
     with open(folder / ".lock", "ab", opener=_private) as lock:  # the system lets go of it
         if sys.platform == "win32":
             import msvcrt
@@ -924,8 +958,8 @@ def _held(folder: Path, *fresh: str, force: bool = False) -> Iterator[dict[str, 
             fcntl.flock(lock, fcntl.LOCK_EX)
         _settle(folder)
         for name in fresh:
-            if not force and (folder / name).exists():
-                raise ValueError(f"{folder / name} exists; --force replaces it")
+            if (folder / name).exists() and not (force and (folder / name).is_file()):
+                raise ValueError(f"{folder / name} exists; --force replaces it, if it is a file")
         files: dict[str, bytes] = {}
         yield files
         making = folder / ".making"
@@ -948,7 +982,8 @@ def _settle(folder: Path) -> None:
     shutil.rmtree(folder / ".making", ignore_errors=True)
     if (ready := folder / ".ready").exists():
         for file in sorted(ready.iterdir()):
-            file.replace(folder / file.name)
+            with _told(str(folder / file.name)):
+                file.replace(folder / file.name)
         ready.rmdir()
 
 

@@ -14,7 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,17 @@ def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pki").mkdir()
     (tmp_path / "pki").chmod(0o777)
     refuse(f"chmod 700 {tmp_path / 'pki'}", init_authority, tmp_path / "pki")
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "command", [functools.partial(issue, name="x", hosts=None), functools.partial(renew, name="x"), revoke]
+)
+def test_a_folder_that_others_can_write_to_later(folder: Path, command: Callable[[Path], object]) -> None:
+    """The authority's key is used nowhere that others can write."""
+    issue(folder, "x", hosts=None)
+    folder.chmod(0o777)
+    refuse(f"chmod 700 {folder}", command, folder)
 
 
 @POSIX
@@ -683,6 +694,25 @@ def test_a_disk_that_is_full_keeps_the_old_pair(folder: Path, room: int) -> None
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     renew(folder, "gate")
     assert fits(folder, "gate")
+
+
+def test_a_folder_in_the_way_of_a_certificate(folder: Path) -> None:
+    """`--force` replaces no folder: that is said before anything is written, and the next command is not hindered."""
+    issue(folder, "gate", hosts=None)
+    (folder / "q.crt").mkdir()
+    refuse(f"{folder / 'q.crt'} exists|if it is a file", issue, folder, "q", hosts=None, force=True)
+    revoke(folder, "gate")
+    assert not (folder / "q.key").exists()
+
+
+def test_a_file_that_cannot_be_replaced_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the way is told by the name that the user knows."""
+
+    def refuses(file: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+
+    monkeypatch.setattr(Path, "replace", refuses)
+    refuse(f"{folder / 'crl.pem'}: Operation not permitted", revoke, folder, serial="1")
 
 
 def test_an_authority_whose_making_was_cut_short_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from OpenSSL import SSL
-from OpenSSL._util import lib
+from OpenSSL._util import ffi, lib
 from tls_peers import CLIENT_AUTH, HOUR, SERVER_AUTH, House, Pair, Signer, meet, raw_context, raw_peer, session, shake
 
 import rtunnel_tls
@@ -630,6 +630,72 @@ def test_a_list_of_another_authority_lets_nobody_in(house: House, tmp_path: Path
     server = house.server(crl=tmp_path / "pki" / "crl.pem")
     refused, _ = meet(server, lambda sock: _quiet(sock, house.client()))
     assert isinstance(refused, HandshakeError)
+
+
+PART = x509.IssuingDistributionPoint(None, None, False, True, None, False, False)  # of authorities alone
+PARTS: dict[str, x509.ExtensionType] = {
+    "changes": x509.DeltaCRLIndicator(1),
+    "authorities": PART,
+    "unknown": x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\5\0"),
+}
+
+
+def listed(house: House, name: str, *extensions: x509.ExtensionType, key: Any = None) -> bytes:
+    """A revocation list in that name, of our authority's key or another one."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateRevocationListBuilder(subject, now - HOUR, now + HOUR)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
+    return rtunnel_tls._pem(builder.sign(key or rtunnel_tls._load_key(house.folder / "ca.key"), None))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_list_is_refused(house: House, tmp_path: Path, part: str) -> None:
+    """OpenSSL would find no list for most certificates, and refuse everybody."""
+    (tmp_path / "crl.pem").write_bytes(listed(house, "rtunnel CA", PARTS[part]))
+    refuse("--tls-crl|a part of a list", crl=tmp_path / "crl.pem", **house.files("server"))
+
+
+def test_a_list_of_users_alone_is_whole(house: House, tmp_path: Path) -> None:
+    """Nobody's chain needs the list of an authority above the root."""
+    users = x509.IssuingDistributionPoint(None, None, True, False, None, False, False)
+    (tmp_path / "crl.pem").write_bytes(listed(house, "rtunnel CA", users))
+    with session(house.server(crl=tmp_path / "crl.pem"), house.client()):
+        pass
+
+
+@pytest.mark.parametrize("name", ["RTUNNEL CA", "rtunnel  CA"])
+def test_names_are_compared_as_openssl_does(house: House, tmp_path: Path, name: str) -> None:
+    """A list whose issuer differs from our authority's in case or blanks alone is one in its name."""
+    (tmp_path / "crl.pem").write_bytes(listed(house, name, key=Signer().key))
+    refuse("--tls-crl|has not signed it", crl=tmp_path / "crl.pem", **house.files("server"))
+
+
+def test_an_authority_below_the_root_alone(house: House, tmp_path: Path) -> None:
+    """OpenSSL wants the root as well: without it nobody's chain would end anywhere."""
+    root = Signer()
+    between = Signer(name="between", by=root)
+    (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate))
+    files = house.files("server") | {"ca": tmp_path / "ca.crt"}
+    refuse("--tls-ca|CN=root has signed an authority, and is missing", **files)
+    (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate, root.certificate))
+    TlsContext("server", "default", **files)
+
+
+def test_a_key_as_openssl_writes_it(house: House, tmp_path: Path) -> None:
+    """RFC 9881 has three forms of a private key; OpenSSL's own holds the seed and what follows from it."""
+    pem, file = (house.folder / "client.key").read_bytes(), tmp_path / "client.key"
+    source, target = lib.BIO_new_mem_buf(ffi.from_buffer(pem), len(pem)), lib.BIO_new(lib.BIO_s_mem())
+    key = lib.PEM_read_bio_PrivateKey(source, ffi.NULL, ffi.NULL, ffi.NULL)
+    assert lib.PEM_write_bio_PrivateKey(target, key, ffi.NULL, ffi.NULL, 0, ffi.NULL, ffi.NULL) == 1
+    start = ffi.new("char**")
+    count = lib.BIO_get_mem_data(target, start)
+    file.touch(0o600)
+    file.write_bytes(ffi.buffer(start[0], count)[:])
+    assert count > 10 * len(pem)
+    with session(house.server(), house.client(key=file)):
+        pass
 
 
 def _quiet(sock: Any, context: TlsContext) -> str:

@@ -7,20 +7,27 @@ the rest. Each row is played against our server and against our client.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import socket
 import ssl
+import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 from OpenSSL._util import lib
+from support import connect, parse_line
 from tls_peers import (
     CLIENT_AUTH,
     HOUR,
+    KEYS,
     SERVER_AUTH,
     House,
     Pair,
@@ -36,6 +43,7 @@ from tls_peers import (
     tcp_pair,
     within,
 )
+from tunnels import Factory
 
 import rtunnel_tls
 from rtunnel_tls import HandshakeError, Receipt, TlsContext, TlsTransport
@@ -149,6 +157,120 @@ def test_of_what_is_out_of_time_the_name_and_the_end_are_told(world: World, ours
     """OpenSSL says only that something in the chain has expired."""
     refused, _ = meet(world.ours(ours), world.raw(OTHER[ours], world.pair(OTHER[ours], before=3 * HOUR, after=-HOUR)))
     assert str(refused).startswith("validity: CN=peer expired on 20")
+
+
+def forged(world: World, role: str, name: str, subject: x509.Name, *extensions: tuple[str, bytes]) -> Pair:
+    """A certificate that only says that our root has signed it, and of a purpose at which OpenSSL stops."""
+    key, issuer = KEYS["mldsa65"](), world.root.certificate.subject
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), 5, now - HOUR, now + HOUR)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([PURPOSE[OTHER[role]]]), False)
+    for oid, value in extensions:
+        builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), False)
+    return Pair(world.folder, name, builder.sign(key, None), key)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    COUNTRY = x509.Name([x509.NameAttribute(NameOID.COUNTRY_NAME, "Atlantis", _validate=False)])
+STRANGE: dict[str, tuple[x509.Name, list[tuple[str, bytes]]]] = {
+    "a number of no TLS feature": (x509.Name([]), [("1.3.6.1.5.5.7.1.24", b"\x30\x03\x02\x01\x04")]),
+    "a long name": (x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "\1" * 30_000, _validate=False)]), []),
+    "a country of many letters": (COUNTRY, []),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # cryptography's
+@pytest.mark.parametrize("ours", ["server", "client"])
+@pytest.mark.parametrize("case", STRANGE)
+def test_nobody_reads_what_a_stranger_has_made(world: World, case: str, ours: str) -> None:
+    """Before a signature is checked OpenSSL may refuse a certificate, and its words are then all that is said."""
+    subject, extensions = STRANGE[case]
+    pair = forged(world, OTHER[ours], f"strange-{ours}-{list(STRANGE).index(case)}", subject, *extensions)
+    refused, _ = meet(world.ours(ours), world.raw(OTHER[ours], pair))
+    assert str(refused) == "certificate: unsuitable certificate purpose"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_what_cannot_be_read_is_refused(world: World, ours: str) -> None:
+    """An extension that cryptography cannot read, in a certificate that our authority has signed, is a refusal too."""
+    extension = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.24"), b"\x30\x03\x02\x01\x04")
+    extensions = [(x509.ExtendedKeyUsage([PURPOSE[OTHER[ours]]]), False), (extension, False)]
+    key = KEYS["mldsa65"]()
+    leaf = world.root.sign(key, "peer", extensions=extensions)
+    pair = Pair(world.folder, f"unreadable-{ours}", leaf, key)
+    refused, _ = meet(world.ours(ours), world.raw(OTHER[ours], pair))
+    assert isinstance(refused, HandshakeError)
+    assert refused.rule == "certificate"
+    with pytest.raises(rtunnel_tls.TlsConfigError, match="an extension that cannot be read"):
+        rtunnel_tls.show(pair.cert)
+
+
+def test_a_strange_certificate_leaves_log_lines_only(server: Factory, world: World) -> None:
+    """What a library has to say of a certificate does not go past the log."""
+    pair = world.pairs["server"]
+    serving = server("--tls", f"--tls-cert={pair.cert}", f"--tls-key={pair.key}", f"--tls-ca={world.ca}")
+    peer = world.raw("client", forged(world, "client", "strange", COUNTRY))
+    with connect(serving.control_address) as sock:
+        sock.settimeout(None)
+        peer(sock)
+    assert serving.wait_for("refused")["reason"] == "certificate: unsuitable certificate purpose"
+    assert serving.stop() == 0
+    assert [line for line in serving.lines if parse_line(line) is None] == []
+
+
+def costly(world: World, role: str, names: int) -> Peer:
+    """A peer whose certificate holds so many empty names, of which OpenSSL makes a hundred bytes each."""
+    content = b"\x82\x00" * names
+    value = b"\x30\x83" + len(content).to_bytes(3, "big") + content
+    return world.raw(role, forged(world, role, f"costly-{role}-{names}", x509.Name([]), ("2.5.29.17", value)))
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_a_certificate_that_is_made_to_cost(world: World, ours: str) -> None:
+    """A handshake of over 48 KiB is refused before OpenSSL looks at it."""
+    refused, _ = meet(world.ours(ours), costly(world, OTHER[ours], 30_000))
+    assert str(refused) == "certificate: the handshake has over 49152 bytes"
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_what_a_refused_one_holds_is_freed(world: World, ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL's memory of a peer that it has refused is free before the peer is given time to read the alert."""
+    made: list[weakref.ref[object]] = []
+    alive: list[bool] = []
+    leave = rtunnel_tls._leave
+
+    class Watched(rtunnel_tls._Ssl):
+        def __init__(self, context: TlsContext) -> None:
+            super().__init__(context)
+            made.append(weakref.ref(self._connection))
+
+    def seen(*args: Any) -> None:
+        alive.extend(each() is not None for each in made)
+        leave(*args)
+
+    monkeypatch.setattr(rtunnel_tls, "_Ssl", Watched)
+    monkeypatch.setattr(rtunnel_tls, "_leave", seen)
+    refused, _ = meet(world.ours(ours), costly(world, OTHER[ours], 10_000))
+    assert isinstance(refused, HandshakeError)
+    assert alive == [False]
+
+
+def test_so_many_handshakes_are_computed_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where so many are under way, the next one waits, and passes when one of them is done."""
+    places = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(rtunnel_tls, "COMPUTED", places)
+    outcomes: list[Any] = []
+    with places:
+        thread = threading.Thread(
+            target=lambda: outcomes.append(meet(world.ours("server"), world.raw("client", world.pairs["client"]))[0])
+        )
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(10.0)
+    assert isinstance(outcomes[0], Receipt)
 
 
 @pytest.mark.parametrize("ours", ["server", "client"])
