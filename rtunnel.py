@@ -321,12 +321,14 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str, *, listen: bool = False) -> Address:
         """`host:port`, `[v6]:port`; with `listen` also `:port`. Raises ConfigError."""
-        host, _, port = text.rpartition(":")
+        host, colon, port = text.rpartition(":")
         try:
             if bracketed := re.fullmatch(r"\[(.+)\]", host):
                 host = bracketed[1]
                 ipaddress.IPv6Address(host)
-            elif not (re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and not host)):
+            elif host == "*" or not (
+                re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and colon and not host)
+            ):
                 raise ValueError
         except ValueError:
             forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
@@ -981,13 +983,16 @@ def dial(address: Address, seconds: float) -> socket.socket:
     if numeric(address):
         raise said.popitem()[1]
     reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
-    refused = all(isinstance(error, ConnectionRefusedError) for error in said.values())
+    reached = [each for each in said.values() if each.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH)]
+    refused = reached and all(isinstance(error, ConnectionRefusedError) for error in reached)
     raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
 
 @functools.lru_cache
 def numeric(address: Address) -> Sequence[Any]:
     """The row of getaddrinfo for an address that is no name; none for a name."""
+    if "%" in address.host:  # of an interface, which may come back with another number
+        return ()
     with contextlib.suppress(socket.gaierror):
         return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
     return ()
@@ -1308,7 +1313,7 @@ class Writer:
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
         self._queue_bytes = 0
-        self._waiting = 0  # pumps
+        self._waiting: set[Stream] = set()  # whose pumps wait
         self._flush = False  # the transport has something to say
         self._cause: str | None = None
         self._last_frame = b""
@@ -1323,11 +1328,11 @@ class Writer:
             # Who comes later waits behind those who wait, or they would never get room.
             is_full = self._waiting or not self._has_room_locked(len(frame))
             if self._writing and frame and is_full and self._cause is None:
-                self._waiting += 1
+                self._waiting.add(stream)
                 self._room.wait()
                 while not (self._has_room_locked(len(frame)) or stream.silenced or self._cause is not None):
                     self._room.wait()
-                self._waiting -= 1
+                self._waiting.remove(stream)
                 self._room.notify()  # there may be room for the next one, too
             if self._cause is not None:
                 raise SessionEnded(self._cause)
@@ -1388,13 +1393,14 @@ class Writer:
                 return
             stream.silenced = True
             self._grants.pop(stream.number, None)
-            if behind_data:
+            if behind_data and any(each is stream for each, _ in self._queue):
                 self._queue.append((stream, frame))
             else:
                 self._queue = [entry for entry in self._queue if entry[0] is not stream]
                 self._control += frame
             self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
-            self._room.notify_all()  # its pump may be among those who wait
+            # Its pump may be among those who wait; else there may be room for the next.
+            self._room.notify(len(self._waiting) if stream in self._waiting else 1)
             self._wake_sender_locked()
 
     def is_behind(self) -> bool:
@@ -2077,7 +2083,7 @@ class Session:
         except Exception:  # the reader's safety net
             self.end("internal error")
             log_internal_error()
-        with contextlib.suppress(*TRANSPORT_ERRORS):
+        with contextlib.suppress(*TRANSPORT_ERRORS, MemoryError):
             self._read()  # discards, until the peer's end or the clock's shutdown
         self._farewell_said.wait()
         self.transport.close()
@@ -2530,7 +2536,8 @@ class Program:
         figures = self.metrics.totals() | limited("streams", streams, MAX_STREAMS)
         figures |= {("sessions", ""): len(self.sessions()), ("streams", ""): streams}
         for file, end in self._context.ends.items() if self._context else ():
-            figures["certificate_expiry_timestamp_seconds", file] = end.timestamp()
+            shown = file.encode("utf-8", "backslashreplace").decode()  # a name may hold any bytes
+            figures["certificate_expiry_timestamp_seconds", shown] = end.timestamp()
         lost = (each.dropped + each.failed for each in LOG.handlers if isinstance(each, LogHandler))
         return figures | {("log_lines_lost_total", ""): sum(lost)}
 
@@ -2583,7 +2590,9 @@ class ServerSession(Session):
 
     def join_silent(self) -> None:
         # An original that has nothing to say begins no other frame; if it has, its INIT may come.
-        if not self.decoder.unknown_frames and not self.decoder.is_inside_control():
+        if self.decoder.is_inside_control():  # a header that has begun may be DATA's
+            self.after(WATCH_S, self.join_silent)
+        elif not self.decoder.unknown_frames:
             with contextlib.suppress(Refused):
                 self._server.open_lease(self, Init(0, ""))
 
@@ -2596,7 +2605,7 @@ class ServerSession(Session):
         """For a visitor; the caller is its pump. Raises SessionEnded where none opens."""
         with self._lock:
             # Read without the lock: a GOAWAY, which is behind the lease's end, waits for ours.
-            if self.lease is None or self._last_stream == MAX_STREAM_ID:
+            if self.lease is None or self._cause is not None or self._last_stream == MAX_STREAM_ID:
                 raise SessionEnded("it takes no more")
             stream = self.stream_kind(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
@@ -2637,6 +2646,7 @@ class Lease:
         # guarded by Server._lock
         self.sessions: list[ServerSession] = []  # who had a visitor last stands last
         self.lingers_until = 0.0  # visitors wait so long for the holder's return
+        self.changed = threading.Condition(server._lock)  # a session has joined or left
 
     @property
     def lingers(self) -> bool:
@@ -2707,6 +2717,8 @@ class Server(Program):
         super().take_nothing_new()
         with self._lock:
             listeners = [lease.listener for lease in self._leases.values()]
+            for lease in self._leases.values():
+                lease.changed.notify_all()
         for listener in [*listeners, *([self._control] if self._control else [])]:
             listener.stop()
 
@@ -2771,7 +2783,7 @@ class Server(Program):
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
                 self._strangers.pop(session.carrier, None)
-                self._changed.notify_all()
+                lease.changed.notify_all()
                 if session.level:
                     with contextlib.suppress(SessionEnded):  # first, ahead of all NEW_CONN
                         session.writer.post(encode(FrameType.WELCOME, 0, Welcome(address.port).payload()))
@@ -2800,10 +2812,13 @@ class Server(Program):
         if not session.may_open():
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
         lease = self.global_lease or self._leases.get(port)
-        if lease and not lease.is_global and (not session.level or session.holder != lease.holder):
-            if init.port:
+        if lease and not lease.is_global:
+            is_anothers = not session.level or session.holder != lease.holder
+            if init.port and is_anothers:
                 raise Refused("port-in-use", f"port {port} belongs to another client")
-            lease = None
+            # Who wants any port takes none from another instance, which may want this one.
+            if is_anothers or (not init.port and any(each.instance != init.instance for each in lease.sessions)):
+                lease = None
         replaces = lease is not None and not lease.is_global and bool(lease.sessions)
         if replaces and not init.takeover:
             raise Refused("port-in-use", f"another session of yours serves port {port}")
@@ -2844,7 +2859,7 @@ class Server(Program):
     def _close_unused(self, lease: Lease, reason: str) -> None:
         """Close its port, unless it is served or lingers; the global one only refuses visitors."""
         with self._lock:
-            self._changed.notify_all()  # those who wait for a session
+            lease.changed.notify_all()  # those who wait for a session
             port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers
             if not unused or lease.is_global or self._leases.get(port) is not lease:
                 return
@@ -2895,7 +2910,7 @@ class Server(Program):
             while (session := lease.choose(ended)) is None and not self._stopping:
                 full = any(each not in ended for each in lease.sessions)
                 may_return = lease.sessions or lease.lingers
-                if full or not may_return or not self._changed.wait(deadline.remaining()):
+                if full or not may_return or not lease.changed.wait(deadline.remaining()):
                     break
             return session
 
@@ -3016,14 +3031,17 @@ class ClientSession(Session):
         super().on_frame(frame)
 
     def on_welcome(self, frame: Frame) -> None:
+        self.stream_kind = PumpedStream
         welcome = Welcome.parse(frame.payload)
         # Where a proxy is the transport's peer, we know the server as we were told of it.
         there = self.mapping.server if self._client.settings.proxy else Address.parse(self.transport.peer)
         self._public = Address(there.host, welcome.port)
-        self.stream_kind, self.peer_window = PumpedStream, welcome.window
+        self.peer_window = welcome.window
         self._client.welcomed.update(each for each in self._client.mappings if each.server == self.mapping.server)
         self.start_timers()
         self._open()
+        if self._client.stops_within(0):
+            self.retire("stopping")
 
     def _check_lived(self) -> None:
         """Nothing has come for 10 s: so is an original's silence, and a broken network's."""
@@ -3072,6 +3090,8 @@ class ClientSession(Session):
         try:
             if full:
                 raise NoThread(f"{MAX_STREAMS} streams are open")
+            if not self.level and self._client.stops_within(0):  # there is no GOAWAY
+                raise NoThread("stopping")
             self.start_thread(lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
@@ -3149,6 +3169,8 @@ class Client(Program):
         if session.is_open:
             backoff.reset()
             backoff.takeover = session.goaway != REPLACED  # a clone lives in peace
+        else:
+            self.metrics.count("failed_dials_total", "server")
         if session.goaway == REPLACED:
             wait = REPLACED_RETRY_S
         elif session.goaway is not None:
@@ -3416,6 +3438,8 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             elif key in settings:
                 fault = f"{key} comes twice" + "; write a list [a, b]" * (self.options[key].action == "append")
             else:
+                if re.match(r"[^=:\s]+\s*[=:]\s*[#;]", line.strip()):
+                    fault = f"{key} would be a comment: put that on a line of its own"
                 settings |= super().parse([line])
                 value, repeatable = settings.get(key), self.options[key].action == "append"
                 if isinstance(value, list) and not (value and repeatable):
@@ -3429,8 +3453,14 @@ class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Errors are one sentence: at the start on stderr, with status 2; at a reload in the log."""
 
     def error(self, message: str) -> NoReturn:
-        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+        words = masked(" ".join(message.split()))
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
         raise ConfigError(f"{self.prog}: {shown}")
+
+
+def masked(text: str) -> str:
+    """Without the password of a proxy, in whatever option it was written."""
+    return re.sub(r"(http://[^\s:]*:)\S*@", r"\1***@", text)
 
 
 def add_command(commands: Any, command: str, summary: str) -> None:
@@ -3716,20 +3746,20 @@ def example_config(command: str) -> str:
 
 
 def run_program(settings: Settings) -> int:
+    known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
+    if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
+        raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
     if settings.example_config:
         print(example_config(settings.command), end="")
         return 0
     if settings.print_config:
-        shown = re.sub(r"(http://[^\s:]*:)\S*@", r"\1***@", settings.parser.format_values())
+        shown = masked(settings.parser.format_values())
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"
             if option.action == "switch" and not re.search(rf"[\s:=]({names})[\s:=]", shown):
                 print(f"  --{option.name}: {option.default}")
         return 0
-    known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
-    if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
-        raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
     # Where 0, 1 or 2 is closed, the next socket would get it, and what is written there.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -3783,7 +3813,7 @@ def entry() -> NoReturn:
     warnings.simplefilter("ignore")  # a library's, of odd certificates: they would go past the log
     try:
         status = main()
-        print(end="", flush=True)  # also where there is no stdout
+        _ = sys.stdout and sys.stdout.flush()
     except BrokenPipeError:  # of `--print-config | head`: who reads has enough
         status = 0
     except (OSError, KeyboardInterrupt, RuntimeError) as error:  # RuntimeError: no thread

@@ -217,7 +217,7 @@ class TlsContext:
     def naming(self, name: str) -> TlsContext:
         """The same for a server of this name or address. Raises TlsConfigError."""
         named = copy.copy(self)
-        with _told("the server's name"):
+        with _told("--server, or --tls-server-name"):
             named.peer_name = parse_name(name)
         return named
 
@@ -583,7 +583,7 @@ class _Ssl:
         return version, group or "none", self._connection.get_cipher_name() or "none", chain or []
 
     def refusal(self, error: SSL.Error, context: TlsContext) -> HandshakeError:
-        """Why OpenSSL ended the handshake, by the rule's name. Raises HandshakeError, too."""
+        """Why OpenSSL ended the handshake, by the rule's name."""
         detail = _reason(error)
         if detail.startswith(_FROM_PEER):
             return HandshakeError("alert", detail.replace(_FROM_PEER, "refused by the peer: "))
@@ -592,12 +592,15 @@ class _Ssl:
             detail = ffi.string(lib.X509_verify_cert_error_string(code)).decode()
         rules = (rule for rule, words in _RULES.items() if any(word in detail for word in words))
         rule = next(rules, "certificate" if code else "tls")
-        with contextlib.suppress(*_UNFIT):
+        try:
             chain = self.negotiated()[3] if code and rule == "certificate" else []
             # OpenSSL may have stopped before the signatures: we read nothing that a stranger made.
             if chain and all(map(_has_signed, chain[1:], chain)):
-                # Which raises it by its own name, and says of which certificate.
                 _check_chain(chain, context.peer_role, context.profile, context.peer_name)
+        except HandshakeError as named:  # which says of which certificate
+            return named
+        except _UNFIT:
+            pass
         return HandshakeError(rule, detail)
 
     def feed(self, records: memoryview) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import string
 import subprocess
@@ -197,7 +198,22 @@ def test_listening_addresses() -> None:
 
 # --- wrong settings -----------------------------------------------------------------------------------------
 
-ADDRESSES = ["nowhere", "a b:1", "a..b:1", "a:b:1", "[::1]", "[zz]:1", "::1:1", "h:", "h:x", "h:-1", "h:65536", "ü:1"]
+ADDRESSES = [
+    "nowhere",
+    "a b:1",
+    "a..b:1",
+    "a:b:1",
+    "[::1]",
+    "[zz]:1",
+    "::1:1",
+    "h:",
+    "h:x",
+    "h:-1",
+    "h:65536",
+    "ü:1",
+    "*:1",
+    "9400",
+]
 WRONG = [
     *[("server", "--control-listen", address) for address in (*ADDRESSES, "", ":abc:1", ":", "[]:1")],
     *[("server", "--public-listen", address) for address in ADDRESSES],
@@ -233,6 +249,7 @@ WRONG = [
     ("server", "--drain", "1000000"),
     ("server", "--allow", "alice=8080, bob=9090"),
     ("client", "--server", "h:1", "--local", "h:2", "--tls", "--tls-server-name", "a..b"),
+    ("client", "--server", "a/b:1", "--local", "h:2", "--tls"),
 ]
 
 
@@ -262,6 +279,8 @@ FILES = {
     b"tls = [true]\n": "tls takes one value",
     b"allow = []\n": "allow takes a list that is not empty",
     b"control-listen = nowhere\n": "nowhere",
+    b"tls-crl = # none\n": "tls-crl would be a comment",
+    b"public-listen: ; none\n": "public-listen would be a comment",
     b"\x1b[2J = 1\n": "unknown",
     b"\xff\xfe\x00\n": "",
 }
@@ -353,6 +372,32 @@ def test_standard_output_that_is_none() -> None:
     latin = {**os.environ, "PYTHONIOENCODING": "ascii"}
     arguments = ("rtunnel.py", "server", "--tls-cert=\u00e9.crt", "--print-config")
     assert ended(*arguments, env=latin, stdout=subprocess.DEVNULL) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
+def test_a_terminal_that_has_gone(tmp_path: Path) -> None:
+    """Whose window is closed stops by a signal as ever, with status 0."""
+    import pty
+
+    log = tmp_path / "log"
+    own, theirs = pty.openpty()
+    command = [sys.executable, "rtunnel.py", "server", "--control-listen=127.0.0.1:0"]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=stderr)
+    os.close(theirs)
+    eventually(lambda: "listening" in log.read_text())
+    os.close(own)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("name", ["RTUNNEL_PRINT_CONFIG", "RTUNNEL_EXAMPLE_CONFIG"])
+def test_what_is_shown_is_asked_for_by_a_flag(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A variable that would make a service print something, and end, is refused as any that no option has."""
+    monkeypatch.setenv(name, "true")
+    status, out, err = command("server")
+    assert (status, out) == (2, "")
+    assert name in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")

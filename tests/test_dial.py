@@ -133,6 +133,45 @@ def test_all_refuse(resolve: Callable[..., rtunnel.Address]) -> None:
         assert rtunnel.reason_of(caught.value) == "127.0.0.1: Connection refused; 127.0.0.2: Connection refused"
 
 
+def test_all_to_which_there_is_a_route_refuse(
+    resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that refuses is about to be there again, also where it has an IPv6 address and we have no IPv6 (X-3)."""
+    connect_to = rtunnel.connect
+
+    def no_ipv6(row: Any, seconds: float) -> socket.socket:
+        if row[0] == socket.AF_INET6:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+        return connect_to(row, seconds)
+
+    monkeypatch.setattr(rtunnel, "connect", no_ipv6)
+    with closed_port() as closed:
+        with pytest.raises(ConnectionRefusedError, match="2001:db8::1: Network is unreachable"):
+            rtunnel.dial(resolve(("127.0.0.1", closed[1]), ("2001:db8::1", closed[1], 0, 0)), 5.0)
+        with pytest.raises(OSError, match="unreachable") as caught:
+            rtunnel.dial(resolve(("2001:db8::1", closed[1], 0, 0)), 5.0)
+        assert not isinstance(caught.value, ConnectionRefusedError)
+
+
+def test_an_interface_that_comes_back_with_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of a link-local address's interface is asked for anew at each dial."""
+    numbers, dialled = iter((3, 5)), []
+
+    def resolve(host: str, port: int, *_: object, **__: object) -> list[Any]:
+        return [(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("fe80::1", port, 0, next(numbers)))]
+
+    def refuse(row: Any, seconds: float) -> socket.socket:
+        dialled.append(row[4][3])
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(rtunnel, "connect", refuse)
+    for _ in range(2):
+        with pytest.raises(ConnectionRefusedError):
+            rtunnel.dial(rtunnel.Address("fe80::1%x", 7000), 1.0)
+    assert dialled == [3, 5]
+
+
 def test_one_address_is_not_named_twice() -> None:
     """Where the host is an address, which stands in the log line anyhow, its error is told as it is."""
     with closed_port() as closed, pytest.raises(ConnectionRefusedError) as caught:

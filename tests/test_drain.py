@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from typing import Any
 
 import pytest
 from level1 import Ends, Peer, PeerServer, mapping
@@ -180,6 +181,48 @@ def test_nothing_opens_behind_goaway() -> None:
         near, far = socket.socketpair()
         with near, far, pytest.raises(rtunnel.SessionEnded):
             session.open_stream(near, rtunnel.Address("203.0.113.7", 51234))
+
+
+def test_nothing_opens_in_a_session_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[S-1]: a visitor who meets a session in the moment of its end is announced to nobody."""
+    with Ends() as ends, Peer.as_client(ends.open_server()) as peer:
+        [session] = ends.sessions()
+        close = session.writer.close
+
+        def meet(*arguments: Any) -> None:
+            near, far = socket.socketpair()
+            with near, far, pytest.raises(rtunnel.SessionEnded):
+                session.open_stream(near, rtunnel.Address("203.0.113.7", 51234))
+            close(*arguments)
+
+        monkeypatch.setattr(session.writer, "close", meet)
+        session.stop("for the test")
+        assert peer.hear(FrameType.GOAWAY, FrameType.NEW_CONN)[0] == FrameType.GOAWAY
+
+
+def test_a_client_that_is_welcomed_while_it_drains() -> None:
+    """[G-3]: a session that opens in the drain says GOAWAY at once: no visitor comes who would be reset."""
+    with Ends() as ends, PeerServer() as server:
+        client = ends.open_client(server.address, mapping(("127.0.0.1", 9)))
+        peer = server.accept(b"")
+        client.retire_all()
+        peer.send_frame(FrameType.WELCOME, 0, b"version=1\nport=8080\nwindow=65536")
+        assert peer.hear(FrameType.GOAWAY)[2] == b"stopping"
+
+
+def test_no_new_streams_at_level_0_in_a_drain() -> None:
+    """At level 0 there is no GOAWAY: who comes while the client drains is reset at once, not at its end."""
+    with Ends() as ends, PeerServer() as server, echo_service() as service:
+        client = ends.open_client(server.address, mapping(service.address))
+        peer = server.accept(b"")
+        peer.send_frame(FrameType.NEW_CONN, 1)
+        peer.send_frame(FrameType.DATA, 1, b"marco")
+        assert peer.hear(FrameType.DATA)[2] == b"marco"
+        client.retire_all()
+        peer.send_frame(FrameType.NEW_CONN, 2)
+        assert peer.hear(FrameType.CLOSE_CONN) == (FrameType.CLOSE_CONN, 2, b"stopping")
+        peer.send_frame(FrameType.DATA, 1, b"polo!")
+        assert peer.hear(FrameType.DATA)[2] == b"polo!"
 
 
 def test_a_second_goaway() -> None:

@@ -319,6 +319,15 @@ def test_what_is_no_proxy(command: Command, url: str) -> None:
     assert SECRET not in err
 
 
+@pytest.mark.parametrize("option", ["--proxy={}", "--Proxy={}", "{}"])
+def test_a_proxy_where_no_option_takes_it(command: Command, option: str) -> None:
+    """An error repeats what it does not know, but no password."""
+    status, out, err = command("server", option.format(f"http://alice:{SECRET}@proxy.invalid:3128"))
+    assert (status, out) == (2, "")
+    assert "http://alice:***@proxy.invalid:3128" in err
+    assert SECRET not in err
+
+
 @pytest.mark.parametrize("user", ["alice", "alice@example.org", ""])
 @pytest.mark.parametrize("source", ["flag", "environment", "file"])
 def test_print_config_masks_the_password(

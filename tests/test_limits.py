@@ -422,8 +422,8 @@ def test_a_burst_at_the_clients_thread_limit(ends: Ends, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("side", ["visitor", "local service"])
 def test_a_stuck_stream(server: Factory, client: Factory, side: str) -> None:
-    """A stream whose other direction has ended lives on while bytes come; without one it is reset after a time. Streams
-    that are open both ways stay, however idle."""
+    """[T-6]: a stream whose other direction has ended lives on while bytes come; without one it is reset after a time.
+    Streams that are open both ways stay, however idle."""
     limits = {"STUCK_S": 1.0, "STALL_S": 0.1}
     ended, go_on = threading.Event(), threading.Event()
 

@@ -7,12 +7,14 @@ import contextlib
 import errno
 import http.client
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +193,28 @@ def test_dials_that_failed(server: Factory, client: Factory) -> None:
         visit(("127.0.0.1", int(tunnel.server.lease_address()[1])))
         shows(asking, 'rtunnel_failed_dials_total{to="service"}', 1)
         shows(asking, 'rtunnel_failed_dials_total{to="server"}', len(asking.events("connect-failed")))
+
+
+def test_a_server_that_turns_a_client_away(client: Factory) -> None:
+    """A connection that comes to no session has failed, whatever its server said before."""
+    with PeerServer() as peers:
+        asking = client("--server", text(peers.address), "--local=127.0.0.1:9", PORT, "--reconnect-max=0.05")
+        for _ in range(2):
+            peers.accept(b"").sock.close()
+        asking.wait_for_count(2, "session-closed")
+        before = len(asking.events("session-closed"))
+        found = figures(asking)['rtunnel_failed_dials_total{to="server"}']
+        assert before <= found <= before + 2
+
+
+def test_a_file_of_any_name(house: House, tmp_path: Path) -> None:
+    """A file's name that is no text takes no figure away."""
+    name = tmp_path / os.fsdecode(b"\xff.crt")
+    name.write_bytes((house.folder / "server.crt").read_bytes())
+    program = rtunnel.Server(rtunnel.Settings(), house.server(cert=name))
+    labels = [label for metric, label in program.figures() if metric == "certificate_expiry_timestamp_seconds"]
+    assert any(label.endswith("\\udcff.crt") for label in labels)
+    assert all(label.isascii() for label in labels)
 
 
 def test_limits_certificates_and_the_log(server: Factory, house: House) -> None:

@@ -85,6 +85,7 @@ CONSTANTS = {
     "unsent control frames": rtunnel.MAX_UNSENT_BYTES,
     "sessions of a client beyond its mappings": rtunnel.MAX_RETIRED,
     "after `replaced`": rtunnel.REPLACED_RETRY_S,
+    "half-ended stream that does not move": rtunnel.STUCK_S,
     "lease without a session": rtunnel.LEASE_LINGER_S,
     "first wait of a client": rtunnel.FIRST_RETRY_S,
     "the same, connection refused, at most": rtunnel.REFUSED_RETRY_S,

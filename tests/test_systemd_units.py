@@ -53,6 +53,7 @@ def test_what_it_starts(unit: str) -> None:
     assert {"drain"} <= {option.name for option in rtunnel.OPTIONS[role]}
     assert keys["TimeoutStartSec"] == ["infinity"]  # READY waits for a clock that is right: make_in_time
     assert int(keys["TimeoutStopSec"][0]) > 10 + rtunnel.STOP_TIMEOUT_S
+    assert "\nStartLimitIntervalSec=0\n" in (ROOT / "conf" / f"{unit}.service").read_text().partition("[Service]")[0]
     assert keys["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
     assert int(keys["LimitNOFILE"][0]) >= 10_000 + rtunnel.MAX_CLIENTS + rtunnel.MAX_STRANGERS
     assert int(keys["TasksMax"][0]) >= 2 * 10_000

@@ -558,7 +558,7 @@ def test_names_have_one_form(given: str, parsed: str) -> None:
 )
 def test_what_is_no_name_is_refused(house: House, name: str) -> None:
     """What is neither a host name nor an address is told at start."""
-    refuse("the server's name", role="client", verify_name=name, **house.files("client"))
+    refuse("--tls-server-name", role="client", verify_name=name, **house.files("client"))
 
 
 def test_a_client_without_a_name_to_verify_cannot_be_made(house: House) -> None:

@@ -13,6 +13,7 @@ from naive_peer import CLOSE_CONN, DATA, GOAWAY, NEW_CONN, frame
 from support import eventually
 
 import rtunnel
+from rtunnel import QUEUE_BYTES
 
 
 class FakeStream:
@@ -599,3 +600,56 @@ def test_an_end_without_a_last_word(writer: rtunnel.Writer, transport: FakeTrans
     writer.close("done")
     assert writer.serve() == "done"
     assert (transport.sends, transport.finished) == ([], True)
+
+
+def test_a_last_frame_counts_where_nothing_stands_before_it(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """[S-11]: a stream's last frame waits behind its own DATA alone; where it has none queued, it is among the control
+    frames, whose number says that the peer does not read."""
+    transport.hold()
+    with threads() as started:
+        started.start(writer.serve)
+        started.start(send, writer, frame(DATA, 1, b"held"), FakeStream(1))
+        transport.wait_entered(1)
+        ended = FakeStream(2)
+        send(writer, frame(DATA, 2, b"first"), ended)
+        for stream in (ended, *(FakeStream(number) for number in range(3, 9))):
+            writer.post_last(stream, frame(CLOSE_CONN, stream.number), behind_data=True)  # type: ignore[arg-type]
+        assert writer.unsent_bytes() - len(writer._control) == len(frame(DATA, 2, b"first") + frame(CLOSE_CONN, 2))
+        assert len(writer._control) == 6 * rtunnel.HEADER_BYTES
+        transport.let_go()
+        eventually(lambda: len(transport.frames()) == 9)
+        writer.close("done")
+    sent = [(kind, number) for kind, number, _ in transport.frames()]
+    assert sent.index((DATA, 2)) < sent.index((CLOSE_CONN, 2))
+
+
+def test_a_stream_that_ends_wakes_one_pump(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Where many pumps wait for room, another stream's end wakes one, and its own all: else each end would cost as
+    much as there are that wait."""
+    woken: list[int] = []
+    notify = writer._room.notify
+
+    def count(number: int = 1) -> None:
+        woken.append(number)
+        notify(number)
+
+    transport.hold()
+    with threads() as started:
+        started.start(writer.serve)
+        for number in range(1, 6):
+            started.start(send, writer, frame(DATA, number, bytes(QUEUE_BYTES)), FakeStream(number))
+            if number == 1:
+                transport.wait_entered(1)
+            elif number == 2:
+                eventually(writer.unsent_bytes)
+        eventually(lambda: waiting_pumps(writer) == 3)
+        writer._room.notify = count  # type: ignore[method-assign]
+        writer.post_last(FakeStream(9), frame(CLOSE_CONN, 9))  # type: ignore[arg-type]
+        assert woken == [1]
+        [waiting, *_] = writer._waiting
+        writer.post_last(waiting, frame(CLOSE_CONN, waiting.number))
+        assert woken[1] == 3
+        transport.let_go()
+        eventually(lambda: not waiting_pumps(writer))
+        eventually(lambda: sum(kind == DATA for kind, _, _ in transport.frames()) == 4)
+        writer.close("done")

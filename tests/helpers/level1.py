@@ -298,7 +298,7 @@ def connect_small(address: Address) -> socket.socket:
 def waiting_pumps(writer: rtunnel.Writer) -> int:
     """How many threads wait for room in its queue."""
     with writer._lock:
-        return writer._waiting
+        return len(writer._waiting)
 
 
 # --- a peer of level 1 -----------------------------------------------------------------------------------------
@@ -388,14 +388,15 @@ class PeerServer:
         self._listener.close()
 
     def accept(self, welcome: bytes = b"version=1\nport=4711\nwindow=65536") -> Peer:
-        """The next client: its INIT is read, and WELCOME said."""
+        """The next client: its INIT is read, and WELCOME said, unless that is empty."""
         sock, _ = self._listener.accept()
         peer = Peer(sock)
         self._peers.append(peer)
         kind, _, payload = peer.read_frame()
         assert kind == FrameType.INIT
         self.inits.append(rtunnel.Init.parse(payload))
-        peer.send_frame(FrameType.WELCOME, 0, welcome)
+        if welcome:
+            peer.send_frame(FrameType.WELCOME, 0, welcome)
         return peer
 
 
