@@ -1105,10 +1105,9 @@ class Listener(socketserver.ThreadingTCPServer):
     (`admit`: is it served? then `handle`), and that calls `shutdown_request` (`left`) unless
     `handle` returns True: then the connection lives on, and its end is no more the listener's.
     Each override names the trap of socketserver that it is there for.
-    Threads: `start` and `stop` from any; `admit`, `handle` and `left` are called by acceptors.
+    Threads: `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
-    as in PlainTransport, but where it was never accepted from.
-    Invariant: from the start to the stop an acceptor waits, or is on its way.
+    as in PlainTransport. Invariant: until the stop an acceptor waits, or is on its way.
     """
 
     allow_reuse_address = os.name == "posix"  # Windows: it would let another program share the port
@@ -1119,7 +1118,7 @@ class Listener(socketserver.ThreadingTCPServer):
         admit: Callable[[Address], bool] = lambda peer: True, left: Callable[[], None] = lambda: None,
         *, reset: bool = False,
     ) -> None:  # fmt: skip
-        """Bind and listen; a name is resolved, which waits. `reset`: at close. Raises OSError."""
+        """Bind, listen and accept; a name is resolved, which waits. `reset`: at close. OSError."""
         self._pool, self._handle, self._admit, self._left, self._reset = pool, handle, admit, left, reset
         self._asked_to_stop = threading.Event()
         host = address.host or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
@@ -1128,7 +1127,12 @@ class Listener(socketserver.ThreadingTCPServer):
         self.address = Address(*self.socket.getsockname()[:2])
         self._lock = threading.Lock()
         # guarded by _lock
-        self._waiting = 0  # acceptors that wait, or are on their way
+        self._waiting = 1  # acceptors that wait, or are on their way
+        try:
+            pool.run(self.serve_forever)
+        except NoThread as error:
+            self.socket.close()
+            raise OSError(str(error)) from error
 
     def server_bind(self) -> None:
         """What is accepted inherits the options; on Windows nobody else gets our port."""
@@ -1142,24 +1146,11 @@ class Listener(socketserver.ThreadingTCPServer):
         if sys.platform != "linux":  # elsewhere a stop does not wake who accepts
             self.socket.settimeout(STEP_S)
 
-    def start(self) -> None:
-        """Accept. Raises OSError where there is no thread."""
-        with self._lock:
-            self._waiting = 1
-        try:
-            self._pool.run(self.serve_forever)
-        except NoThread as error:
-            self.socket.close()
-            raise OSError(str(error)) from error
-
     def stop(self) -> None:
         """No more connections. Never waits: on Linux the port is free, elsewhere within 0.5 s."""
         self._asked_to_stop.set()
-        with self._lock:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes all acceptors
-            if not self._waiting:
-                self.socket.close()
+        with self._lock, contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # Linux: wakes all acceptors
 
     def serve_forever(self, poll_interval: float = STEP_S) -> None:
         """An acceptor's life. A poll before each accept would wake all of them for one visitor."""
@@ -2346,7 +2337,7 @@ class Metrics:
         return {**totals}
 
     def listen(self, address: Address) -> Listener:
-        """The port, not started. Raises ConfigError, OSError."""
+        """The port. Raises ConfigError, OSError."""
         try:
             import prometheus_client
             from prometheus_client import core
@@ -2419,7 +2410,6 @@ class Program:
         """A port that an option asks for. Raises RtunnelError."""
         try:
             listener = bind(address)
-            listener.start()
         except OSError as error:
             self.stop()
             raise RtunnelError(f"--{option} {address}: {reason_of(error)}") from error
@@ -2632,21 +2622,23 @@ class ServerSession(Session):
 class Lease:
     """A public port, and the sessions that serve it. Called with Server._lock."""
 
+    # guarded by Server._lock
+    sessions: list[ServerSession]  # who had a visitor last stands last
+    lingers_until = 0.0  # visitors wait so long for the holder's return
+
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
-        """Of the session's holder; None: the global port. Accepts nobody yet. Raises OSError."""
+        """Of the session's holder; None: the global port. Raises OSError."""
+        self.is_global = session is None
+        self.holder = session.holder if session else ""
+        self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
+        self.sessions = []
+        self.changed = threading.Condition(server._lock)  # a session has joined or left
         # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
         # moment: whatever kills us, no cut looks like an end.
         self.listener = Listener(
             address, server.pool, lambda sock, visitor: server.serve_visitor(self, sock, visitor),
             server.admit_visitor, server.visitor_left, reset=True,
         )  # fmt: skip
-        self.is_global = session is None
-        self.holder = session.holder if session else ""
-        self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
-        # guarded by Server._lock
-        self.sessions: list[ServerSession] = []  # who had a visitor last stands last
-        self.lingers_until = 0.0  # visitors wait so long for the holder's return
-        self.changed = threading.Condition(server._lock)  # a session has joined or left
 
     @property
     def lingers(self) -> bool:
@@ -2829,14 +2821,13 @@ class Server(Program):
         return lease
 
     def _bind_free_locked(self, session: ServerSession, init: Init, port: int) -> Lease:
-        """The port asked for, or that this instance had before, or any; open. Raises OSError."""
+        """The port asked for, or that this instance had before, or any. Raises OSError."""
         try:
             lease = Lease(self, Address(self.settings.public_bind, port), session)
         except OSError:
             if port == init.port:
                 raise
             lease = Lease(self, Address(self.settings.public_bind, 0), session)
-        lease.listener.start()
         self._leases[lease.listener.address.port] = lease
         if not init.port and init.instance:
             self._assigned[session.holder, init.instance] = lease.listener.address.port

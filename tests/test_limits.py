@@ -358,7 +358,6 @@ def test_out_of_threads() -> None:
     with Log() as log:
         loopback = rtunnel.Address("127.0.0.1", 0)
         listener = rtunnel.Listener(loopback, pool, lambda sock, peer: sock.sendall(b"hello"))
-        listener.start()
         pool.rich, started = False, time.monotonic()
         for _ in range(3):
             with connect(listener.address) as sock:
@@ -548,22 +547,17 @@ def test_a_port_for_which_there_is_no_descriptor(ends: Ends, monkeypatch: pytest
 def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is out of threads closes the port again and refuses the client, which comes back and gets one."""
     control = ends.open_server()
-    run, start = rtunnel.Pool.run, rtunnel.Listener.start
+    run = rtunnel.Pool.run
     failures, closed = [rtunnel.NoThread("can't start new thread")], []
 
     def fail_once(pool: rtunnel.Pool, task: rtunnel.Task) -> None:
         listener = getattr(task, "__self__", None)  # of an acceptor
         if isinstance(listener, rtunnel.Listener) and str(listener.address) != text(control) and failures:
+            closed.append(listener.socket)
             raise failures.pop()
         run(pool, task)
 
-    def watched(listener: rtunnel.Listener) -> None:
-        if failures:
-            closed.append(listener.socket)
-        start(listener)
-
     monkeypatch.setattr(rtunnel.Pool, "run", fail_once)
-    monkeypatch.setattr(rtunnel.Listener, "start", watched)
     ends.open_client(control, mapping(("127.0.0.1", 1)))
     ends.log.wait_for("session-closed", reason="unavailable: port 0 cannot be opened: can't start new thread")
     ends.public()

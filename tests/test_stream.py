@@ -804,18 +804,12 @@ def test_closing_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def listening(pool: rtunnel.Pool, handle: Callable[..., None]) -> Iterator[rtunnel.Listener]:
     """A listener on a free port, at work; after its stop no acceptor waits, and the last one has closed it."""
-    listener = listen(LOOPBACK, pool, handle)
+    listener = rtunnel.Listener(LOOPBACK, pool, handle)
     try:
         yield listener
     finally:
         listener.stop()
         eventually(lambda: not listener._waiting and listener.socket.fileno() < 0)
-
-
-def listen(address: rtunnel.Address, pool: rtunnel.Pool, handle: Callable[..., None]) -> rtunnel.Listener:
-    listener = rtunnel.Listener(address, pool, handle)
-    listener.start()
-    return listener
 
 
 def test_a_listener_serves_and_closes(pool: rtunnel.Pool) -> None:
@@ -844,7 +838,6 @@ def test_what_is_accepted_is_tuned(pool: rtunnel.Pool) -> None:
 
     for resets, end in ((True, "reset"), (False, "eof")):
         listener = rtunnel.Listener(LOOPBACK, pool, handle, reset=resets)
-        listener.start()
         assert visit(listener.address) == end
         listener.stop()
     assert seen == [(True, True)] * 2
@@ -879,7 +872,6 @@ def test_a_listener_where_a_stop_wakes_nobody(pool: rtunnel.Pool, monkeypatch: p
         patch.setattr(sys, "platform", "another")
         listener = rtunnel.Listener(LOOPBACK, pool, handle)
     assert listener.socket.gettimeout() == 0.02
-    listener.start()
     for _ in range(2 * rtunnel.ACCEPTORS):
         assert visit(listener.address) == "eof"
     assert limits == [None] * 2 * rtunnel.ACCEPTORS
@@ -921,7 +913,6 @@ def test_an_admission_that_fails(pool: rtunnel.Pool, log: Log) -> None:
         return answer is True
 
     listener = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: sock.sendall(b"fine"), admit)
-    listener.start()
     for expected in (b"", b"fine", b"fine"):
         with connect(listener.address) as visitor:
             assert read_all(visitor) == expected
@@ -948,7 +939,6 @@ def test_connections_that_cannot_be_accepted(pool: rtunnel.Pool, log: Log, monke
     monkeypatch.setattr(socketserver.TCPServer, "get_request", fail)
     options: Any = {"admit": lambda peer: admitted.append(peer) or True, "left": lambda: left.append(1)}
     listener = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: sock.sendall(b"fine"), **options)
-    listener.start()
     for expected in (b"", b"", b"fine"):
         with connect(listener.address) as visitor:
             assert read_all(visitor) == expected
@@ -962,7 +952,7 @@ def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
     """Stopping never waits; the port is free at once, also with connections open and others waiting."""
     leave = threading.Event()
     try:
-        first = listen(LOOPBACK, pool, lambda sock, peer: leave.wait(10) and None)
+        first = rtunnel.Listener(LOOPBACK, pool, lambda sock, peer: leave.wait(10) and None)
         with connect(first.address), connect(first.address):
             asked = time.monotonic()
             first.stop()
@@ -970,7 +960,7 @@ def test_a_stopped_listener_frees_its_port(pool: rtunnel.Pool) -> None:
 
             def again() -> rtunnel.Listener | None:
                 with contextlib.suppress(OSError):
-                    return listen(first.address, pool, lambda sock, peer: None)
+                    return rtunnel.Listener(first.address, pool, lambda sock, peer: None)
                 return None
 
             second = again() if sys.platform == "linux" else eventually(again, 2.0)
