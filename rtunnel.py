@@ -825,7 +825,7 @@ def start_log(level: str) -> Callable[[], None]:
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
-Inbox = queue.SimpleQueue[Task | None]  # of a pool's thread; none: it leaves
+Inbox = queue.SimpleQueue[Task]  # of a pool's thread
 
 
 class Pool:
@@ -867,14 +867,11 @@ class Pool:
                         del self._idle[inbox]
                         return
                 continue  # one is on its way
-            if task is None:
-                self.close()
-                return
             try:
                 task()
             except Exception:  # the safety net of every thread: the others go on
                 log_internal_error()
-            task = None  # an idle thread keeps nothing alive
+            del task  # an idle thread keeps nothing alive
             with self._lock:
                 if self._closed:
                     return
@@ -886,7 +883,7 @@ class Pool:
             self._closed = True
             # Each wakes the next: thousands at once would all ask for the interpreter's lock.
             if self._idle:
-                self._idle.popitem()[0].put(None)
+                self._idle.popitem()[0].put(self.close)
 
 
 # A send that does not wait, on a socket that does: Linux alone has it. macOS ignores the flag, and
