@@ -1475,37 +1475,31 @@ class Writer:
 # ---- stream (PROTOCOL.md, sections 4, 6 and 7) ------------------------------------------------
 
 
-class ByteQueue:
+class ByteQueue(list[bytearray]):
     """What waits for a socket, in blocks. One large buffer would cost up to twice its size.
 
     It is copied whole as it grows, and what it leaves stays resident in malloc's arenas.
     Locking: its stream's.
     """
 
-    __slots__ = ("_count", "blocks")
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self.blocks: list[bytearray] = []  # the first goes next
-        self._count = 0
+    def size(self) -> int:
+        return sum(map(len, self))
 
-    def __len__(self) -> int:
-        return self._count
-
-    def append(self, part: memoryview) -> None:
-        self._count += len(part)
+    def put(self, part: memoryview) -> None:
         while part:
-            if not self.blocks or len(self.blocks[-1]) >= DRAIN_BYTES:
-                self.blocks.append(bytearray())
-            taken = part[: DRAIN_BYTES - len(self.blocks[-1])]
-            self.blocks[-1] += taken
+            if not self or len(self[-1]) >= DRAIN_BYTES:
+                self.append(bytearray())
+            taken = part[: DRAIN_BYTES - len(self[-1])]
+            self[-1] += taken
             part = part[len(taken) :]
 
     def drop(self, count: int) -> None:
         """So many bytes of the first block have left."""
-        self._count -= count
-        del self.blocks[0][:count]
-        if not self.blocks[0]:
-            del self.blocks[0]
+        del self[0][:count]
+        if not self[0]:
+            del self[0]
 
 
 class Receiving(enum.Enum):
@@ -1584,7 +1578,7 @@ class Stream:
             if not self._queue and self._sock is not None:
                 part = part[self._deliver_locked(part) :]
             if part:
-                self._queue.append(part)
+                self._queue.put(part)
                 self._start_drainer_locked()
         self._close_if_done()
 
@@ -1645,7 +1639,7 @@ class Stream:
             credit = {"window": self._receive_window.size, "credit": self._credit} if self.level else {}
             return {
                 "stream": self.number, "peer": self.visitor, "received": self._received, "sent": self._sent,
-                "queued": len(self._queue), "seconds": time.monotonic() - self._opened_at, **credit,
+                "queued": self._queue.size(), "seconds": time.monotonic() - self._opened_at, **credit,
                 "ended": self._receiving is Receiving.ENDED, "outbound_ended": self._sending is not Sending.OPEN,
             }  # fmt: skip
 
@@ -1727,7 +1721,7 @@ class Stream:
         if self._sock is None:  # it is still being dialled
             return
         if self._queue:
-            with memoryview(self._queue.blocks[0]) as view:
+            with memoryview(self._queue[0]) as view:
                 count = self._deliver_locked(view)
             if self._queue:  # else the socket takes no more, and all was dropped
                 self._queue.drop(count)
@@ -3235,7 +3229,7 @@ class OriginalStream(PumpedStream):
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
         deadline = Deadline(LEVEL_0_WAIT_S)
         with self._lock:
-            while self._receiving is Receiving.OPEN and len(self._queue) + len(part) > LEVEL_0_QUEUE_BYTES:
+            while self._receiving is Receiving.OPEN and self._queue.size() + len(part) > LEVEL_0_QUEUE_BYTES:
                 if not self._wait_locked(deadline.remaining()) and not deadline.remaining():
                     self._abort_locked("stalled")
         super().feed(part)

@@ -222,14 +222,14 @@ def receive_window(stream: rtunnel.Stream) -> rtunnel.ReceiveWindow:
 def queued_bytes(stream: rtunnel.Stream) -> int:
     """What waits for the stream's socket."""
     with stream._lock:
-        return len(stream._queue)
+        return stream._queue.size()
 
 
 def window_and_queue(stream: rtunnel.Stream) -> tuple[int, int]:
     """Two sums that are always the same: what is queued, held as credit and owed; size and debt."""
     with stream._lock:
         window = stream._receive_window
-        return len(stream._queue) + window.credit + window.owed, window.size + window.debt
+        return stream._queue.size() + window.credit + window.owed, window.size + window.debt
 
 
 def open_stream(session: rtunnel.Session, sock: socket.socket | None, visitor: rtunnel.Address) -> rtunnel.Stream:
