@@ -183,9 +183,9 @@ MAX_MESSAGE_CHARACTERS = 256  # of the sentence in a WELCOME, likewise [Welcome.
 
 # a session's memory
 WINDOW_BYTES = 64 * 1024  # where a window starts; yamux: 256 KiB, 2.5 GB for 10,000 [Stream]
-MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms [window_limit]
-NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in queues [window_limit]
-LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [window_limit]
+MAX_WINDOW_BYTES = 16 * 1024 * 1024  # to which it grows: 160 MB/s at 100 ms [growth]
+NEAR_WINDOW_BYTES = 1024 * 1024  # the same near by: more would only stand in queues [growth]
+LINK_BYTES_PER_S = 10**9  # what a round trip is taken to hold: 16 MiB from 17 ms on [growth]
 MAX_CREDIT_BYTES = 2**31 - 1  # as in HTTP/2 (RFC 9113, section 6.9.1) [add_credit]
 UNLIMITED = 2**62  # level 0: a window that never runs out [Session]; after INIT: unknown frames
 SESSION_BUDGET_BYTES = 64 * 1024 * 1024  # what a session's windows grow by, unless set [Budget]
@@ -587,12 +587,6 @@ def add_credit(credit: int, count: int) -> int:
     return credit + count
 
 
-def window_limit(rtt_s: float | None) -> int:
-    """To what a window may grow: what a fast link holds in a round trip; None: not measured yet."""
-    far = MAX_WINDOW_BYTES if rtt_s is None else int(LINK_BYTES_PER_S * rtt_s)
-    return min(max(NEAR_WINDOW_BYTES, far), MAX_WINDOW_BYTES)
-
-
 class ReceiveWindow:
     """The bytes of DATA that the peer may still send on one stream. Locking: its stream's.
 
@@ -625,8 +619,10 @@ class ReceiveWindow:
         # From half a window on: a WINDOW for each small DATA would double the frames.
         return (self.grow(0) if 2 * self.owed >= self.size else 0), paid
 
-    def growth(self, limit: int = MAX_WINDOW_BYTES) -> int:
-        """How much the window would like to grow: to the double, at most to the limit."""
+    def growth(self, rtt_s: float | None = None) -> int:
+        """How much is wanted: to the double, at most to what a fast link holds in a round trip."""
+        far = MAX_WINDOW_BYTES if rtt_s is None else int(LINK_BYTES_PER_S * rtt_s)  # None: unknown
+        limit = min(max(NEAR_WINDOW_BYTES, far), MAX_WINDOW_BYTES)
         return 0 if self.debt else min(self.size, max(0, limit - self.size))
 
     def grow(self, count: int) -> int:
@@ -1614,7 +1610,7 @@ class Stream:
             window, session = self._receive_window, self._session
             if self._queue or self._receiving is not Receiving.OPEN or window.debt:
                 return
-            wanted = window.growth(window_limit(session.shortest_rtt_s))
+            wanted = window.growth(session.shortest_rtt_s)
             if grant := window.grow(session.budget.take(wanted, window.grown)):
                 session.writer.grant(self, grant)
 
