@@ -1814,14 +1814,10 @@ class PumpedStream(Stream):
         except SessionEnded as ended:
             self.abort(str(ended))
         finally:  # also at an internal error: it ends the session, and that aborts this stream
-            self._pump_left()
+            self.pump_left()
 
-    def refuse(self, cause: str) -> None:
-        """In place of `run`, where there is no thread for it."""
-        self.abort(cause)
-        self._pump_left()
-
-    def _pump_left(self) -> None:
+    def pump_left(self) -> None:
+        """The end of `run`, or in its place where there is no thread for it."""
         with self._lock:
             self._pumping = False
         self._close_if_done()
@@ -3074,7 +3070,8 @@ class ClientSession(Session):
         except NoThread as error:  # that stream alone ends
             log_limit("stream-refused", peer=visitor, reason=reason_of(error))
             self._client.metrics.count("refusals_total", "streams")
-            stream.refuse(reason_of(error))
+            stream.abort(reason_of(error))
+            stream.pump_left()
 
     def _dial_local(self, stream: Stream) -> socket.socket:
         try:

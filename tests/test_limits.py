@@ -567,14 +567,14 @@ def test_a_port_for_which_there_is_no_thread(ends: Ends, monkeypatch: pytest.Mon
 
 def test_a_stream_that_is_slow_to_close_holds_up_no_other(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams of a lost client do not wait for one that is slow to close."""
-    close, go_on = rtunnel.PumpedStream._pump_left, threading.Event()
+    close, go_on = rtunnel.PumpedStream.pump_left, threading.Event()
 
     def slow_close(stream: rtunnel.PumpedStream) -> None:
         if stream.number <= 4:
             go_on.wait(30)
         close(stream)
 
-    monkeypatch.setattr(rtunnel.PumpedStream, "_pump_left", slow_close)
+    monkeypatch.setattr(rtunnel.PumpedStream, "pump_left", slow_close)
     with Peer.as_client(ends.open_server()) as peer, contextlib.ExitStack() as stack:
         visitors = []
         for _ in range(12):  # the streams are numbered in this order
