@@ -1300,7 +1300,6 @@ class Writer:
         self._waiting: set[Stream] = set()  # whose pumps wait
         self._flush = False  # the transport has something to say
         self._cause: str | None = None
-        self._last_frame = b""
 
     def send(self, stream: Stream, frame: bytes | memoryview = b"") -> None:
         """Send a frame behind all earlier ones of its stream; waits while the transport is slow.
@@ -1406,16 +1405,13 @@ class Writer:
             self._work.notify()
 
     def serve(self) -> str:
-        """The control sender's work, until the end and its last frame; returns the cause.
-
-        A WELCOME that is still queued goes first: without it the last frame is not understood.
-        """
+        """The control sender's work, until the end and its last frame; returns the cause."""
         while True:
             with self._lock:
                 while self._writing or not (self._has_work_locked() or self._cause):
                     self._work.wait()
                 if self._cause is not None:
-                    cause, rest = self._cause, self._control + self._last_frame if self._last_frame else b""
+                    cause, rest = self._cause, self._control
                     break
                 batch = self._take_all_locked()
             with contextlib.suppress(SessionEnded):  # then there is a cause
@@ -1433,7 +1429,9 @@ class Writer:
         """No more frames but a last one; who waits gets SessionEnded. The first cause stays."""
         with self._lock:
             if self._cause is None:
-                self._cause, self._last_frame = cause, last_frame
+                self._cause = cause
+                # A WELCOME that is queued goes first: the last frame is not understood without it.
+                self._control = self._control + last_frame if last_frame else bytearray()
             self._work.notify()
             self._room.notify_all()
 
