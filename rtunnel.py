@@ -2114,13 +2114,10 @@ class Session:
 
     def _send_control(self) -> None:
         """The control sender."""
-        try:
-            self.end(self.writer.serve())
-        finally:
-            self.end("internal error")  # unless there is a cause
-            self._farewell_said.set()
-            for stream in self.streams():
-                stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
+        self.guarded(lambda: self.end(self.writer.serve()))
+        self._farewell_said.set()
+        for stream in self.streams():
+            stream.abort(self._cause or "ended")  # read without the lock: it stays as it is
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         """Have the clock call it then, unless the session has ended."""
