@@ -2173,11 +2173,7 @@ class Session:
 
     def stop(self, reason: str = "stopping") -> None:
         """End it with a GOAWAY."""
-        self.end(reason, self._goaway(reason))
-
-    def _goaway(self, reason: str) -> bytes:
-        """The frame; at level 0 there is none."""
-        return end_frame(FrameType.GOAWAY, 0, reason) if self.level else b""
+        self.end(reason, end_frame(FrameType.GOAWAY, 0, reason) if self.level else b"")
 
     def expel(self, reason: str) -> None:
         """End it: its peer is no longer allowed."""
@@ -2186,9 +2182,9 @@ class Session:
 
     def retire(self, reason: str) -> None:
         """No new streams here; those that are open go on. A client of level 1 connects anew."""
-        if frame := self._goaway(reason):
+        if self.level:
             with contextlib.suppress(SessionEnded), self._lock:  # never ahead of a NEW_CONN
-                self.writer.post(frame)
+                self.writer.post(end_frame(FrameType.GOAWAY, 0, reason))
 
     def streams(self) -> list[Stream]:
         with self._lock:
