@@ -774,13 +774,20 @@ class LogHandler(logging.Handler):
     Threads: any; `_write` is the log's own. Locking: that of logging.Handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, level: str) -> None:
+        """From now on it is the log: UTC time, level, event, pairs."""
         super().__init__()
+        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        self.setFormatter(formatter)
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
         self.dropped = 0  # where the queue was full
         self.failed = 0  # in a write
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
+        LOG.handlers[:] = [self]
+        LOG.propagate = False
+        LOG.setLevel(level.upper())
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -806,18 +813,6 @@ class LogHandler(logging.Handler):
                     told += lost
             except Exception:  # the line is lost
                 self.failed += 1
-
-
-def start_log(level: str) -> Callable[[], None]:
-    """Log to stderr: UTC time, level, event, pairs. Returns what writes the rest, at the end."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler = LogHandler()
-    handler.setFormatter(formatter)
-    LOG.handlers[:] = [handler]
-    LOG.propagate = False
-    LOG.setLevel(level.upper())
-    return handler.finish
 
 
 Task = Callable[[], object]  # without arguments: `task(*args)` costs each thread 400 bytes of stack
@@ -3734,7 +3729,7 @@ def run_program(settings: Settings) -> int:
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(SWITCH_S)
     raise_descriptor_limit()
-    flush_log = start_log(settings.log_level)
+    log = LogHandler(settings.log_level)
     try:
         return run(lambda: make_program(settings))
     except ConfigError:
@@ -3743,7 +3738,7 @@ def run_program(settings: Settings) -> int:
         log_event(ERROR, "failed", reason=error)
         return 1
     finally:
-        flush_log()
+        log.finish()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,13 +77,13 @@ def settings(monkeypatch: pytest.MonkeyPatch, command: Command) -> Callable[...,
         found["made"] = arguments
         raise Ran
 
-    def note_log(level: str) -> Callable[[], None]:
+    def note_log(level: str) -> SimpleNamespace:
         found["level"] = level
-        return lambda: None
+        return SimpleNamespace(finish=lambda: None)
 
     monkeypatch.setattr(rtunnel, "Server", note)
     monkeypatch.setattr(rtunnel, "Client", note)
-    monkeypatch.setattr(rtunnel, "start_log", note_log)
+    monkeypatch.setattr(rtunnel, "LogHandler", note_log)
     monkeypatch.setattr(rtunnel, "raise_descriptor_limit", lambda: None)
 
     def run(*arguments: str) -> dict[str, Any]:

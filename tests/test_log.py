@@ -155,7 +155,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[io.TextIOBase], C
 
     def start(stream: io.TextIOBase) -> Callable[[], None]:
         monkeypatch.setattr(sys, "stderr", stream)
-        return rtunnel.start_log("debug")
+        return rtunnel.LogHandler("debug").finish
 
     yield start
     rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate = before

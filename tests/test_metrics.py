@@ -243,7 +243,7 @@ def test_lines_that_were_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtunnel, "LOG_LINES", 1)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write))
     before = rtunnel.LOG.level, rtunnel.LOG.handlers[:], rtunnel.LOG.propagate
-    flush = rtunnel.start_log("info")
+    flush = rtunnel.LogHandler("info").finish
     try:
         rtunnel.log_event(logging.INFO, "being-written")
         assert taken.wait(10.0)
