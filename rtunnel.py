@@ -60,30 +60,27 @@ Locks
 -----
 Each is held for a few statements, and nobody waits under one, but for the file of SSLKEYLOGFILE.
 
-    lock                    guards                            under it may be taken
-    Program._lock           sessions; at the server leases,   Writer._lock, scheduler._lock,
-                            strangers, visitors               PlainTransport._lock, Pool._lock,
-                                                              Listener._lock, Event._cond
-    Session._lock           streams, ids, timers,             Writer._lock, scheduler._lock,
-                            the cause of the end              Event._cond, Metrics._lock
-    Stream._lock            its queue, windows and state,     Writer._lock, Budget._lock,
-                            and the calls on its socket       Pool._lock, scheduler._lock,
-                                                              Event._cond
-    Writer._lock            what is queued, who writes        -
-    LogHandler.lock         a line on its way to the queue    Queue.mutex
-    TlsTransport._lock      the SSL object, while OpenSSL     _log_secrets.lock
-                            computes
-    Budget._lock,           a number; the idle; counts; that  -
-    Pool._lock,             no descriptor is shut when it is
-    LimitLog._lock,         closed; a line of the file that
-    PlainTransport._lock,   SSLKEYLOGFILE names
-    Listener._lock,
-    Metrics._lock,
-    _log_secrets.lock
-    scheduler._lock,        the library's: the clock's heap;  -
-    Event._cond,            events; semaphores; the log's
-    Semaphore._cond,        queue
-    Queue.mutex
+    lock                            guards                         under it may be taken
+    Program._lock                   sessions; at the server        Writer._lock, scheduler._lock,
+                                    leases, strangers, visitors    PlainTransport._lock, Pool._lock,
+                                                                   Listener._lock, Event._cond
+    Session._lock                   streams, ids, timers,          Writer._lock, scheduler._lock,
+                                    the cause of the end           Event._cond, Metrics._lock
+    Stream._lock                    its queue, windows and state,  Writer._lock, Budget._lock,
+                                    and the calls on its socket    Pool._lock, scheduler._lock,
+                                                                   Event._cond
+    Writer._lock                    what is queued, who writes     -
+    LogHandler.lock                 a line on its way to a queue   Queue.mutex
+    TlsTransport._lock              the SSL object, while OpenSSL  _log_secrets.lock
+                                    computes
+    Budget._lock, Pool._lock,       a number; the idle; counts;    -
+    LimitLog._lock, Metrics._lock,  that no descriptor is shut
+    PlainTransport._lock,           when it is closed; a line of
+    Listener._lock,                 the file that SSLKEYLOGFILE
+    _log_secrets.lock               names
+    scheduler._lock, Event._cond,   the library's: the clock's     -
+    Semaphore._cond, Queue.mutex    heap; events; semaphores; the
+                                    log's queue
 
 Whoever ends the last of a stream closes its socket: `Stream._close_if_done`.
 A field below `# guarded by` is used under that lock, and a `_locked` method is called under it.
