@@ -930,12 +930,10 @@ def dial(address: Address, seconds: float) -> socket.socket:
     Raises OSError; of a name's addresses it says what each said.
     """
     deadline = Deadline(seconds)
-    untried = [*numeric(address)]
-    if not untried:
-        rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
-        # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
-        untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
+    rows = numeric(address) or socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
+    # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
+    untried = [row for some in itertools.zip_longest(*families) for row in some if row is not None]
     pending: dict[socket.socket, str] = {}
     said: dict[str, OSError] = {}
     try:
