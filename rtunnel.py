@@ -433,10 +433,6 @@ class Decoder:
         """Whether a header, or a frame that is not DATA, has begun and not ended."""
         return bool(self._header) or (self._remaining > 0 and self._type != DATA)
 
-    def speaks_tls(self) -> bool:
-        """Whether a TLS record stands where a frame begins: alert or handshake (RFC 8446, 5.1)."""
-        return self._header.startswith((b"\x15\x03", b"\x16\x03"))
-
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame | DataPart]:
         """The events in `data`, in order. Raises ProtocolError for what is over its limit."""
         view = memoryview(data)
@@ -446,11 +442,12 @@ class Decoder:
                 header = view[position : position + HEADER_BYTES - len(self._header)]
                 position += len(header)
                 self._header += header
+                # A TLS record where a frame begins: alert or handshake (RFC 8446, 5.1).
+                if self._header.startswith((b"\x15\x03", b"\x16\x03")):
+                    raise ProtocolError(SPEAKS_TLS)
                 if len(self._header) < HEADER_BYTES:
                     return
                 kind, stream, length = HEADER.unpack(self._header)
-                if self.speaks_tls():
-                    raise ProtocolError(SPEAKS_TLS)
                 limit = MAX_DATA_PAYLOAD_BYTES if kind == DATA else MAX_CONTROL_PAYLOAD_BYTES
                 if length > limit:
                     raise ProtocolError(f"frame type {kind:#04x} announces {length} bytes, the limit is {limit}")
@@ -2034,7 +2031,7 @@ class Session:
         try:
             self.start_thread(self._send_control)
             self._read()
-            self.end(SPEAKS_TLS if self.decoder.speaks_tls() else "closed by the peer")
+            self.end("closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
             if isinstance(error, NoThread):
                 self._farewell_said.set()
