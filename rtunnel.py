@@ -660,15 +660,10 @@ class Budget:
             self.left += count
 
 
-class Deadline:
-    """One limit in seconds that several blocking steps spend together."""
-
-    def __init__(self, seconds: float) -> None:
-        self._at = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds left, never below 0."""
-        return max(0.0, self._at - time.monotonic())
+def deadline(seconds: float) -> Callable[[], float]:
+    """One limit that several blocking steps spend together: it tells the seconds left, or 0."""
+    end = time.monotonic() + seconds
+    return lambda: max(0.0, end - time.monotonic())
 
 
 class Clock:
@@ -791,10 +786,10 @@ class LogHandler(logging.Handler):
 
     def finish(self) -> None:
         """Write the rest, as far as it goes in LOG_FLUSH_S."""
-        deadline = Deadline(LOG_FLUSH_S)
+        remaining = deadline(LOG_FLUSH_S)
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=LOG_FLUSH_S)
-            self._thread.join(deadline.remaining())
+            self._thread.join(remaining())
 
     def _write(self) -> None:
         told = 0
@@ -926,7 +921,7 @@ def dial(address: Address, seconds: float) -> socket.socket:
     packets (RFC 8305, section 5). An address that is alone needs no selector: `connect` waits.
     Raises OSError; of a name's addresses it says what each said.
     """
-    deadline = Deadline(seconds)
+    remaining = deadline(seconds)
     rows = numeric(address) or socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     families = [list(group) for _, group in itertools.groupby(rows, lambda row: row[0])]
     # In the resolver's order, but IPv6 and IPv4 by turns (section 4).
@@ -935,7 +930,7 @@ def dial(address: Address, seconds: float) -> socket.socket:
     said: dict[str, OSError] = {}
     try:
         while untried or pending:
-            left = deadline.remaining()
+            left = remaining()
             if untried:
                 row = untried.pop(0)
                 host = str(row[4][0])
@@ -1017,14 +1012,14 @@ class HttpProxy:
 
     def dial(self, server: Address, seconds: float) -> socket.socket:
         """A connection to a server, whose name the proxy looks up. Raises OSError: `proxy ...`."""
-        deadline, sock = Deadline(seconds), None
+        remaining, sock = deadline(seconds), None
         lines = [f"CONNECT {server} HTTP/1.1", f"Host: {server}"]
         if self.credentials:
             lines.append(f"Proxy-Authorization: Basic {base64.b64encode(self.credentials).decode()}")
         try:
             sock = dial(self.address, seconds)
             sock.sendall("\r\n".join([*lines, "", ""]).encode())  # into an empty buffer
-            answer = http.client.HTTPResponse(ProxyAnswer(sock, deadline), method="CONNECT")  # type: ignore[arg-type]
+            answer = http.client.HTTPResponse(ProxyAnswer(sock, remaining), method="CONNECT")  # type: ignore[arg-type]
             answer.begin()
             if answer.status // 100 == 2:
                 sock.settimeout(None)
@@ -1047,15 +1042,15 @@ class ProxyAnswer(socket.SocketIO):
     It is asked for a byte at a time, since it has no buffer: what follows is the server's.
     """
 
-    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+    def __init__(self, sock: socket.socket, remaining: Callable[[], float]) -> None:
         super().__init__(sock, "r")
-        self._limited, self._deadline = sock, deadline
+        self._limited, self._remaining = sock, remaining
 
     def makefile(self, _: str) -> ProxyAnswer:
         return self
 
     def readinto(self, buffer: Any) -> int | None:
-        if not (left := self._deadline.remaining()):
+        if not (left := self._remaining()):
             raise TimeoutError
         self._limited.settimeout(left)
         return super().readinto(buffer)
@@ -2384,14 +2379,14 @@ class Program:
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
             CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
-    def secure(self, carrier: PlainTransport, deadline: Deadline, name: str = "", **about: object) -> Transport:
+    def secure(self, carrier: PlainTransport, seconds: float, name: str = "", **about: object) -> Transport:
         """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
         if self._context is None:
             return carrier
         context = self._context.naming(name) if name else self._context
         with self.registered(carrier):
             try:
-                transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline.remaining)
+                transport = rtunnel_tls.TlsTransport.handshake(carrier, context, deadline(seconds))
             except rtunnel_tls.HandshakeError as error:
                 self.metrics.count("refusals_total", error.rule)
                 raise
@@ -2679,7 +2674,7 @@ class Server(Program):
 
     def serve_control(self, sock: socket.socket, address: Address) -> None:
         """The life of a control connection, in its reader's thread."""
-        deadline, carrier, session = Deadline(HELLO_TIMEOUT_S), None, None
+        remaining, carrier, session = deadline(HELLO_TIMEOUT_S), None, None
         try:
             carrier = PlainTransport(sock)
             with self._lock:
@@ -2690,11 +2685,11 @@ class Server(Program):
                     oldest = next(each for each, site in self._strangers.items() if site == largest)
                     del self._strangers[oldest]
                     oldest.shutdown()  # its reader wakes, and leaves
-            session = ServerSession(self.secure(carrier, deadline), self, carrier)
+            session = ServerSession(self.secure(carrier, remaining()), self, carrier)
             with self.registered(session):
                 if self.global_lease is not None:
                     session.after(SILENT_CLIENT_S, session.join_silent)
-                session.after(deadline.remaining(), session.check_hello)
+                session.after(remaining(), session.check_hello)
                 reason = session.run()
                 self.leave_lease(session, reason, linger=session.level > 0)
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded) as error:
@@ -2840,9 +2835,9 @@ class Server(Program):
 
     def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> bool:
         """Find a session, and be the pump of a stream there; False where there is none."""
-        deadline = Deadline(LEASE_LINGER_S)
+        remaining = deadline(LEASE_LINGER_S)
         ended: list[ServerSession] = []
-        while session := self._choose(lease, ended, deadline):
+        while session := self._choose(lease, ended, remaining):
             try:
                 stream = session.open_stream(sock, visitor)
             except SessionEnded:
@@ -2856,13 +2851,13 @@ class Server(Program):
         self.metrics.count("refusals_total", "no-client")
         return False
 
-    def _choose(self, lease: Lease, ended: list[ServerSession], deadline: Deadline) -> ServerSession | None:
+    def _choose(self, lease: Lease, ended: list[ServerSession], remaining: Callable[[], float]) -> ServerSession | None:
         """A session for a visitor, who waits here, in a thread, for the holder's return."""
         with self._lock:
             while (session := lease.choose(ended)) is None and not self._stopping:
                 full = any(each not in ended for each in lease.sessions)
                 may_return = lease.sessions or lease.lingers
-                if full or not may_return or not lease.changed.wait(deadline.remaining()):
+                if full or not may_return or not lease.changed.wait(remaining()):
                     break
             return session
 
@@ -3153,7 +3148,7 @@ class Client(Program):
             sock = (proxy.dial if proxy else dial)(mapping.server, CONNECT_TIMEOUT_S)
             try:
                 name = self.settings.tls_server_name or mapping.server.host
-                transport = self.secure(PlainTransport(sock), Deadline(HELLO_TIMEOUT_S), name, **mapping.about())
+                transport = self.secure(PlainTransport(sock), HELLO_TIMEOUT_S, name, **mapping.about())
                 session = ClientSession(transport, self, mapping, takeover)
                 self.pool.run(session.run)
             except BaseException:
@@ -3198,10 +3193,10 @@ class OriginalStream(PumpedStream):
 
     def feed(self, part: memoryview) -> None:
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
-        deadline = Deadline(LEVEL_0_WAIT_S)
+        remaining = deadline(LEVEL_0_WAIT_S)
         with self._lock:
             while self._receiving is Receiving.OPEN and self._queue.size() + len(part) > LEVEL_0_QUEUE_BYTES:
-                if not self._wait_locked(deadline.remaining()) and not deadline.remaining():
+                if not self._wait_locked(remaining()) and not remaining():
                     self._abort_locked("stalled")
         super().feed(part)
 
@@ -3553,10 +3548,10 @@ def run(make: Callable[[], Program]) -> int:
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
     """Main's post for so long, while that goes on; in steps: on Windows no signal ends a wait."""
-    deadline = Deadline(seconds)
-    while goes_on() and deadline.remaining():
+    remaining = deadline(seconds)
+    while goes_on() and remaining():
         with contextlib.suppress(queue.Empty):
-            yield words.get(timeout=min(deadline.remaining(), STEP_S))
+            yield words.get(timeout=min(remaining(), STEP_S))
 
 
 def make_in_time(make: Callable[[], Program], words: queue.SimpleQueue[str]) -> Program | None:

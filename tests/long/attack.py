@@ -123,7 +123,7 @@ class Attackers:
     def _enter(self, dial: Callable[[Address], socket.socket], window: int = 65536) -> rtunnel_tls.TlsTransport:
         carrier = rtunnel.PlainTransport(dial(self._control))
         try:
-            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, rtunnel.Deadline(5.0).remaining)
+            transport = rtunnel_tls.TlsTransport.handshake(carrier, self._context, rtunnel.deadline(5.0))
             init = rtunnel.Init(0, "mallory:1", secrets.token_hex(16), 1, window)
             transport.send(encode(FrameType.INIT, 0, init.payload()))
         except BaseException:
