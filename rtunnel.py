@@ -1077,8 +1077,8 @@ class Listener(socketserver.ThreadingTCPServer):
     An acceptor serves what it takes, and then waits for the next: nothing is handed on, which would
     wake a thread more. Before it serves it sees to it that another one waits.
     A connection's life: `serve_forever` calls `get_request`, which waits for it, `process_request`
-    (`admit`: is it served? then `handle`), and that calls `shutdown_request` (`left`) unless
-    `handle` returns True: then the connection lives on, and its end is no more the listener's.
+    (`admit`: is it served? then `handle`), and that closes it (`left`) unless `handle` returns
+    True: then the connection lives on, and its end is no more the listener's.
     Each override names the trap of socketserver that it is there for.
     Threads: `stop` from any; `admit`, `handle` and `left` are called by acceptors.
     Locking: `_lock` guards what is below the marker. It is held while the socket is shut or closed,
@@ -1172,14 +1172,10 @@ class Listener(socketserver.ThreadingTCPServer):
         except Exception:  # the safety net: socketserver would print to stderr
             log_internal_error()
         if not kept:
-            self.shutdown_request(request)
+            self._left()
+            request.close()  # socketserver would send FIN first: each reset, a clean end
         with self._lock:
             self._waiting += gave_way  # else it has never ceased to count
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close only: socketserver would send FIN first, and turn each reset into a clean end."""
-        self._left()
-        request.close()
 
 
 # ---- transport and writer ---------------------------------------------------------------------
