@@ -1702,11 +1702,7 @@ class Stream:
             reset_at_close(self._sock, self._sending is Sending.OPEN)  # macOS: not at close
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
-            self._fin_sent_locked()
         self._notify_locked()
-
-    def _fin_sent_locked(self) -> None:
-        """For level 0."""
 
     def _end_receiving_locked(self) -> None:
         """The tunnel has no more for the socket: FIN, now or when the queue is written."""
@@ -3217,9 +3213,10 @@ class OriginalStream(PumpedStream):
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
-    def _fin_sent_locked(self) -> None:
+    def _write_queue_locked(self) -> None:
         """A socket that does not answer our FIN is closed (E-7)."""
-        if self._peer_closed:
+        super()._write_queue_locked()
+        if self._peer_closed and self._receiving is Receiving.ENDED:
             CLOCK.after(LINGER_S, self._end_linger)
 
     def _end_linger(self) -> None:
