@@ -1783,8 +1783,8 @@ class PumpedStream(Stream):
             sock = self._dial(connect) if connect else self._sock
             if sock is not None:
                 self._end_sending(self._pump(sock, is_new=connect is None))
-        except SessionEnded as ended:
-            self.abort(str(ended))
+        except (OSError, SessionEnded) as error:  # the dial's, the session's
+            self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
         finally:  # also at an internal error: it ends the session, and that aborts this stream
             self.pump_left()
 
@@ -1794,12 +1794,8 @@ class PumpedStream(Stream):
             self._pumping = False
         self._close_if_done()
 
-    def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket | None:
-        try:
-            sock = connect()
-        except OSError as error:
-            self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
-            return None
+    def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket:
+        sock = connect()
         reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
         if DONT_WAIT is None:
             sock.setblocking(False)
