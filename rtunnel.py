@@ -2032,7 +2032,7 @@ class Session:
         # It is garbage at once: in cycles its buffers (TLS: 400 kB) would wait for a collection.
         self.transport.wants_flush = lambda: None
         with self._lock:
-            self._cancel_timers_locked()
+            CLOCK.cancel(self._timers.pop("farewell"))
             return self._cause or "ended"
 
     def _read(self) -> None:
@@ -2095,10 +2095,6 @@ class Session:
             if self._cause is None:
                 self._timers[action.__name__] = CLOCK.after(seconds, action)
 
-    def _cancel_timers_locked(self) -> None:
-        while self._timers:
-            CLOCK.cancel(self._timers.popitem()[1])
-
     def start_timers(self) -> None:
         """Level 1: heartbeat, a limit on each write."""
         self.transport.limit_write(WRITE_TIMEOUT_S)
@@ -2137,7 +2133,8 @@ class Session:
             if self._cause is not None:
                 return
             self._cause = cause
-            self._cancel_timers_locked()
+            while self._timers:
+                CLOCK.cancel(self._timers.popitem()[1])
             self._timers["farewell"] = CLOCK.after(FAREWELL_S, self.transport.shutdown)
         self.writer.close(cause, last_frame)
 
