@@ -1727,8 +1727,7 @@ class Stream:
             while True:
                 with self._lock:
                     self._write_queue_locked()
-                    # Cleared in the step that finds the queue empty: the reader starts another
-                    # drainer for what comes now.
+                    # In the step that finds the queue empty: the reader starts another for more.
                     self._draining = bool(self._queue)
                     if not self._draining:
                         break
