@@ -1066,9 +1066,8 @@ def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
 
 def reason_of(error: BaseException) -> str:
     """One short phrase for a log line."""
-    if isinstance(error, TimeoutError) and not error.args[1:]:
-        return str(error) or "timed out"
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    unnamed = "timed out" if isinstance(error, TimeoutError) else type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or str(error) or unnamed
 
 
 class Listener(socketserver.ThreadingTCPServer):
