@@ -16,10 +16,9 @@ A thread is known by the function that it begins in. It waits in the functions o
 and nowhere else; `*` marks what takes a rare case. A test holds the program to both tables.
 
     thread           how many        does (begins in)               may wait in
-    main             1               signals, reload, drain and     heard, tell_systemd,
+    main             1               signals, reload, drain and     heard, LogHandler.__init__,
                                      stop (main)                    Listener.__init__, Clock.start,
-                                                                    LogHandler.__init__,
-                                                                    LogHandler.finish
+                                                                    tell_systemd, LogHandler.finish
     clock            1               what happens later; never      Clock._run
                                      waits in an action
                                      (Clock._run)
@@ -46,9 +45,8 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     stream pump      0 or 1 a        the dial (client); socket to   dial, ClientSession._dial_local,
                      stream          frames                         PumpedStream._receive,
                                      (Server.serve_visitor,         PumpedStream._wait_for_credit,
-                                     PumpedStream.run)              Writer.send,
-                                                                    PlainTransport.send,
-                                                                    Server._choose
+                                     PumpedStream.run)              Server._choose,
+                                                                    Writer.send, PlainTransport.send
     scrape           1 a scrape, at  answers with the figures       Metrics.serve
                      --metrics       (Metrics.serve)
     stream drainer   0 or 1 a        queue to socket                Stream._drain
