@@ -2561,14 +2561,14 @@ class Lease:
 
     # guarded by Server._lock
     sessions: list[ServerSession]  # who had a visitor last stands last
-    lingers_until = 0.0  # visitors wait so long for the holder's return
+    lingers: Callable[[], float]  # visitors wait so long for the holder's return
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Raises OSError."""
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
-        self.sessions = []
+        self.sessions, self.lingers = [], deadline(0)
         self.changed = threading.Condition(server._lock)  # a session has joined or left
         # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
         # moment: whatever kills us, no cut looks like an end.
@@ -2577,10 +2577,6 @@ class Lease:
             server.admit_visitor, server.visitor_left, reset=True,
         )  # fmt: skip
 
-    @property
-    def lingers(self) -> bool:
-        return time.monotonic() < self.lingers_until
-
     def join(self, session: ServerSession) -> list[ServerSession]:
         """Returns those that it replaces: all, at the global port its own of before a reconnect."""
         others = [each for each in self.sessions if each is not session]
@@ -2588,7 +2584,7 @@ class Lease:
         for other in replaced:
             other.lease = None
         self.sessions = [*(each for each in others if each not in replaced), session]
-        session.lease, session.is_client, self.lingers_until = self, True, 0.0
+        session.lease, session.is_client, self.lingers = self, True, deadline(0)
         return replaced
 
     def choose(self, ended: Sequence[ServerSession]) -> ServerSession | None:
@@ -2780,7 +2776,7 @@ class Server(Program):
                 return
             lease.sessions.remove(session)
             if linger and not lease.sessions and not self._stopping:
-                lease.lingers_until = time.monotonic() + LEASE_LINGER_S
+                lease.lingers = deadline(LEASE_LINGER_S)
                 CLOCK.after(LEASE_LINGER_S, lambda: self._close_unused(lease, "its client did not come back"))
         self._close_unused(lease, reason)
 
@@ -2788,7 +2784,7 @@ class Server(Program):
         """Close its port, unless it is served or lingers; the global one only refuses visitors."""
         with self._lock:
             lease.changed.notify_all()  # those who wait for a session
-            port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers
+            port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers()
             if not unused or lease.is_global or self._leases.get(port) is not lease:
                 return
             del self._leases[port]
@@ -2837,7 +2833,7 @@ class Server(Program):
         with self._lock:
             while (session := lease.choose(ended)) is None and not self._stopping:
                 full = any(each not in ended for each in lease.sessions)
-                may_return = lease.sessions or lease.lingers
+                may_return = lease.sessions or lease.lingers()
                 if full or not may_return or not lease.changed.wait(remaining()):
                     break
             return session
@@ -2853,7 +2849,7 @@ class Server(Program):
             leases = [(lease, [each.transport.peer for each in lease.sessions]) for lease in self._leases.values()]
         for lease, peers in leases:
             about = {"address": lease.listener.address, "identity": lease.identity}
-            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers)
+            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers() > 0)
 
     def figures(self) -> Figures:
         with self._lock:
