@@ -2587,9 +2587,9 @@ class Lease:
         session.lease, session.is_client, self.lingers = self, True, deadline(0)
         return replaced
 
-    def choose(self, ended: Sequence[ServerSession]) -> ServerSession | None:
+    def choose(self) -> ServerSession | None:
         """For a visitor, the session with the fewest; from now on it counts there."""
-        alive = (each for each in self.sessions if each not in ended and not each.writer.is_behind())
+        alive = (each for each in self.sessions if not each.writer.is_behind())
         able = [each for each in alive if each.visitors < MAX_SESSION_STREAMS]
         asked = [each for each in able if each.init is not None]  # the silent serve without them
         session = min(asked or able, key=lambda each: each.visitors, default=None)
@@ -2812,13 +2812,11 @@ class Server(Program):
 
     def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> bool:
         """Find a session, and be the pump of a stream there; False where there is none."""
-        remaining = deadline(LEASE_LINGER_S)
-        ended: list[ServerSession] = []
-        while session := self._choose(lease, ended, remaining):
+        while session := self._choose(lease):
             try:
                 stream = session.open_stream(sock, visitor)
-            except SessionEnded:
-                ended.append(session)
+            except SessionEnded as ended:  # its reader has yet to say so
+                self.leave_lease(session, str(ended), linger=session.level > 0)
                 with self._lock:
                     session.visitors -= 1
             else:
@@ -2828,15 +2826,12 @@ class Server(Program):
         self.metrics.count("refusals_total", "no-client")
         return False
 
-    def _choose(self, lease: Lease, ended: list[ServerSession], remaining: Callable[[], float]) -> ServerSession | None:
+    def _choose(self, lease: Lease) -> ServerSession | None:
         """A session for a visitor, who waits here, in a thread, for the holder's return."""
         with self._lock:
-            while (session := lease.choose(ended)) is None and not self._stopping:
-                full = any(each not in ended for each in lease.sessions)
-                may_return = lease.sessions or lease.lingers()
-                if full or not may_return or not lease.changed.wait(remaining()):
-                    break
-            return session
+            while lease.lingers() and not lease.sessions and not self._stopping:
+                lease.changed.wait(lease.lingers())
+            return lease.choose()
 
     def check_allowed(self, session: Session) -> None:
         super().check_allowed(session)
@@ -2849,7 +2844,8 @@ class Server(Program):
             leases = [(lease, [each.transport.peer for each in lease.sessions]) for lease in self._leases.values()]
         for lease, peers in leases:
             about = {"address": lease.listener.address, "identity": lease.identity}
-            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lease.lingers() > 0)
+            lingers = lease.lingers() > 0  # read without the lock
+            log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lingers)
 
     def figures(self) -> Figures:
         with self._lock:
