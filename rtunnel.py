@@ -238,7 +238,7 @@ POOL_IDLE_S = 10.0  # to twice that a thread waits for work: a crowd's end one b
 STACK_BYTES = 256 * 1024  # of a thread; smaller saves no memory, overflow is SIGSEGV [run_program]
 SWITCH_S = 0.1  # Python's 5 ms: 10,000 threads that wake would only ask for the GIL [run_program]
 LOG_EVERY_S, LOG_BURST = 1.0, 2  # lines of an event that strangers or visitors can cause [LimitLog]
-CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [make_in_time]
+CLOCK_RETRY_S = 10.0  # a start whose certificates are not valid yet is tried again [run]
 STEP_S = 0.5  # the longest wait of main (Windows: no signal wakes it); outside Linux, in accept
 STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
@@ -3489,9 +3489,14 @@ def run(make: Callable[[], Program]) -> int:
     for number in HELD:
         signal.signal(number, lambda number, _: words.put(signal.Signals(number).name))
     release_signals()
-    program = make_in_time(make, words)
-    if program is None:
-        return 0
+    program = None
+    while program is None:
+        try:
+            program = make()
+        except rtunnel_tls.NotYetValid as error:  # without a battery a clock is wrong at boot: wait
+            log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
+            if any(word in STOP_SIGNALS for word in heard(words, CLOCK_RETRY_S)):
+                return 0
     program.words = words
     program.start()
     tell_systemd("READY=1")
@@ -3526,17 +3531,6 @@ def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], o
     while goes_on() and remaining():
         with contextlib.suppress(queue.Empty):
             yield words.get(timeout=min(remaining(), STEP_S))
-
-
-def make_in_time(make: Callable[[], Program], words: queue.SimpleQueue[str]) -> Program | None:
-    """A machine without a battery has a wrong clock at boot: wait for it. None: a signal came."""
-    while True:
-        try:
-            return make()
-        except rtunnel_tls.NotYetValid as error:
-            log_event(WARNING, "not-yet-valid", reason=error, retry_s=CLOCK_RETRY_S)
-        if any(word in STOP_SIGNALS for word in heard(words, CLOCK_RETRY_S)):
-            return None
 
 
 def tell_systemd(state: str) -> None:

@@ -51,7 +51,7 @@ def test_what_it_starts(unit: str) -> None:
     assert (Path(program).name, command) == ("rtunnel", role)
     assert flags == ["-c", f"/etc/rtunnel/{role}.ini", "--drain", "10"]
     assert {"drain"} <= {option.name for option in rtunnel.OPTIONS[role]}
-    assert keys["TimeoutStartSec"] == ["infinity"]  # READY waits for a clock that is right: make_in_time
+    assert keys["TimeoutStartSec"] == ["infinity"]  # READY waits for a clock that is right: run
     assert int(keys["TimeoutStopSec"][0]) > 10 + rtunnel.STOP_TIMEOUT_S
     assert "\nStartLimitIntervalSec=0\n" in (ROOT / "conf" / f"{unit}.service").read_text().partition("[Service]")[0]
     assert keys["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
