@@ -3595,7 +3595,8 @@ def add_pki(commands: Any) -> None:
     init.add_argument("--years", type=int, default=10, help="how long it is valid (default: 10)")
     issue = actions.add_parser("issue", help="issue a key and its certificate")
     role = issue.add_mutually_exclusive_group(required=True)
-    role.add_argument("--server", nargs="+", metavar="HOST", help="for a server that clients dial by these names")
+    about = "for a server that clients dial by these names"
+    role.add_argument("--server", dest="hosts", nargs="+", metavar="HOST", help=about)
     role.add_argument("--client", action="store_true", help="for a client")
     issue.add_argument("--days", type=int, default=rtunnel_tls.LEAF_DAYS, help="how long it is valid (default: 397)")
     issue.add_argument("--algorithm", choices=algorithms, help="of its key (default: the authority's)")
@@ -3610,11 +3611,15 @@ def add_pki(commands: Any) -> None:
         action.add_argument("name", help="of NAME.crt and NAME.key, and of who they are for")
     for action in (init, issue):
         action.add_argument("--force", action="store_true", help="replace what is there")
-    for action in (init, issue, renew, revoke, show):
+    makers = (rtunnel_tls.init_authority, rtunnel_tls.issue, rtunnel_tls.renew, rtunnel_tls.revoke, rtunnel_tls.show)
+    for action, make in zip((init, issue, renew, revoke, show), makers, strict=True):
         action.add_argument("--dir", default="conf/pki", type=os.path.expanduser, help="the folder (default: conf/pki)")
+        action.set_defaults(make=make)
     pki.set_defaults(run=run_pki, parser=pki)
 
 
+# The arguments that have a parameter of the same name in what `pki` calls.
+PKI_ARGUMENTS = {"name", "hosts", "days", "years", "algorithm", "serial", "file", "force"}
 # What `pki` says behind the path of what it has made: which file goes where next.
 PKI_NEXT = {
     "init": "Copy ca.crt and crl.pem to each machine (--tls-ca, --tls-crl). ca.key must never leave this folder.",
@@ -3628,18 +3633,8 @@ PKI_NEXT = {
 
 def run_pki(settings: Settings) -> int:
     release_signals()
-    if settings.action == "init":
-        options = {"algorithm": settings.algorithm, "name": settings.name, "years": settings.years}
-        print(rtunnel_tls.init_authority(settings.dir, **options, force=settings.force))
-    elif settings.action == "issue":
-        options = {"days": settings.days, "algorithm": settings.algorithm, "force": settings.force}
-        print(rtunnel_tls.issue(settings.dir, settings.name, hosts=settings.server, **options))
-    elif settings.action == "renew":
-        print(rtunnel_tls.renew(settings.dir, settings.name))
-    elif settings.action == "revoke":
-        print(rtunnel_tls.revoke(settings.dir, settings.name, serial=settings.serial))
-    else:
-        print("\n".join(rtunnel_tls.show(settings.file or settings.dir)))
+    options = {key: value for key, value in vars(settings).items() if key in PKI_ARGUMENTS}
+    print(settings.make(settings.dir, **options))
     if settings.action in PKI_NEXT:
         print(PKI_NEXT[settings.action].format(name=settings.name))
     return 0

@@ -876,10 +876,10 @@ def renew(folder: PathLike, name: str) -> Path:
 
 
 @_told()
-def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | None = None) -> Path:
+def revoke(folder: PathLike, name: PathLike | None = None, *, serial: str | None = None) -> Path:
     """Write crl.pem anew, for another LIST_DAYS, with what was on it and more.
 
-    `target` is a NAME, of which all are revoked that are still valid, or a certificate's file;
+    `name` is a NAME, of which all are revoked that are still valid, or a certificate's file;
     `serial` is in hex, as the log tells it, and need not be on record.
     """
     file = Path(folder, "crl.pem")
@@ -891,13 +891,13 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
             number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
             if not _has_signed(authority, old):
                 raise ValueError("it is another authority's")
-        named = [each for each in issued if each.subject.rfc4514_string() == f"CN={target}"]
+        named = [each for each in issued if each.subject.rfc4514_string() == f"CN={name}"]
         serials = {each.serial_number for each in named if each.not_valid_after_utc > _now()}
-        if target is not None and not serials:
-            if named or not Path(target).exists():
-                raise ValueError(f"nothing that was issued to {target} is valid, and no file has that name")
-            with _told(str(target)):
-                certificate, *others = _load_certificates(target)
+        if name is not None and not serials:
+            if named or not Path(name).exists():
+                raise ValueError(f"nothing that was issued to {name} is valid, and no file has that name")
+            with _told(str(name)):
+                certificate, *others = _load_certificates(name)
                 if not _has_signed(authority, certificate) or not all("authority" in _roles(each) for each in others):
                     raise ValueError("it is of another authority, which alone can revoke it, or it holds several")
             serials = {certificate.serial_number}
@@ -912,9 +912,9 @@ def revoke(folder: PathLike, target: PathLike | None = None, *, serial: str | No
 
 
 @_told()
-def show(target: PathLike) -> list[str]:
-    """Lines about all certificates of a folder, or of a file, by the list that lies beside it."""
-    path = Path(target)
+def show(folder: PathLike, file: PathLike | None = None) -> str:
+    """All certificates of a folder, or of a file, by the list that lies beside it."""
+    path = Path(file or folder)
     files = sorted(each for each in path.iterdir() if each.suffix == ".crt") if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no certificate (*.crt); make an authority by: {PROGRAM} pki init")
@@ -924,9 +924,9 @@ def show(target: PathLike) -> list[str]:
     with _told(str(root)):
         authorities = _load_certificates(root) if root.exists() else []
     shown: dict[Certificate, list[str]] = {}
-    for file in [*files, record] if record.exists() else files:
-        with _told(str(file)):
-            held = _load_certificates(file)
+    for source in [*files, record] if record.exists() else files:
+        with _told(str(source)):
+            held = _load_certificates(source)
             authorities += [each for each in held if "authority" in _roles(each)]
             for certificate in held:
                 issuers = [each for each in authorities if _has_signed(each, certificate)]
@@ -936,8 +936,8 @@ def show(target: PathLike) -> list[str]:
                 if entry := next(filter(None, found), None):
                     revoked = f"YES, on {_iso(entry.revocation_date_utc)}"
                 facts = _facts(certificate) | {"revoked": revoked}
-                shown.setdefault(certificate, [str(file), *(f"  {key:10} {value}" for key, value in facts.items())])
-    return [_escaped(line) for lines in shown.values() for line in lines]
+                shown.setdefault(certificate, [str(source), *(f"  {key:10} {value}" for key, value in facts.items())])
+    return "\n".join(_escaped(line) for lines in shown.values() for line in lines)
 
 
 @contextlib.contextmanager
