@@ -3375,8 +3375,7 @@ class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
     """Errors are one sentence: at the start on stderr, with status 2; at a reload in the log."""
 
     def error(self, message: str) -> NoReturn:
-        words = masked(" ".join(message.split()))
-        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
+        shown = rtunnel_tls.escaped(masked(" ".join(message.split())))
         raise ConfigError(f"{self.prog}: {shown}")
 
 
@@ -3709,7 +3708,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         with contextlib.suppress(OSError, AttributeError):  # nobody reads, or there is no stderr
             sys.stderr.write(f"{error}\n")
-            sys.stderr.flush()
         return 2
 
 

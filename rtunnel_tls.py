@@ -147,10 +147,10 @@ def _told(subject: str = "", remedy: str = "") -> Iterator[None]:
         if getattr(error, "early", False):
             kind, remedy = NotYetValid, ""
     sentence = f"{subject}: {detail}" if subject else detail
-    raise kind(_escaped(f"{sentence}; {remedy}" if remedy else sentence))
+    raise kind(escaped(f"{sentence}; {remedy}" if remedy else sentence))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """One line, without control characters and marks that turn the direction of writing."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
@@ -937,7 +937,7 @@ def show(folder: PathLike, file: PathLike | None = None) -> str:
                     revoked = f"YES, on {_iso(entry.revocation_date_utc)}"
                 facts = _facts(certificate) | {"revoked": revoked}
                 shown.setdefault(certificate, [str(source), *(f"  {key:10} {value}" for key, value in facts.items())])
-    return "\n".join(_escaped(line) for lines in shown.values() for line in lines)
+    return "\n".join(escaped(line) for lines in shown.values() for line in lines)
 
 
 @contextlib.contextmanager
