@@ -2932,9 +2932,8 @@ class ClientSession(Session):
             with self._client.registered(self):
                 self.after(LIVED_S, self._check_lived)
                 self.reason = super().run()
-        except SessionEnded as error:  # the program stops
+        except SessionEnded:  # the program stops
             self.transport.close()
-            self.reason = str(error)
         finally:
             self.over.set()
         if self.goaway is not None and self.goaway != REPLACED:  # else the mapping says it
