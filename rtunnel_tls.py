@@ -733,16 +733,17 @@ class TlsTransport:
         Returns 0 when the peer has said that no more comes. Raises TransportError or the carrier's
         OSError, once all that came before has been handed out.
         """
-        received = 0
-        while True:
-            count = unsent = 0
-            if not self._end and (received or not self._drained):
-                with self._lock:
-                    if received:
-                        self._ssl.feed(self._incoming[:received])
-                    count, self._end = self._ssl.read_into(view)
-                    unsent = self._ssl.unsent()
-                self._drained = count < len(view)
+        while not self._end:
+            received = self._carrier.receive_into(self._incoming) if self._drained else 0
+            if self._drained and not received:
+                why = "closed by peer after the handshake" if self._silent else "truncated: ended without close_notify"
+                raise TransportError(why)
+            with self._lock:
+                if received:
+                    self._ssl.feed(self._incoming[:received])
+                count, self._end = self._ssl.read_into(view)
+                unsent = self._ssl.unsent()
+            self._drained = count < len(view)
             if unsent:
                 self.wants_flush()
             if unsent > MAX_UNSENT_BYTES and not self._end:
@@ -750,14 +751,9 @@ class TlsTransport:
             if count:
                 self._silent = False
                 return count
-            if isinstance(self._end, SSL.ZeroReturnError):
-                return 0
-            if self._end:
-                raise TransportError(_reason(self._end))
-            received = self._carrier.receive_into(self._incoming)
-            if not received:
-                why = "closed by peer after the handshake" if self._silent else "truncated: ended without close_notify"
-                raise TransportError(why)
+        if isinstance(self._end, SSL.ZeroReturnError):
+            return 0
+        raise TransportError(_reason(self._end))
 
     def send(self, frames: Readable) -> None:
         """Send all, and what TLS itself has to say. After TransportError, OSError all is over."""
