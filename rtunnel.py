@@ -145,7 +145,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import DEBUG, ERROR, INFO, WARNING
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 try:
     import configargparse
@@ -2312,6 +2312,7 @@ class Metrics:
 # ---- program: what server and client share ----------------------------------------------------
 
 Trust = rtunnel_tls.TlsContext | None  # None: plain mode
+AnyListener = TypeVar("AnyListener", bound=Listener)
 
 
 class Program:
@@ -2343,7 +2344,7 @@ class Program:
         if self.settings.metrics:
             self._scraped = self.open_port("metrics", self.settings.metrics, self.metrics.listen)
 
-    def open_port(self, option: str, address: Address, bind: Callable[[Address], Listener]) -> Listener:
+    def open_port(self, option: str, address: Address, bind: Callable[[Address], AnyListener]) -> AnyListener:
         """A port that an option asks for. Raises RtunnelError."""
         try:
             listener = bind(address)
@@ -2556,7 +2557,7 @@ class ServerSession(Session):
         super().expel(reason)
 
 
-class Lease:
+class Lease(Listener):
     """A public port, and the sessions that serve it. Called with Server._lock."""
 
     # guarded by Server._lock
@@ -2572,7 +2573,7 @@ class Lease:
         self.changed = threading.Condition(server._lock)  # a session has joined or left
         # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
         # moment: whatever kills us, no cut looks like an end.
-        self.listener = Listener(
+        super().__init__(
             address, server.pool, lambda sock, visitor: server.serve_visitor(self, sock, visitor),
             server.admit_visitor, server.visitor_left, reset=True,
         )  # fmt: skip
@@ -2621,30 +2622,26 @@ class Server(Program):
         self._assigned: dict[tuple[str, str], int] = {}  # ports that we chose, the oldest first
 
     def start(self) -> None:
-        """Open the ports. Raises RtunnelError where one cannot be bound."""
+        """Open the ports, while main is alone. Raises RtunnelError where one cannot be bound."""
         super().start()
         try:  # an address that this machine does not have may come later, at boot
             if self.settings.public_bind:
-                Lease(self, Address(self.settings.public_bind, 0)).listener.stop()
+                Lease(self, Address(self.settings.public_bind, 0)).stop()
         except OSError as error:
             log_event(WARNING, "public-bind-unavailable", address=self.settings.public_bind, reason=reason_of(error))
         if self.settings.public_listen:
-            self.open_port("public-listen", self.settings.public_listen, self._bind_global)
+            lease = self.open_port("public-listen", self.settings.public_listen, functools.partial(Lease, self))
+            self._leases[lease.address.port] = self.global_lease = lease  # without the lock
         bind = functools.partial(Listener, pool=self.pool, handle=self.serve_control)
         self._control = self.open_port("control-listen", self.settings.control_listen, bind)
-
-    def _bind_global(self, address: Address) -> Listener:
-        self.global_lease = lease = Lease(self, address)
-        self._leases[lease.listener.address.port] = lease  # without the lock: main is alone
-        return lease.listener
 
     def take_nothing_new(self) -> None:
         super().take_nothing_new()
         with self._lock:
-            listeners = [lease.listener for lease in self._leases.values()]
+            listeners: list[Listener | None] = [*self._leases.values(), self._control]
             for lease in self._leases.values():
                 lease.changed.notify_all()
-        for listener in [*listeners, *([self._control] if self._control else [])]:
+        for listener in filter(None, listeners):
             listener.stop()
 
     # -- control connections
@@ -2704,7 +2701,7 @@ class Server(Program):
                 port = init.port or self._assigned.get((session.holder, init.instance), 0)
                 found = self._find_lease_locked(session, init, port)
                 lease = found or self._bind_free_locked(session, init, port)
-                address = lease.listener.address
+                address = lease.address
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
                 self._strangers.pop(session.carrier, None)
@@ -2761,9 +2758,9 @@ class Server(Program):
             if port == init.port:
                 raise
             lease = Lease(self, Address(self.settings.public_bind, 0), session)
-        self._leases[lease.listener.address.port] = lease
+        self._leases[lease.address.port] = lease
         if not init.port and init.instance:
-            self._assigned[session.holder, init.instance] = lease.listener.address.port
+            self._assigned[session.holder, init.instance] = lease.address.port
             if len(self._assigned) > MAX_ASSIGNED_PORTS:
                 del self._assigned[next(iter(self._assigned))]
         return lease
@@ -2784,12 +2781,12 @@ class Server(Program):
         """Close its port, unless it is served or lingers; the global one only refuses visitors."""
         with self._lock:
             lease.changed.notify_all()  # those who wait for a session
-            port, unused = lease.listener.address.port, not lease.sessions and not lease.lingers()
+            port, unused = lease.address.port, not lease.sessions and not lease.lingers()
             if not unused or lease.is_global or self._leases.get(port) is not lease:
                 return
             del self._leases[port]
-            lease.listener.stop()
-        log_event(INFO, "lease-closed", address=lease.listener.address, reason=reason)
+            lease.stop()
+        log_event(INFO, "lease-closed", address=lease.address, reason=reason)
 
     # -- visitors
 
@@ -2843,7 +2840,7 @@ class Server(Program):
         with self._lock:
             leases = [(lease, [each.transport.peer for each in lease.sessions]) for lease in self._leases.values()]
         for lease, peers in leases:
-            about = {"address": lease.listener.address, "identity": lease.identity}
+            about = {"address": lease.address, "identity": lease.identity}
             lingers = lease.lingers() > 0  # read without the lock
             log_event(INFO, "state-lease", **about, sessions=",".join(peers), lingers=lingers)
 

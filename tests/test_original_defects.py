@@ -145,7 +145,7 @@ def test_defect_10_an_answer_at_once_finds_its_stream(monkeypatch: pytest.Monkey
     try:
         serving.start()
         (lease,) = leases(serving)
-        public, control = lease.listener.address, control_address(serving)
+        public, control = lease.address, control_address(serving)
         with NaivePeer.connect(control) as peer:
             peer.send_init(b"0:127.0.0.1:25")
             eventually(lambda: lease.sessions)

@@ -167,7 +167,7 @@ def test_a_visitor_goes_to_the_client_with_the_fewest_streams() -> None:
         serving.start()
         stack.callback(serving.stop)
         (lease,) = leases(serving)
-        public, control = lease.listener.address, control_address(serving)
+        public, control = lease.address, control_address(serving)
         peers: list[NaivePeer] = []
         visitors: dict[tuple[int, int], socket.socket] = {}
         opened = [0, 0, 0]

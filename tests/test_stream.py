@@ -1013,7 +1013,7 @@ class Pair:
             self.peers[-1].send_init(b"0:127.0.0.1:80")
             eventually(lambda count=count: len(log.events("session-opened")) == count)  # type: ignore[misc]
             port = int(log.events("session-opened")[-1]["port"])
-            (lease,) = [each for each in leases(serving) if each.listener.address.port == port]
+            (lease,) = [each for each in leases(serving) if each.address.port == port]
             self.sessions.extend(lease.sessions)
             self.publics.append(("127.0.0.1", port))
 

@@ -651,5 +651,5 @@ def public_address(serving: rtunnel.Server) -> Address:
     def found() -> list[rtunnel.Lease]:
         return [lease for lease in leases(serving) if lease.sessions]
 
-    address = eventually(found)[0].listener.address
+    address = eventually(found)[0].address
     return "127.0.0.1", address.port
