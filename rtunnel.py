@@ -2701,14 +2701,13 @@ class Server(Program):
                 port = init.port or self._assigned.get((session.holder, init.instance), 0)
                 found = self._find_lease_locked(session, init, port)
                 lease = found or self._bind_free_locked(session, init, port)
-                address = lease.address
                 # Before WELCOME, which fails where the session has ended: its end leaves the lease.
                 replaced = lease.join(session)
                 self._strangers.pop(session.carrier, None)
                 lease.changed.notify_all()
                 if session.level:
                     with contextlib.suppress(SessionEnded):  # first, ahead of all NEW_CONN
-                        session.writer.post(encode(FrameType.WELCOME, 0, Welcome(address.port).payload()))
+                        session.writer.post(encode(FrameType.WELCOME, 0, Welcome(lease.address.port).payload()))
         except OSError as error:
             reason = reason_of(error)
             log_event(ERROR, "lease-failed", port=init.port, peer=peer, level=session.level, reason=reason)
@@ -2717,9 +2716,9 @@ class Server(Program):
                 code = "too-many-clients"
             raise Refused(code, f"port {init.port} cannot be opened: {reason}") from error
         if found is None:
-            log_event(INFO, "lease-opened", address=address, peer=peer, level=session.level)
-        about = {"peer": peer, "identity": session.transport.identity, "level": session.level, "port": address.port}
-        log_event(INFO, "session-opened", **about, local=init.local[:MAX_MESSAGE_CHARACTERS])
+            log_event(INFO, "lease-opened", address=lease.address, peer=peer, level=session.level)
+        about = {"peer": peer, "identity": session.transport.identity, "level": session.level}
+        log_event(INFO, "session-opened", **about, port=lease.address.port, local=init.local[:MAX_MESSAGE_CHARACTERS])
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.stop(REPLACED)
