@@ -2008,6 +2008,7 @@ class Session:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
         self.after(WATCH_S, self._sweep)
         try:
+            self.program.check_allowed(self)  # from its registration on a reload does
             self.start_thread(self._send_control)
             self._read()
             self.end("closed by the peer")
@@ -2386,8 +2387,6 @@ class Program:
                 raise SessionEnded("stopping")
             self._connections.append(connection)
         try:
-            if isinstance(connection, Session):
-                self.check_allowed(connection)  # from now on a reload does
             yield
         finally:
             with self._lock:
