@@ -65,8 +65,7 @@ Each is held for a few statements, and nobody waits under one, but for the file 
     Session._lock                   streams, ids, timers,          Writer._lock, scheduler._lock,
                                     the cause of the end           Event._cond, Metrics._lock
     Stream._lock                    its queue, windows and state,  Writer._lock, Budget._lock,
-                                    and the calls on its socket    Pool._lock, scheduler._lock,
-                                                                   Event._cond
+                                    and the calls on its socket    Pool._lock
     Writer._lock                    what is queued, who writes     -
     LogHandler.lock                 a line on its way to a queue   Queue.mutex
     TlsTransport._lock              the SSL object, while OpenSSL  _log_secrets.lock
@@ -3188,15 +3187,13 @@ class OriginalStream(PumpedStream):
         self._end_receiving_locked()
         return FrameType.CLOSE_CONN
 
-    def _write_queue_locked(self) -> None:
+    def sweep(self) -> None:
         """A socket that does not answer our FIN is closed (E-7)."""
-        super()._write_queue_locked()
-        if self._peer_closed and self._receiving is Receiving.ENDED:
-            CLOCK.after(LINGER_S, self._end_linger)
-
-    def _end_linger(self) -> None:
+        super().sweep()
         with self._lock:
-            self._end_pump_locked()
+            fin_is_sent = self._peer_closed and self._receiving is Receiving.ENDED
+            if fin_is_sent and time.monotonic() - self._moved_at > LINGER_S:
+                self._end_pump_locked()
 
 
 # ---- command line -----------------------------------------------------------------------------
