@@ -243,7 +243,6 @@ STOP_TIMEOUT_S = 1.3  # of the whole stop: the farewell, and a little more [run]
 LOG_FLUSH_S = 0.5  # of the log's last lines: a pipe that nobody reads must not keep us [LogHandler]
 EXPIRY_CHECK_S = 86_400.0  # a look at the days that certificates have left [Program]
 
-ANONYMOUS = "anonymous"  # the identity in plain mode
 REPLACED = "replaced"  # the GOAWAY to a session whose holder has a newer one
 FINAL_REFUSALS = {"bad-request", "port-denied"}  # trying again would not help
 
@@ -1188,7 +1187,7 @@ class PlainTransport:
     the other has just closed, and that a new connection has got.
     """
 
-    identity = ANONYMOUS
+    identity = rtunnel_tls.NO_IDENTITY
     receipt = None
 
     def __init__(self, sock: socket.socket) -> None:
@@ -2501,7 +2500,7 @@ class ServerSession(Session):
         try:
             self.init = Init.parse(frame.payload)
             self.instance = self.init.instance
-            self.holder = self.instance if self.transport.identity == ANONYMOUS else self.transport.identity
+            self.holder = self.transport.identity if self.transport.receipt else self.instance
             self._server.open_lease(self, self.init)
             self.decoder.unknown_limit = UNLIMITED
         except Refused as refused:

@@ -13,7 +13,6 @@ from support import Program, connect, counted, echo_service, ends_with, eventual
 from tls_peers import House
 from tunnels import Factory, open_tunnel, text
 
-import rtunnel
 import rtunnel_tls
 from rtunnel import Address, ConfigError, Networks, PortRules
 
@@ -45,7 +44,7 @@ def refused(server: Program, port: int) -> str:
         (("alice=8080", "9000-9100", "bob=22"), "alice", (8080, 9050), (22,)),  # how a file's list splits a rule
         (("CN=x, y=80",), "CN=x, y", (80,), (0,)),  # a name may hold whatever a common name may
         (("ALICE=80",), "alice", (), (80,)),
-        (("anonymous=0",), rtunnel.ANONYMOUS, (0,), (80,)),
+        (("anonymous=0",), rtunnel_tls.NO_IDENTITY, (0,), (80,)),
     ],
 )
 def test_rules(items: tuple[str, ...], identity: str, allowed: tuple[int, ...], denied: tuple[int, ...]) -> None:
