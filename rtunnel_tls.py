@@ -70,13 +70,10 @@ _HYBRID = ("X25519MLKEM768", "SecP384r1MLKEM1024")  # hold as long as one of the
 _PURE = ("MLKEM768", "MLKEM1024")  # MLKEM512 has the least margin, and every peer can do better
 _CIPHERS = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
 PROFILES: Final = {
-    profile.name: profile
-    for profile in (
-        Profile("default", _HYBRID + _PURE, ("mldsa65", "mldsa87"), _CIPHERS),
-        Profile("hybrid", _HYBRID, ("mldsa65", "mldsa87"), _CIPHERS),
-        Profile("pure", _PURE, ("mldsa65", "mldsa87", "mldsa44"), _CIPHERS),  # as the original
-        Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),
-    )
+    "default": Profile("default", _HYBRID + _PURE, ("mldsa65", "mldsa87"), _CIPHERS),
+    "hybrid": Profile("hybrid", _HYBRID, ("mldsa65", "mldsa87"), _CIPHERS),
+    "pure": Profile("pure", _PURE, ("mldsa65", "mldsa87", "mldsa44"), _CIPHERS),  # as the original
+    "cnsa2": Profile("cnsa2", ("MLKEM1024",), ("mldsa87",), _CIPHERS[:1], " --algorithm mldsa87"),
 }
 _PURPOSES: Final = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 
