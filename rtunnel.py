@@ -28,11 +28,11 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                      and more        visitors or scrapes; serves     Listener._has_successor*
                                      it as one of the next rows
                                      (Listener.serve_forever)
-    session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
-                                     and dispatches frames, writes  PlainTransport.send,
-                                     none, dials nobody             Session.run,
-                                     (Server.serve_control,         OriginalStream.feed
-                                     ClientSession.run)
+    session reader   1 a session     the handshake; then decodes    TlsTransport.handshake,
+                                     and dispatches frames, writes  PlainTransport.receive_into,
+                                     none, dials nobody             PlainTransport.send,
+                                     (Server.serve_control,         Session.run,
+                                     ClientSession.run)             OriginalStream.feed
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
@@ -40,6 +40,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                      and server, at  hands, waits for the           Client._connect, Client._serve,
                      the client      session's end                  PlainTransport.receive_into,
                                      (Client._run_mapping)          PlainTransport.send,
+                                                                    TlsTransport.handshake,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
     stream pump      0 or 1 a        the dial (client); socket to   dial, ClientSession._dial_local,

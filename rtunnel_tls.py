@@ -696,8 +696,7 @@ class TlsTransport:
                 if not received and count >= 9 and 1 <= buffer[0] <= 11 and not any(buffer[5:7]):
                     carrier.send(b"\x15\x03\x03\x00\x02\x02\x46")
                     raise HandshakeError("tls", "the peer speaks the tunnel in plain mode; start both ends with --tls")
-                received += count
-                if received > MAX_HANDSHAKE_BYTES:
+                if (received := received + count) > MAX_HANDSHAKE_BYTES:
                     raise HandshakeError("certificate", f"the handshake has over {MAX_HANDSHAKE_BYTES} bytes")
                 ssl.feed(buffer[:count])
             # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
