@@ -504,6 +504,35 @@ def test_port_0_that_its_holder_has_got_meanwhile(house: House) -> None:
         assert not ends.log.events("session-replaced")
 
 
+def test_a_lease_wakes_its_own_visitors(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[L-5]: visitors who wait for one client are not woken by another's: after a failure all come back at once."""
+    server, woken, instance = ends.open_server(), [], new_instance()
+    with Peer.as_client(server) as first, Peer.as_client(server, 0, instance) as second:
+        for lease in leases(ends.server):
+            port, notify = lease.address.port, lease.changed.notify_all
+            monkeypatch.setattr(lease.changed, "notify_all", lambda p=port, n=notify: woken.append(p) or n())
+        with Peer.as_client(server, second.port, instance):
+            assert woken
+            assert first.port not in woken
+
+
+def test_no_memory_for_what_is_discarded(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose reader finds no memory, not even to read on after its end, leaves its port all the same."""
+    read, count = rtunnel.Session._read, itertools.count()
+
+    def read_less(session: rtunnel.Session) -> None:
+        if next(count):
+            raise MemoryError
+        read(session)
+
+    server = ends.open_server()
+    monkeypatch.setattr(rtunnel.Session, "_read", read_less)
+    with Peer.as_client(server) as peer:
+        peer.send_frame(FrameType.PONG, 0, b"unasked!")  # a protocol error
+        ends.log.wait_for("session-closed")
+        eventually(lambda: not any(lease.sessions for lease in leases(ends.server)))
+
+
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
 def test_the_mappings_of_a_process_do_not_disturb_each_other(house: House, soon: None, secured: bool) -> None:
     """Several mappings with port 0 have a port each, lead to their own services, and have the same ports back after a

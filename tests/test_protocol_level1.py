@@ -539,8 +539,8 @@ def test_a_refusal_says_why_and_ends_cleanly(server: Factory) -> None:
 
 @pytest.mark.parametrize("code", ["bad-request", "port-denied", "port-in-use", "too-many-clients", "what-is-this"])
 def test_what_a_client_makes_of_a_refusal(client: Factory, code: str) -> None:
-    """[X-5], [E-3]: a client ends with status 3 and the server's message, or comes again, by the code; no message
-    forges a line."""
+    """[X-5], [E-3], [N-2]: a client ends with status 3 and the server's message, or comes again, by the code; no
+    message forges a line."""
     with ControlPort() as port:
         program = client("--server", port.text, "--local", "127.0.0.1:9", limits={"FIRST_RETRY_S": 0.01})
         final = code in ("bad-request", "port-denied")
@@ -554,7 +554,9 @@ def test_what_a_client_makes_of_a_refusal(client: Factory, code: str) -> None:
             assert program.wait() == 3
             assert "because" in program.wait_for("refused")["reason"]
         else:
-            assert "because" in program.wait_for("session-closed")["reason"]
+            closed = program.wait_for("session-closed")
+            assert "because" in closed["reason"]
+            assert closed["level"] == "1"  # [N-2]: WELCOME has said so
         assert len(program.lines) == len(program.records)
         assert max(map(len, program.lines)) < 800
         assert not program.events("forged")

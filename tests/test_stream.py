@@ -632,7 +632,7 @@ def test_no_thread_for_a_session(program: rtunnel.Program, monkeypatch: pytest.M
 
 
 def test_dead_peers_are_found(visitor: Ends) -> None:
-    """TCP keepalive finds a dead peer in 60 s, and small messages leave at once."""
+    """TCP keepalive finds a dead peer in 60 s, where nothing is on its way to it; small messages leave at once."""
     assert rtunnel.KEEPALIVE_IDLE_S + rtunnel.KEEPALIVE_PROBES * rtunnel.KEEPALIVE_INTERVAL_S == 60
     near, _ = visitor
     with near:
