@@ -870,6 +870,7 @@ DONT_WAIT: int | None = socket.MSG_DONTWAIT if sys.platform == "linux" else None
 # To the end of the CPU's queue, without the GIL. Windows has no such call.
 let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
 
+NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -955,7 +956,7 @@ def dial(address: Address, seconds: float) -> socket.socket:
     if numeric(address):
         raise said.popitem()[1]
     reasons = "; ".join(f"{host}: {reason_of(error)}" for host, error in said.items())
-    reached = [each for each in said.values() if each.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH)]
+    reached = [each for each in said.values() if each.errno not in NO_ROUTE]
     refused = reached and all(isinstance(error, ConnectionRefusedError) for error in reached)
     raise OSError(errno.ECONNREFUSED if refused else errno.EHOSTUNREACH, reasons or f"{address.host} has no address")
 
@@ -1348,7 +1349,7 @@ class Writer:
         with self._lock:
             if self._cause is not None:
                 return
-            stream.silenced = True
+            stream.silenced, queued = True, self._queue_bytes
             self._grants.pop(stream.number, None)
             if behind_data and any(each is stream for each, _ in self._queue):
                 self._queue.append((stream, frame))
@@ -1356,8 +1357,8 @@ class Writer:
                 self._queue = [entry for entry in self._queue if entry[0] is not stream]
                 self._control += frame
             self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
-            # Its pump may be among those who wait; else there may be room for the next.
-            self._room.notify(len(self._waiting) if stream in self._waiting else 1)
+            if stream in self._waiting or self._queue_bytes < queued:
+                self._room.notify_all()  # for its own pump, or for what was dropped
             self._wake_sender_locked()
 
     def is_behind(self) -> bool:
@@ -1698,6 +1699,7 @@ class Stream:
             reset_at_close(self._sock, self._sending is Sending.OPEN)  # macOS: not at close
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
+            self._moved_at = time.monotonic()
         self._notify_locked()
 
     def _end_receiving_locked(self) -> None:
@@ -2007,8 +2009,8 @@ class Session:
         """Read and dispatch until the end; returns its cause. The transport is closed then."""
         self.after(WATCH_S, self._sweep)
         try:
-            self.program.check_allowed(self)  # from its registration on a reload does
             self.start_thread(self._send_control)
+            self.program.check_allowed(self)  # from its registration on a reload does
             self._read()
             self.end("closed by the peer")
         except (*TRANSPORT_ERRORS, RtunnelError) as error:
@@ -2331,7 +2333,7 @@ class Program:
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.status = 0  # the process's exit status
         self._lock = threading.Lock()
-        # The stop has begun; at the server also: a session has joined or left a lease.
+        # The stop has begun.
         self._changed = threading.Condition(self._lock)
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
@@ -2532,7 +2534,7 @@ class ServerSession(Session):
         with self._lock:
             # Read without the lock: a GOAWAY, which is behind the lease's end, waits for ours.
             if self.lease is None or self._cause is not None or self._last_stream == MAX_STREAM_ID:
-                raise SessionEnded("it takes no more")
+                raise SessionEnded(self._cause or "it takes no more")
             stream = self.stream_kind(self, self._last_stream + 1, sock, visitor)
             # Under the lock: ids rise on the wire too, and the answer finds the stream (defect 10).
             payload = str(visitor).encode("ascii") if self.level else b""
@@ -2561,6 +2563,7 @@ class Lease(Listener):
     # guarded by Server._lock
     sessions: list[ServerSession]  # who had a visitor last stands last
     lingers: Callable[[], float]  # visitors wait so long for the holder's return
+    instance = ""  # of the session that joined last
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Raises OSError."""
@@ -2583,7 +2586,8 @@ class Lease(Listener):
         for other in replaced:
             other.lease = None
         self.sessions = [*(each for each in others if each not in replaced), session]
-        session.lease, session.is_client, self.lingers = self, True, deadline(0)
+        session.lease, session.is_client = self, True
+        self.instance, self.lingers = session.instance, deadline(0)
         return replaced
 
     def choose(self) -> ServerSession | None:
@@ -2736,7 +2740,7 @@ class Server(Program):
             if init.port and is_anothers:
                 raise Refused("port-in-use", f"port {port} belongs to another client")
             # Who wants any port takes none from another instance, which may want this one.
-            if is_anothers or (not init.port and any(each.instance != init.instance for each in lease.sessions)):
+            if is_anothers or (not init.port and lease.instance != init.instance):
                 lease = None
         replaces = lease is not None and not lease.is_global and bool(lease.sessions)
         if replaces and not init.takeover:
@@ -3371,8 +3375,8 @@ class CommandParser(configargparse.ArgumentParser):  # type: ignore[misc]
 
 
 def masked(text: str) -> str:
-    """Without the password of a proxy, in whatever option it was written."""
-    return re.sub(r"(http://[^\s:]*:)\S*@", r"\1***@", text)
+    """Without the password of a URL, in whatever option it was written."""
+    return re.sub(r"(\w://(?!USER:PASSWORD@)[^\s:]*:)\S*@", r"\1***@", text)
 
 
 def add_command(commands: Any, command: str, summary: str) -> None:

@@ -84,7 +84,8 @@ MAX_NAMES_TOLD = 8  # of a certificate that names other hosts than ours: it may 
 WARN_DAYS = 30  # a certificate with so few days left is warned of: time for a month's holiday
 ALERT_LINGER_S = 1.0  # we read on so long after an alert: a close with unread input would lose it
 HANDSHAKE_BYTES = 16 * 1024  # what an unknown peer costs here; OpenSSL adds up to 130 KiB
-MAX_HANDSHAKE_BYTES = 48 * 1024  # of a peer: five certificates of ML-DSA-87 and the rest are 44 KiB
+MAX_HANDSHAKE_BYTES = 56 * 1024  # of a peer: six certificates of ML-DSA-87 and the rest are 52 KiB
+MAX_CHAIN_BYTES = 48 * 1024  # of that
 COMPUTED = threading.BoundedSemaphore(4)  # handshakes at a time: OpenSSL may need 3 MB for so many
 INCOMING_BYTES = 256 * 1024  # ciphertext of one receive: 16 records; more leaves the cache
 OUTGOING_BYTES = 128 * 1024  # ciphertext of one send; a larger batch gets a buffer of its own
@@ -193,10 +194,10 @@ class TlsContext:
         self.peer_name: Name | None = None if verify_name is None else self.naming(verify_name).peer_name
         make = f"{PROGRAM} pki init{self.profile.pki_option}"
         with _told(f"--tls-ca {ca}", f"copy ca.crt from the authority's folder, or make an authority by: {make}"):
-            roots = _load_certificates(ca)
+            roots = self.roots = _load_certificates(ca)
             for root in roots:
                 _check_chain([root], "authority", self.profile)
-                if not any(_has_signed(each, root) for each in roots):
+                if _folded(root.issuer) not in {_folded(each.subject) for each in roots}:
                     raise ValueError(f"{root.issuer.rfc4514_string()} has signed an authority, and is missing")
                 self._store.add_cert(crypto.X509.from_cryptography(root))
         chain = self._load_own(cert, key)
@@ -239,6 +240,8 @@ class TlsContext:
             _check_chain(chain, self.role, self.profile)
             if sum(each.subject != each.issuer for each in chain) > VERIFY_DEPTH + 1:
                 raise ValueError(f"more than {VERIFY_DEPTH} authorities stand between it and the root")
+            if sum(len(each.public_bytes(serialization.Encoding.DER)) for each in chain) > MAX_CHAIN_BYTES:
+                raise ValueError(f"its certificates have over {MAX_CHAIN_BYTES} bytes")
             self.ssl_context.use_certificate(chain[0])
             for authority in chain[1:]:
                 self.ssl_context.add_extra_chain_cert(authority)
@@ -264,8 +267,7 @@ class TlsContext:
                 _admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures, self.profile)
                 # One that names no end has ended: nobody could tell when it grew stale.
                 _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
-                parts = [kind for kind in each.extensions if kind.critical]
-                if any(not getattr(kind.value, "only_contains_user_certs", False) for kind in parts):
+                if any(extension.critical and _is_partial(extension.value) for extension in each.extensions):
                     raise ValueError("it holds a part of a list, which leaves all others without one")
                 issuer = each.issuer.rfc4514_string()
                 # As OpenSSL compares names.
@@ -396,6 +398,16 @@ def _extension(source: Certificate | CertificateRevocationList, kind: type[Any])
         return None
     except KeyError as error:  # a number in RFC 7633's extension that cryptography does not know
         raise ValueError(f"it has an extension that cannot be read, with {error}") from error
+
+
+def _is_partial(point: Any) -> bool:
+    """Whether a list with this critical extension cannot be for all certificates of its issuer.
+
+    Of one for leaves alone, or for one distribution point, that depends on the certificates.
+    """
+    partial = ("only_contains_ca_certs", "only_contains_attribute_certs", "indirect_crl", "only_some_reasons")
+    is_point = isinstance(point, x509.IssuingDistributionPoint)
+    return not is_point or any(getattr(point, each) for each in partial)
 
 
 def _folded(name: x509.Name) -> str:
@@ -592,7 +604,7 @@ class _Ssl:
         try:
             chain = self.negotiated()[3] if code and rule == "certificate" else []
             # OpenSSL may have stopped before the signatures: we read nothing that a stranger made.
-            if chain and all(map(_has_signed, chain[1:], chain)):
+            if chain and chain[-1] in context.roots and all(map(_has_signed, chain[1:], chain)):
                 _check_chain(chain, context.peer_role, context.profile, context.peer_name)
         except HandshakeError as named:  # which says of which certificate
             return named
@@ -716,6 +728,7 @@ class TlsTransport:
             _leave(carrier, alert)
             raise refusal from error
         except HandshakeError:
+            del ssl
             _leave(carrier, b"")
             raise
         except TimeoutError:

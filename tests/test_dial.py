@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import sys
 import threading
@@ -133,22 +134,23 @@ def test_all_refuse(resolve: Callable[..., rtunnel.Address]) -> None:
         assert rtunnel.reason_of(caught.value) == "127.0.0.1: Connection refused; 127.0.0.2: Connection refused"
 
 
+@pytest.mark.parametrize("code", sorted(rtunnel.NO_ROUTE))
 def test_all_to_which_there_is_a_route_refuse(
-    resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch
+    resolve: Callable[..., rtunnel.Address], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     """A host that refuses is about to be there again, also where it has an IPv6 address and we have no IPv6 (X-3)."""
     connect_to = rtunnel.connect
 
     def no_ipv6(row: Any, seconds: float) -> socket.socket:
         if row[0] == socket.AF_INET6:
-            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+            raise OSError(code, os.strerror(code))
         return connect_to(row, seconds)
 
     monkeypatch.setattr(rtunnel, "connect", no_ipv6)
     with closed_port() as closed:
-        with pytest.raises(ConnectionRefusedError, match="2001:db8::1: Network is unreachable"):
+        with pytest.raises(ConnectionRefusedError, match=f"2001:db8::1: {os.strerror(code)}"):
             rtunnel.dial(resolve(("127.0.0.1", closed[1]), ("2001:db8::1", closed[1], 0, 0)), 5.0)
-        with pytest.raises(OSError, match="unreachable") as caught:
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
             rtunnel.dial(resolve(("2001:db8::1", closed[1], 0, 0)), 5.0)
         assert not isinstance(caught.value, ConnectionRefusedError)
 

@@ -8,6 +8,7 @@ import random
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -401,3 +402,30 @@ def test_a_visitor_that_leaves_during_the_dial(ends: Ends, monkeypatch: pytest.M
             reset(connect(public))
         all_closed(ends, 5)
         assert [session.stream_count() for session in ends.sessions()] == [0]
+
+
+def test_a_service_that_is_dialled_slowly_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[E-7]: the 5 s in which a service may answer our FIN begin with the FIN, and not with the peer's CLOSE_CONN,
+    which may come while it is dialled."""
+    monkeypatch.setattr(rtunnel, "LINGER_S", 1.5)
+    dial = rtunnel.dial
+    with Ends() as ends, PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def slow(address: rtunnel.Address, seconds: float) -> socket.socket:
+            if address.port == listener.getsockname()[1]:
+                time.sleep(2.0)
+            return dial(address, seconds)
+
+        monkeypatch.setattr(rtunnel, "dial", slow)
+        ends.open_client(server.address, mapping(listener.getsockname()))
+        peer = server.accept(b"")
+        peer.send_frame(FrameType.NEW_CONN, 1)
+        peer.send_frame(FrameType.CLOSE_CONN, 1)
+        service, _ = listener.accept()
+        with service:
+            service.settimeout(10.0)
+            assert service.recv(1) == b""
+            time.sleep(1.1)  # longer than between two sweeps
+            for _ in range(2):  # the first would be answered by a reset
+                service.sendall(b"x")
+                time.sleep(0.05)

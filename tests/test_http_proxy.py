@@ -315,16 +315,18 @@ def test_what_is_no_proxy(command: Command, url: str) -> None:
     """Anything else is one sentence and status 2, which does not repeat a password."""
     status, out, err = command("client", "--server=h:1", "--local=h:1", "--proxy", url)
     assert (status, out) == (2, "")
-    assert "--proxy: write http://HOST:PORT" in err
+    form = "write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, other letters as %40"
+    assert err == f"rtunnel client: argument --proxy: {form}\n"
     assert SECRET not in err
 
 
+@pytest.mark.parametrize("scheme", ["http", "https", "socks5h"])
 @pytest.mark.parametrize("option", ["--proxy={}", "--Proxy={}", "{}"])
-def test_a_proxy_where_no_option_takes_it(command: Command, option: str) -> None:
+def test_a_proxy_where_no_option_takes_it(command: Command, option: str, scheme: str) -> None:
     """An error repeats what it does not know, but no password."""
-    status, out, err = command("server", option.format(f"http://alice:{SECRET}@proxy.invalid:3128"))
+    status, out, err = command("server", option.format(f"{scheme}://alice:{SECRET}@proxy.invalid:3128"))
     assert (status, out) == (2, "")
-    assert "http://alice:***@proxy.invalid:3128" in err
+    assert f"{scheme}://alice:***@proxy.invalid:3128" in err
     assert SECRET not in err
 
 

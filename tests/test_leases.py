@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from level1 import (
@@ -502,6 +503,56 @@ def test_port_0_that_its_holder_has_got_meanwhile(house: House) -> None:
             visitor.sendall(b"marco")
             assert read_exactly(visitor, 5) == b"marco"
         assert not ends.log.events("session-replaced")
+
+
+def test_port_0_that_its_holder_will_come_back_to(house: House) -> None:
+    """[L-6]: neither does who asks for port 0 get a port that waits for another instance's return."""
+    with Ends(house) as ends, contextlib.ExitStack() as stack:
+        server, service = ends.open_server(), stack.enter_context(echo_service())
+        any_port = mapping(service.address)
+        first = ends.open_client(server, any_port)
+        port = ends.public()[1]
+        stop(first)
+        ends.log.wait_for("lease-closed")
+        with Relay(server) as relay:
+            ends.open_client(relay.address, mapping(service.address, port))
+            ends.public(2)
+        eventually(lambda: [lease.sessions for lease in leases(ends.server)] == [[]])
+        ends.open_client(server, any_port)
+        assert ends.public(3)[1] != port
+
+
+def test_why_a_lease_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log tells the session's end, also where a visitor is the first who meets it."""
+    with NaivePeer.connect(ends.open_server()) as original:
+        original.send_init(b"0:127.0.0.1:80")
+        public = ends.public()
+        [session] = ends.sessions()
+        close = session.writer.close
+
+        def meet(*arguments: Any) -> None:
+            with connect(public) as visitor:
+                assert ends_with(visitor) == "reset"
+            close(*arguments)
+
+        monkeypatch.setattr(session.writer, "close", meet)
+        original.sock.close()
+        assert ends.log.wait_for("lease-closed")["reason"] == "closed by the peer"
+
+
+def test_an_error_in_what_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose first look at the rules fails ends, and leaves nothing behind."""
+    with Ends() as ends:
+        monkeypatch.setattr(ends.log, "check", lambda: None)
+        server = ends.open_server()
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(ends.server, "check_allowed", fail)
+        with NaivePeer.connect(server) as peer:
+            peer.expect_end()
+            eventually(lambda: not ends.server.has_connections())
 
 
 def test_a_lease_wakes_its_own_visitors(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -632,10 +633,17 @@ def test_a_list_of_another_authority_lets_nobody_in(house: House, tmp_path: Path
     assert isinstance(refused, HandshakeError)
 
 
-PART = x509.IssuingDistributionPoint(None, None, False, True, None, False, False)  # of authorities alone
+def point(**what: Any) -> x509.IssuingDistributionPoint:
+    wanted = dict.fromkeys(inspect.signature(x509.IssuingDistributionPoint).parameters, False)
+    wanted |= {"full_name": None, "relative_name": None, "only_some_reasons": None} | what
+    return x509.IssuingDistributionPoint(**wanted)
+
+
 PARTS: dict[str, x509.ExtensionType] = {
     "changes": x509.DeltaCRLIndicator(1),
-    "authorities": PART,
+    "authorities": point(only_contains_ca_certs=True),
+    "others'": point(indirect_crl=True),
+    "some reasons": point(only_contains_user_certs=True, only_some_reasons=frozenset([x509.ReasonFlags.ca_compromise])),
     "unknown": x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\5\0"),
 }
 
@@ -657,12 +665,25 @@ def test_a_part_of_a_list_is_refused(house: House, tmp_path: Path, part: str) ->
     refuse("--tls-crl|a part of a list", crl=tmp_path / "crl.pem", **house.files("server"))
 
 
-def test_a_list_of_users_alone_is_whole(house: House, tmp_path: Path) -> None:
-    """Nobody's chain needs the list of an authority above the root."""
-    users = x509.IssuingDistributionPoint(None, None, True, False, None, False, False)
-    (tmp_path / "crl.pem").write_bytes(listed(house, "rtunnel CA", users))
+def test_a_list_of_leaves_is_taken(house: House, tmp_path: Path) -> None:
+    """A list of leaves alone does where no authority stands below the root."""
+    (tmp_path / "crl.pem").write_bytes(listed(house, "rtunnel CA", point(only_contains_user_certs=True)))
     with session(house.server(crl=tmp_path / "crl.pem"), house.client()):
         pass
+
+
+def test_a_list_of_one_point_is_taken(house: House, tmp_path: Path) -> None:
+    """Whether a list of one distribution point does depends on the certificates that will come."""
+    where = point(full_name=[x509.UniformResourceIdentifier("http://ca.example.org/crl")])
+    (tmp_path / "crl.pem").write_bytes(listed(house, "rtunnel CA", where))
+    house.server(crl=tmp_path / "crl.pem")
+
+
+def test_a_chain_that_no_peer_would_take(root: Signer, tmp_path: Path, house: House) -> None:
+    """A certificate of so many hosts that its handshake would be too large is refused at the start."""
+    hosts = [f"host-{number}.some-example.org" for number in range(2_000)]
+    pair = root.issue(tmp_path, "own", [SERVER_AUTH], hosts)
+    refuse("--tls-cert|over 49152 bytes", cert=pair.cert, key=pair.key, ca=house.ca)
 
 
 @pytest.mark.parametrize("name", ["RTUNNEL CA", "rtunnel  CA"])
@@ -679,6 +700,8 @@ def test_an_authority_below_the_root_alone(house: House, tmp_path: Path) -> None
     (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate))
     files = house.files("server") | {"ca": tmp_path / "ca.crt"}
     refuse("--tls-ca|CN=root has signed an authority, and is missing", **files)
+    root.name = "ROOT"  # as OpenSSL compares names, that is the same
+    between = Signer(name="between", by=root)
     (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate, root.certificate))
     TlsContext("server", "default", **files)
 

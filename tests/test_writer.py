@@ -623,15 +623,15 @@ def test_a_last_frame_counts_where_nothing_stands_before_it(writer: rtunnel.Writ
     assert sent.index((DATA, 2)) < sent.index((CLOSE_CONN, 2))
 
 
-def test_a_stream_that_ends_wakes_one_pump(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Where many pumps wait for room, another stream's end wakes one, and its own all: else each end would cost as
-    much as there are that wait."""
-    woken: list[int] = []
-    notify = writer._room.notify
+def test_a_stream_that_ends_wakes_its_own_pump(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """Where many pumps wait for room, another stream's end wakes none of them, unless it makes room: else each end
+    would cost as much as there are that wait, and who has waited longest would stand last."""
+    woken: list[str] = []
+    notify = writer._room.notify_all
 
-    def count(number: int = 1) -> None:
-        woken.append(number)
-        notify(number)
+    def note() -> None:
+        woken.append("all")
+        notify()
 
     transport.hold()
     with threads() as started:
@@ -643,12 +643,12 @@ def test_a_stream_that_ends_wakes_one_pump(writer: rtunnel.Writer, transport: Fa
             elif number == 2:
                 eventually(writer.unsent_bytes)
         eventually(lambda: waiting_pumps(writer) == 3)
-        writer._room.notify = count  # type: ignore[method-assign]
+        writer._room.notify_all = note  # type: ignore[method-assign]
         writer.post_last(FakeStream(9), frame(CLOSE_CONN, 9))  # type: ignore[arg-type]
-        assert woken == [1]
+        assert not woken
         [waiting, *_] = writer._waiting
         writer.post_last(waiting, frame(CLOSE_CONN, waiting.number))
-        assert woken[1] == 3
+        assert woken == ["all"]
         transport.let_go()
         eventually(lambda: not waiting_pumps(writer))
         eventually(lambda: sum(kind == DATA for kind, _, _ in transport.frames()) == 4)
