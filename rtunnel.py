@@ -28,11 +28,11 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                      and more        visitors or scrapes; serves     Listener._has_successor*
                                      it as one of the next rows
                                      (Listener.serve_forever)
-    session reader   1 a session     the handshake; then decodes    TlsTransport.handshake,
-                                     and dispatches frames, writes  PlainTransport.receive_into,
-                                     none, dials nobody             PlainTransport.send,
-                                     (Server.serve_control,         Session.run,
-                                     ClientSession.run)             OriginalStream.feed
+    session reader   1 a session     the handshake; then decodes    PlainTransport.receive_into,
+                                     and dispatches frames, writes  PlainTransport.send,
+                                     none, dials nobody             Session.run,
+                                     (Server.serve_control,         OriginalStream.feed
+                                     ClientSession.run)
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
@@ -40,7 +40,6 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
                      and server, at  hands, waits for the           Client._connect, Client._serve,
                      the client      session's end                  PlainTransport.receive_into,
                                      (Client._run_mapping)          PlainTransport.send,
-                                                                    TlsTransport.handshake,
                                                                     HttpProxy.dial,
                                                                     ProxyAnswer.readinto
     stream pump      0 or 1 a        the dial (client); socket to   dial, ClientSession._dial_local,
@@ -192,13 +191,14 @@ RECORD_BYTES = 16 * 1024  # of TLS: a frame that fills one waits for no others [
 GROUP_FRAMES = 8  # that do: while all who can run did, the peer would stand still [the same]
 FIRST_BUFFER_BYTES = 1024  # receive buffers start small, and grow: 10,000 idle [_pump, _read]
 READER_BUFFER_BYTES = 256 * 1024  # one large receive holds many frames [Session._read]
+READER_FRAMES = 64  # dispatched in one go: tiny ones would keep all others waiting [the same]
 DRAIN_BYTES = 256 * 1024  # in one send of a drainer, which holds its stream's lock [ByteQueue]
 UNSENT_BYTES = 128 * 1024  # in the kernel (TCP_NOTSENT_LOWAT): small frames wait behind it [tune]
 LEVEL_0_QUEUE_BYTES = 1024 * 1024  # of a stream: level 0 has no credit [OriginalStream]
 LEVEL_0_WAIT_S = 20.0  # the reader's, for one stream's full queue; all others wait too [the same]
 
 # how many
-MAX_STRANGERS = 256  # no client yet: up to 500 kB each (TLS); sshd: 100 [Server.serve_control]
+MAX_STRANGERS = 256  # no client yet: up to 1.6 MB each (TLS); sshd: 100 [Server.serve_control]
 MAX_CLIENTS = 256  # each may cost its budget [Server._find_lease_locked]
 MAX_LEASES = 64  # of one identity: a port, ACCEPTORS threads, a listen queue each [the same]
 MAX_ASSIGNED_PORTS = 1024  # of instances, remembered [Server._bind_free_locked]
@@ -2040,7 +2040,9 @@ class Session:
             if self._cause is not None:  # read without the lock
                 continue  # discarded: a close with unread bytes sends RST; it eats our last frame
             self._received_at = time.monotonic()
-            for event in self.decoder.feed(buffer[:count]):
+            for number, event in enumerate(self.decoder.feed(buffer[:count]), 1):
+                if not number % READER_FRAMES:
+                    let_others_run()
                 if isinstance(event, DataPart):
                     if stream := self._find(event.stream):
                         stream.feed(event.part)
@@ -2763,7 +2765,8 @@ class Server(Program):
         if not init.port and init.instance:
             self._assigned[session.holder, init.instance] = lease.address.port
             if len(self._assigned) > MAX_ASSIGNED_PORTS:
-                del self._assigned[next(iter(self._assigned))]
+                idle = (key for key, each in self._assigned.items() if each not in self._leases)
+                del self._assigned[next(idle, next(iter(self._assigned)))]
         return lease
 
     def leave_lease(self, session: ServerSession, reason: str, *, linger: bool) -> None:

@@ -86,7 +86,6 @@ ALERT_LINGER_S = 1.0  # we read on so long after an alert: a close with unread i
 HANDSHAKE_BYTES = 16 * 1024  # what an unknown peer costs here; OpenSSL adds up to 130 KiB
 MAX_HANDSHAKE_BYTES = 56 * 1024  # of a peer: six certificates of ML-DSA-87 and the rest are 52 KiB
 MAX_CHAIN_BYTES = 48 * 1024  # of that
-COMPUTED = threading.BoundedSemaphore(4)  # handshakes at a time: OpenSSL may need 3 MB for so many
 INCOMING_BYTES = 256 * 1024  # ciphertext of one receive: 16 records; more leaves the cache
 OUTGOING_BYTES = 128 * 1024  # ciphertext of one send; a larger batch gets a buffer of its own
 MAX_UNSENT_BYTES = 64 * 1024  # answers that a peer makes us owe: 2,400 KeyUpdates, 1 is plenty
@@ -692,7 +691,7 @@ class TlsTransport:
         ssl, buffer, received = _Ssl(context), memoryview(bytearray(HANDSHAKE_BYTES)), 0
         try:
             while True:
-                with contextlib.suppress(SSL.WantReadError), COMPUTED:
+                with contextlib.suppress(SSL.WantReadError):
                     ssl.do_handshake()
                     break
                 _limit_waits(carrier, remaining())

@@ -485,6 +485,22 @@ def test_port_0_that_somebody_else_has_got_meanwhile(ends: Ends) -> None:
             again.hear(FrameType.NEW_CONN)
 
 
+def test_many_others_of_port_0(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[L-6]: of the ports that are remembered those are forgotten first that nobody has now: others who come and go
+    take no port from who is here, when he comes back."""
+    monkeypatch.setattr(rtunnel, "MAX_ASSIGNED_PORTS", 2)
+    server, instance = ends.open_server(), new_instance()
+    with Peer.as_client(server, 0, instance) as first:
+        for count in range(1, 5):
+            with Peer.as_client(server) as other:
+                other.send_frame(FrameType.GOAWAY, 0, b"stopping")
+                ends.log.wait_for("lease-closed", count)
+        first.send_frame(FrameType.GOAWAY, 0, b"stopping")
+        ends.log.wait_for("lease-closed", 5)
+    with Peer.as_client(server, 0, instance) as again:
+        assert again.port == first.port
+
+
 def test_port_0_that_its_holder_has_got_meanwhile(house: House) -> None:
     """[L-6]: with certificates the port of a known instance may be its holder's by another instance: that is not
     replaced, since who asks for port 0 can have any."""

@@ -619,6 +619,16 @@ def test_streams_of_a_server_that_does_not_read(ends: Ends, monkeypatch: pytest.
         assert "has not read" in ends.log.wait_for("session-closed")["reason"]
 
 
+def test_tiny_frames_keep_nobody_waiting(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[X-2]: a reader to whom tiny frames come without end lets other threads run between them."""
+    let_run: list[None] = []
+    monkeypatch.setattr(rtunnel, "let_others_run", lambda: let_run.append(None))
+    with Peer.as_client(ends.open_server()) as peer, connect(peer.public):
+        peer.hear(rtunnel.FrameType.NEW_CONN)
+        peer.send(6400 * rtunnel.encode(rtunnel.FrameType.BLOCKED, 1))
+        eventually(lambda: len(let_run) >= 6400 // rtunnel.READER_FRAMES // 2)
+
+
 def test_clients_that_say_goaway_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that has said GOAWAY, and stays, still is a client: the limit holds for it, too."""
     monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 2)

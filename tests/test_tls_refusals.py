@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import socket
 import ssl
-import threading
 import time
 import warnings
 import weakref
@@ -269,22 +268,6 @@ def test_what_a_refused_one_holds_is_freed(
     refused, _ = meet(world.ours(ours), costly(world, OTHER[ours], names))
     assert isinstance(refused, HandshakeError)
     assert alive == [False]
-
-
-def test_so_many_handshakes_are_computed_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where so many are under way, the next one waits, and passes when one of them is done."""
-    places = threading.BoundedSemaphore(1)
-    monkeypatch.setattr(rtunnel_tls, "COMPUTED", places)
-    outcomes: list[Any] = []
-    with places:
-        thread = threading.Thread(
-            target=lambda: outcomes.append(meet(world.ours("server"), world.raw("client", world.pairs["client"]))[0])
-        )
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
-    thread.join(10.0)
-    assert isinstance(outcomes[0], Receipt)
 
 
 @pytest.mark.parametrize("ours", ["server", "client"])
