@@ -1412,19 +1412,18 @@ class Writer:
 
     def _take_all_locked(self, own: bytes | memoryview = b"") -> bytes | memoryview:
         """What is queued, then the caller's own frame; the caller must write it."""
-        if not self._has_work_locked():
-            self._writing = True
-            return own  # without a copy
-        grants = self._grants.items()
-        windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
-        batch = b"".join([self._control, *windows, *(frame for _, frame in self._queue), own])
-        self._writing = True  # not before there was the memory for it
-        self._control.clear()
-        self._grants.clear()
-        self._queue.clear()
-        self._queue_bytes = 0
-        self._flush = False  # each send takes along what the transport has to say
-        self._room.notify()
+        batch = own  # without a copy
+        if self._has_work_locked():
+            grants = self._grants.items()
+            windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
+            batch = b"".join([self._control, *windows, *(frame for _, frame in self._queue), own])
+            self._control.clear()
+            self._grants.clear()
+            self._queue.clear()
+            self._queue_bytes = 0
+            self._flush = False  # each send takes along what the transport has to say
+            self._room.notify()
+        self._writing = True  # not before there was the memory for the batch
         return batch
 
     def _write(self, batch: bytes | memoryview) -> None:
