@@ -1265,9 +1265,8 @@ class Writer:
         # guarded by _lock
         self._writing = False
         self._gathering = False  # a pump lets others leave frames; until it runs nobody else does
-        # Who is alone, or beside bulk, never waits.
-        self._last = 0  # the stream that sent last
-        self._small_frames = 0  # that were sent since a large one
+        self._last = 0  # the stream that sent last: who is alone never gathers
+        self._small_frames = 0  # that were sent since a large one: nor does who is beside bulk
         self._control = bytearray()  # frames
         self._grants: dict[int, int] = {}  # stream: bytes of credit, for its next WINDOW
         self._queue: list[tuple[Stream, bytes]] = []
@@ -1296,8 +1295,7 @@ class Writer:
                 raise SessionEnded(self._cause)
             if stream.silenced or not (frame or self._has_work_locked()):
                 return
-            is_small = len(frame) < RECORD_BYTES
-            self._small_frames = self._small_frames + 1 if is_small else 0
+            self._small_frames = self._small_frames + 1 if len(frame) < RECORD_BYTES else 0
             has_company = self._last != stream.number and self._small_frames > GROUP_FRAMES
             gathers = has_company and len(self._queue) < GROUP_FRAMES - 1
             self._last = stream.number
