@@ -964,10 +964,9 @@ def dial(address: Address, seconds: float) -> socket.socket:
 @functools.lru_cache
 def numeric(address: Address) -> Sequence[Any]:
     """The row of getaddrinfo for an address that is no name; none for a name."""
-    if "%" in address.host:  # of an interface, which may come back with another number
-        return ()
     with contextlib.suppress(socket.gaierror):
-        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
+        if "%" not in address.host:  # an interface may come back with another number
+            return socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[:1]
     return ()
 
 
