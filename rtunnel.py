@@ -874,8 +874,8 @@ NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EA
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-def tune(sock: socket.socket, *, control: bool = False) -> None:
-    """Small messages at once, dead peers found; for a control connection a short kernel queue."""
+def tune(sock: socket.socket, **more: int) -> None:
+    """Small messages at once, dead peers found. `more` are other options of TCP."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # urgent bytes are not dropped
     wanted = {
@@ -885,9 +885,7 @@ def tune(sock: socket.socket, *, control: bool = False) -> None:
         "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_S,
         "TCP_KEEPCNT": KEEPALIVE_PROBES,
     }
-    if control:
-        wanted["TCP_NOTSENT_LOWAT"] = UNSENT_BYTES
-    for name, value in wanted.items():
+    for name, value in (wanted | more).items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -1198,7 +1196,7 @@ class PlainTransport:
         self.wants_flush: Callable[[], None] = lambda: None  # plain TCP never does
         self.set_timeout = sock.settimeout  # in the handshake: one thread has it then
         self.peer = str(Address(*sock.getpeername()[:2]))
-        tune(sock, control=True)
+        tune(sock, TCP_NOTSENT_LOWAT=UNSENT_BYTES)  # a short kernel queue
 
     def receive_into(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 at the end. Raises OSError."""

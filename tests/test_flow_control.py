@@ -251,8 +251,8 @@ def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tunnel's stream sockets hold as little as the system allows."""
     tune = rtunnel.tune
 
-    def small(sock: socket.socket, *, control: bool = False) -> None:
-        tune(sock, control=control)
+    def small(sock: socket.socket, **control: int) -> None:
+        tune(sock, **control)
         if not control:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 

@@ -632,15 +632,19 @@ def test_no_thread_for_a_session(program: rtunnel.Program, monkeypatch: pytest.M
 
 
 def test_dead_peers_are_found(visitor: Ends) -> None:
-    """TCP keepalive finds a dead peer in 60 s, where nothing is on its way to it; small messages leave at once."""
+    """TCP keepalive finds a dead peer in 60 s, where nothing is on its way to it; small messages leave at once.
+
+    A control connection has a short queue in the kernel besides.
+    """
     assert rtunnel.KEEPALIVE_IDLE_S + rtunnel.KEEPALIVE_PROBES * rtunnel.KEEPALIVE_INTERVAL_S == 60
     near, _ = visitor
     with near:
-        rtunnel.tune(near, control=True)
+        rtunnel.PlainTransport(near)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         if sys.platform == "linux":
             assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == rtunnel.KEEPALIVE_IDLE_S
+            assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == rtunnel.UNSENT_BYTES
 
 
 @pytest.mark.parametrize("with_poll", [True, False])

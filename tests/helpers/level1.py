@@ -276,8 +276,8 @@ def small_control_sockets() -> Iterator[None]:
     """The program's control sockets hold as little as the system allows of what is sent."""
     tune = rtunnel.tune
 
-    def small(sock: socket.socket, *, control: bool = False) -> None:
-        tune(sock, control=control)
+    def small(sock: socket.socket, **control: int) -> None:
+        tune(sock, **control)
         if control:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
