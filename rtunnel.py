@@ -763,9 +763,8 @@ class LogHandler(logging.Handler):
     def __init__(self, level: str) -> None:
         """From now on it is the log: UTC time, level, event, pairs."""
         super().__init__()
-        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
-        formatter.converter = time.gmtime
-        self.setFormatter(formatter)
+        self.formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s\n", "%Y-%m-%dT%H:%M:%S")
+        self.formatter.converter = time.gmtime
         self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
         self.dropped = 0  # where the queue was full
         self.failed = 0  # in a write
