@@ -857,8 +857,7 @@ class Pool:
         """No more tasks; the idle leave."""
         with self._lock:
             self._closed = True
-            # Each wakes the next: thousands at once would all ask for the interpreter's lock.
-            if self._idle:
+            if self._idle:  # each wakes the next: thousands at once would all ask for the GIL
                 self._idle.popitem()[0].put(self.close)
 
 
@@ -1052,8 +1051,7 @@ class ProxyAnswer(socket.SocketIO):
 
 def reset_at_close(sock: socket.socket, reset: bool = True) -> None:
     """Make `close` send RST, the kernel's too when the process is killed; at a clean end FIN."""
-    # struct linger has u_short on Windows.
-    linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)
+    linger = struct.pack("HH" if os.name == "nt" else "ii", reset, 0)  # u_short on Windows
     with contextlib.suppress(OSError):  # macOS: reset, or shut both ways, already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
