@@ -3152,8 +3152,6 @@ class OriginalStream(PumpedStream):
 
     level = 0
     first_window = UNLIMITED
-    # guarded by _lock
-    _peer_closed = False  # first: what the socket still sends is discarded, for 5 s after our FIN
 
     def feed(self, part: memoryview) -> None:
         """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
@@ -3168,7 +3166,6 @@ class OriginalStream(PumpedStream):
         """With a reason a reset; bare, a clean end behind the DATA. Answered once (E-1)."""
         with self._lock:
             answer, self._sending = self._sending is not Sending.CLOSED, Sending.CLOSED
-            self._peer_closed |= answer
             if reason:
                 self._abort_locked("peer: " + quoted(reason[:MAX_REASON_BYTES].decode("ascii", "replace")))
             elif answer and not self._received and self._session.role == "server":
@@ -3186,11 +3183,11 @@ class OriginalStream(PumpedStream):
         return FrameType.CLOSE_CONN
 
     def sweep(self) -> None:
-        """A socket that does not answer our FIN is closed (E-7)."""
+        """What a socket still sends after our FIN is discarded for 5 s; then it is closed (E-7)."""
         super().sweep()
         with self._lock:
-            fin_is_sent = self._peer_closed and self._receiving is Receiving.ENDED
-            if fin_is_sent and time.monotonic() - self._moved_at > LINGER_S:
+            # Where the socket's own end came first, or an abort, the pump has nothing more to read.
+            if self._receiving is Receiving.ENDED and time.monotonic() - self._moved_at > LINGER_S:
                 self._end_pump_locked()
 
 
