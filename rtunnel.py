@@ -1767,10 +1767,18 @@ class PumpedStream(Stream):
         """The pump's life: dial (client), socket to DATA frames, its end."""
         log_event(DEBUG, "stream-opened", stream=self.number, peer=self.visitor, level=self._session.level)
         try:
-            # Read without the lock: one that is not dialled has been there from the start.
-            sock = self._dial(connect) if connect else self._sock
-            if sock is not None:
-                self._end_sending(self._pump(sock, is_new=connect is None))
+            sock = self._sock  # read without the lock: the server's is there from the start
+            if connect is not None:
+                sock = connect()
+                reset_at_close(sock)  # at once: whatever kills us, no cut looks like an end
+                if DONT_WAIT is None:
+                    sock.setblocking(False)
+                with self._lock:
+                    self._sock = sock
+                    self._write_queue_locked()  # mostly a request, which it takes: no drainer
+                    self._start_drainer_locked()
+            assert sock is not None
+            self._end_sending(self._pump(sock, is_new=connect is None))
         except (OSError, SessionEnded) as error:  # the dial's, the session's
             self.abort("refused" if isinstance(error, ConnectionRefusedError) else reason_of(error))
         finally:  # also at an internal error: it ends the session, and that aborts this stream
@@ -1781,17 +1789,6 @@ class PumpedStream(Stream):
         with self._lock:
             self._pumping = False
         self._close_if_done()
-
-    def _dial(self, connect: Callable[[], socket.socket]) -> socket.socket:
-        sock = connect()
-        reset_at_close(sock)  # from the first moment: whatever kills us, no cut looks like an end
-        if DONT_WAIT is None:
-            sock.setblocking(False)
-        with self._lock:
-            self._sock = sock
-            self._write_queue_locked()  # a request, mostly, which it takes: that spares a drainer
-            self._start_drainer_locked()
-        return sock
 
     def _pump(self, sock: socket.socket, *, is_new: bool) -> bytes | memoryview:
         """Socket to DATA frames, until its end, an abort, or the session's end (SessionEnded).
