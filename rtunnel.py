@@ -281,8 +281,8 @@ class NoThread(RtunnelError):
 
 # ---- wire: addresses and frames; no socket, thread, clock or log (PROTOCOL.md, sections 2, 3) ----
 
-# Of a host name or an IPv4 address: printable ASCII but '.', ':', '\' and square brackets.
-LABEL = r"[!-\-/-9;-Z^-~]{1,63}"
+# A host name or an IPv4 address. In a label: printable ASCII but '.', ':', '\', square brackets.
+HOST = r"([!-\-/-9;-Z^-~]{1,63}(\.|$))+"
 
 
 class Address(NamedTuple):
@@ -320,9 +320,7 @@ class Address(NamedTuple):
             if bracketed := re.fullmatch(r"\[(.+)\]", host):
                 host = bracketed[1]
                 ipaddress.IPv6Address(host)
-            elif host == "*" or not (
-                re.fullmatch(LABEL + rf"(\.{LABEL})*\.?", host) or (listen and colon and not host)
-            ):
+            elif host == "*" or not (re.fullmatch(HOST, host) or (listen and colon and not host)):
                 raise ValueError
         except ValueError:
             forms = "host:port, [IPv6]:port" + (" or :port" if listen else "")
