@@ -1699,7 +1699,6 @@ class Stream:
             self._write_queue_locked()
 
     def _start_drainer_locked(self) -> None:
-        """Where one is needed."""
         if not self._queue or self._draining or (sock := self._sock) is None:
             return
         try:
@@ -2020,7 +2019,6 @@ class Session:
             return self._cause or "ended"
 
     def _read(self) -> None:
-        """Dispatch what comes, until the peer's end."""
         buffer = memoryview(bytearray(FIRST_BUFFER_BYTES))
         while count := self.transport.receive_into(buffer):
             if self._cause is not None:  # read without the lock
@@ -2069,7 +2067,6 @@ class Session:
         return stream
 
     def _send_control(self) -> None:
-        """The control sender."""
         self.guarded(lambda: self.end(self.writer.serve()))
         self._farewell_said.set()
         for stream in self.streams():
@@ -3140,16 +3137,13 @@ class Client(Program):
 
 
 class OriginalStream(PumpedStream):
-    """A stream at level 0: one CLOSE_CONN each way ends both directions, and there is no credit.
-
-    The window never runs out. What is queued is bounded by the reader, which waits.
-    """
+    """A stream at level 0: one CLOSE_CONN each way ends both directions; there is no credit."""
 
     level = 0
     first_window = UNLIMITED
 
     def feed(self, part: memoryview) -> None:
-        """Waits while the queue is full, 20 s at most; then the stream is reset (S-6)."""
+        """The reader waits while the queue is full, 20 s at most, then resets the stream (S-6)."""
         remaining = deadline(LEVEL_0_WAIT_S)
         with self._lock:
             while self._receiving is Receiving.OPEN and self._queue.size() + len(part) > LEVEL_0_QUEUE_BYTES:
@@ -3178,7 +3172,7 @@ class OriginalStream(PumpedStream):
         return FrameType.CLOSE_CONN
 
     def sweep(self) -> None:
-        """What a socket still sends after our FIN is discarded for 5 s; then it is closed (E-7)."""
+        """A socket is closed 5 s after our FIN; what it sends until then is discarded (E-7)."""
         super().sweep()
         with self._lock:
             # Where the socket's own end came first, or an abort, the pump has nothing more to read.
