@@ -352,7 +352,7 @@ class FrameType(enum.IntEnum):
     def __new__(cls, value: int, level: int, sender: str, on_stream: bool, longest: int, handler: str) -> FrameType:
         self = int.__new__(cls, value)
         self._value_, self.level, self.sender, self.on_stream, self.handler = value, level, sender, on_stream, handler
-        self.lengths = range(longest + 1) if longest > 8 or not longest else range(longest, longest + 1)
+        self.lengths = range(longest + 1) if longest > 8 else range(longest, longest + 1)
         return self
 
     # fmt: off
