@@ -2263,11 +2263,10 @@ class Metrics:
     def listen(self, address: Address) -> Listener:
         """The port. Raises ConfigError, OSError."""
         try:
-            import prometheus_client
-            from prometheus_client import core
+            import prometheus_client.core
         except ImportError:
             raise ConfigError("--metrics needs prometheus-client: pip install prometheus-client") from None
-        self._kinds = core.GaugeMetricFamily, core.CounterMetricFamily
+        self._kinds = prometheus_client.core.GaugeMetricFamily, prometheus_client.core.CounterMetricFamily
         registry = prometheus_client.CollectorRegistry()
         registry.register(self)
         prometheus_client.ProcessCollector(registry=registry)
