@@ -3416,16 +3416,14 @@ def make_client(settings: Settings) -> Client:
     if settings.forward and settings.remote_port:
         raise ConfigError("--remote-port belongs to --local: in --forward the remote port stands first")
     mappings = settings.forward or [Mapping(settings.remote_port, settings.local)]
-    refuse_twice("--server", (str(address).lower() for address in settings.server))
-    refuse_twice("--forward", (str(each.remote_port or each.local) for each in mappings))
+    for option, values in (
+        ("--server", [str(address).lower() for address in settings.server]),
+        ("--forward", [str(each.remote_port or each.local) for each in mappings]),
+    ):
+        if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
+            raise ConfigError(f"{option} has {twice[0]} twice: write each once")
     everywhere = [Mapping(each.remote_port, each.local, server) for each in mappings for server in settings.server]
     return Client(everywhere, settings, make_context(settings, *settings.server))
-
-
-def refuse_twice(option: str, values: Iterable[str]) -> None:
-    """Raises ConfigError where a value comes twice."""
-    if twice := [value for value, count in collections.Counter(values).items() if count > 1]:
-        raise ConfigError(f"{option} has {twice[0]} twice: write each once")
 
 
 def make_context(settings: Settings, *addresses: Address) -> Trust:
