@@ -3188,10 +3188,10 @@ class Option(NamedTuple):
     group: str
     name: str
     default: Any
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]  # bool: a switch, --NAME and --no-NAME, that takes no value
     metavar: str
     help: str
-    action: str = "store"
+    action: str | type[argparse.Action] = "store"
     example: str = ""  # for --example-config: a value, = is the default; behind `#` it is not set
 
     @property
@@ -3238,8 +3238,8 @@ def common_options(role: str) -> list[Option]:
     server_name = Option("TLS", "tls-server-name", "", str, "NAME",
                          "the host or address that each server's certificate must name; empty: the one in --server")
     return [
-        Option("TLS", "tls", False, bool, "",
-               "post-quantum mutual TLS; without it nothing is encrypted, and anybody may connect", "switch", "true"),
+        Option("TLS", "tls", False, bool, "", "post-quantum mutual TLS; without it nothing is encrypted, and anybody "
+               "may connect", argparse.BooleanOptionalAction, "true"),
         Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE",
                f"our certificate, and those below the root; made by: rtunnel {made_by}", example="="),
         Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only",
@@ -3295,7 +3295,7 @@ OPTIONS = {
                "remote port and local service, instead of the two above; repeatable, in a file list [a, b]", "append",
                "# [8080:127.0.0.1:8000, 2222:127.0.0.1:22]"),
         Option("tunnel", "proxy-protocol", False, bool, "", "tell the local service, which must expect it, each "
-               "visitor's address in a PROXY protocol line, version 1", "switch"),
+               "visitor's address in a PROXY protocol line, version 1", argparse.BooleanOptionalAction, "# false"),
         Option("tunnel", "reconnect-max", "30", seconds, "SECONDS",
                "the longest wait between two attempts; who was replaced by another session waits 30"),
         *common_options("client"),
@@ -3374,11 +3374,9 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     show("--example-config", help="show a commented file of all settings, and exit")
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
         group = parser.add_argument_group(title)
-        for option in options:
-            typed: dict[str, Any] = {"action": option.action, "type": option.parse, "metavar": option.metavar}
-            if option.action == "switch":
-                typed = {"action": argparse.BooleanOptionalAction}
-            group.add_argument(f"--{option.name}", default=option.default, help=option.help, **typed)
+        for each in options:
+            typed: dict[str, Any] = {} if each.parse is bool else {"type": each.parse, "metavar": each.metavar}
+            group.add_argument(f"--{each.name}", action=each.action, default=each.default, help=each.help, **typed)
     parser.set_defaults(run=run_program, parser=parser, command=command)
 
 
@@ -3620,8 +3618,7 @@ def example_config(command: str) -> str:
         for option in options:
             unit = f" ({option.metavar})" if option.metavar else ""
             about = fill(option.help[0].upper() + option.help[1:] + unit + ".")
-            default = str(option.default).lower() if option.action == "switch" else option.default
-            value = default if option.example == "=" else option.example or f"# {default}"
+            value = option.default if option.example == "=" else option.example or f"# {option.default}"
             line = "# " * value.startswith("# ") + f"{option.name} = {value.removeprefix('# ')}"
             blocks.append(f"{about}\n{line}".rstrip())
     return "\n\n".join(blocks) + "\n"
@@ -3639,7 +3636,7 @@ def run_program(settings: Settings) -> int:
         print(shown, end="")
         for option in OPTIONS[settings.command]:  # of the defaults it leaves out the switches
             names = rf"(--(no-)?)?{option.name}|RTUNNEL_{option.attribute.upper()}"
-            if option.action == "switch" and not re.search(rf"[\s:=]({names})[\s:=]", shown):
+            if option.parse is bool and not re.search(rf"[\s:=]({names})[\s:=]", shown):
                 print(f"  --{option.name}: {option.default}")
         return 0
     # Where 0, 1 or 2 is closed, the next socket would get it, and what is written there.
