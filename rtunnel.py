@@ -2317,11 +2317,9 @@ class Program:
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.status = 0  # the process's exit status
         self._lock = threading.Lock()
-        # The stop has begun.
-        self._changed = threading.Condition(self._lock)
+        self._stopping = threading.Event()  # a drain or the stop has begun; set under _lock
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
-        self._stopping = False  # a drain or the stop has begun
 
     def start(self) -> None:
         """Begin to serve. Raises RtunnelError."""
@@ -2368,7 +2366,7 @@ class Program:
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
         """While it lasts the stop and a reload find it. Raises SessionEnded in the stop."""
         with self._lock:
-            if self._stopping:
+            if self._stopping.is_set():
                 raise SessionEnded("stopping")
             self._connections.append(connection)
         try:
@@ -2385,13 +2383,11 @@ class Program:
 
     def take_nothing_new(self) -> None:
         with self._lock:
-            self._stopping = True
-            self._changed.notify_all()
+            self._stopping.set()
 
     def stops_within(self, seconds: float) -> bool:
         """Whether the stop or a drain begins within so long. Nothing else wakes a client."""
-        with self._lock:
-            return self._stopping or self._changed.wait(seconds)
+        return self._stopping.wait(seconds)
 
     def retire_all(self) -> None:
         """For a drain: nothing new, and the open streams may finish."""
@@ -2714,7 +2710,7 @@ class Server(Program):
     def _find_lease_locked(self, session: ServerSession, init: Init, port: int) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
         identity = session.transport.identity
-        if self._stopping:
+        if self._stopping.is_set():
             raise Refused("shutting-down", "the server stops")
         if not session.may_open():
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
@@ -2758,7 +2754,7 @@ class Server(Program):
             if lease is None:
                 return
             lease.sessions.remove(session)
-            if linger and not lease.sessions and not self._stopping:
+            if linger and not lease.sessions and not self._stopping.is_set():
                 lease.lingers = deadline(LEASE_LINGER_S)
                 CLOCK.after(LEASE_LINGER_S, lambda: self._close_unused(lease, "its client did not come back"))
         self._close_unused(lease, reason)
@@ -2812,7 +2808,7 @@ class Server(Program):
     def _choose(self, lease: Lease) -> ServerSession | None:
         """A session for a visitor, who waits here, in a thread, for the holder's return."""
         with self._lock:
-            while lease.lingers() and not lease.sessions and not self._stopping:
+            while lease.lingers() and not lease.sessions and not self._stopping.is_set():
                 lease.changed.wait(lease.lingers())
             return lease.choose()
 
@@ -2837,7 +2833,7 @@ class Server(Program):
             figures |= limited("visitors", self._visitors, MAX_STREAMS)
             figures["limit_used", "leases"] = len(self._leases)  # of each identity
             figures["mappings_open", ""] = sum(len(lease.sessions) for lease in self._leases.values())
-            figures["ready", ""] = self._control is not None and not self._stopping
+            figures["ready", ""] = self._control is not None and not self._stopping.is_set()
         return super().figures() | figures
 
 
@@ -3123,7 +3119,8 @@ class Client(Program):
             new = self._denied.get(mapping) != reason
             self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self.mappings)
-            self._stopping |= hopeless
+            if hopeless:
+                self._stopping.set()
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
