@@ -1911,19 +1911,12 @@ class PortRules:
         return any(port in ports for ports in self._ports.get(identity, self._ports.get("*", ())))
 
 
-class Networks(tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]):
-    """From where visitors are served; empty: from everywhere."""
-
-    @classmethod
-    def parse(cls, text: str) -> Networks:
-        """`CIDR,CIDR`. Raises ConfigError."""
-        try:
-            return cls(ipaddress.ip_network(cidr.strip()) for cidr in text.split(",")) if text else cls()
-        except ValueError as error:
-            raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
-
-    def admit(self, visitor: Address) -> bool:
-        return not self or any(ipaddress.ip_address(visitor.shown_host) in network for network in self)
+def parse_networks(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """From where visitors are served, `CIDR,CIDR`; empty: from everywhere. Raises ConfigError."""
+    try:
+        return [ipaddress.ip_network(cidr.strip()) for cidr in text.split(",")] if text else []
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no list of networks, as 192.0.2.0/24,2001:db8::/32: {error}") from None
 
 
 # ---- session ----------------------------------------------------------------------------------
@@ -1944,7 +1937,7 @@ class Settings(argparse.Namespace):
     public_listen: Address | None = None
     public_bind: str = ""
     rules: PortRules = PortRules(())  # what `--allow` says
-    visitors: Networks = Networks()
+    visitors: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = ()
 
 
 class Session:
@@ -2777,7 +2770,8 @@ class Server(Program):
         with self._lock:
             self._visitors += 1
             full = self._visitors > MAX_STREAMS
-        if not full and self.settings.visitors.admit(visitor):
+        networks = self.settings.visitors
+        if not full and (not networks or any(ipaddress.ip_address(visitor.shown_host) in each for each in networks)):
             return True
         log_limit("visitor-refused", peer=visitor, reason="too many are here" if full else "not of --visitors")
         self.metrics.count("refusals_total", "streams" if full else "visitors")
@@ -3275,7 +3269,7 @@ OPTIONS = {
                "the ports that an identity may open: the name in its certificate, `anonymous` without TLS; 0 is a port "
                "of the server's choice, * whoever has no rule of his own; repeatable, in a file list [a, b]; "
                f"none: {PortRules.DEFAULT}", "append", "# [alice=8080,9000-9100, bob=0, *=0]"),
-        Option("ports", "visitors", "", Networks.parse, "CIDR,CIDR",
+        Option("ports", "visitors", "", parse_networks, "CIDR,CIDR",
                "the networks whose visitors are served, others are closed before a byte is read; empty: all"),
         *common_options("server"),
     ],

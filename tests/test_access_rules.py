@@ -13,8 +13,9 @@ from support import Program, connect, counted, echo_service, ends_with, eventual
 from tls_peers import House
 from tunnels import Factory, open_tunnel, text
 
+import rtunnel
 import rtunnel_tls
-from rtunnel import Address, ConfigError, Networks, PortRules
+from rtunnel import Address, ConfigError, PortRules, parse_networks
 
 
 def rules(*texts: str) -> PortRules:
@@ -99,14 +100,15 @@ def test_rules_and_the_global_port(server: Factory) -> None:
 )
 def test_networks(networks: str, visitor: str, admitted: bool) -> None:
     """A visitor is served where one of the networks has its address."""
-    assert Networks.parse(networks).admit(Address(visitor, 1)) == admitted
+    server = rtunnel.Server(rtunnel.Settings(visitors=parse_networks(networks)), None)
+    assert server.admit_visitor(Address(visitor, 1)) == admitted
 
 
 @pytest.mark.parametrize("text", ["x", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.0/8,", ",", "::1/129", "1.2.3.4:5"])
 def test_wrong_networks(text: str) -> None:
     """What is no network is refused."""
     with pytest.raises(ConfigError):
-        Networks.parse(text)
+        parse_networks(text)
 
 
 def test_a_port_that_is_not_allowed(server: Factory, client: Factory) -> None:

@@ -120,12 +120,13 @@ def rules(raw: bytes) -> None:
 def networks(raw: bytes) -> None:
     """A list of networks that is taken admits their addresses."""
     try:
-        asked = rtunnel.Networks.parse(text(raw))
+        asked = rtunnel.parse_networks(text(raw))
     except ConfigError:
         return
+    server = rtunnel.Server(rtunnel.Settings(visitors=asked), None)
     for network in asked:
         if "%" not in str(network) and getattr(network[0], "ipv4_mapped", None) is None:
-            assert asked.admit(Address(str(network[0]), 1))
+            assert server.admit_visitor(Address(str(network[0]), 1))
 
 
 def http_proxy(raw: bytes) -> None:
@@ -195,7 +196,7 @@ def target(name: str, arguments: list[str]) -> None:
         import atheris
     except ImportError:
         sys.exit("the fuzzer is not installed: pip install -e .[fuzz]")
-    for each in (rtunnel.Decoder, rtunnel.Init, rtunnel.Welcome, rtunnel.Address, rtunnel.PortRules, rtunnel.Networks):
+    for each in (rtunnel.Decoder, rtunnel.Init, rtunnel.Welcome, rtunnel.Address, rtunnel.PortRules, rtunnel.Server):
         instrument(each, atheris.instrument_func)
     instrument(rtunnel, atheris.instrument_func)
     atheris.Setup([sys.argv[0], *arguments], TARGETS[name])
