@@ -36,7 +36,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     control sender   1 a session     control frames, and what       Writer.serve,
                                      pumps left; the end            PlainTransport.send
                                      (Session._send_control)
-    mapping          1 a mapping     dials the server, shakes       Program.stops_within, dial,
+    mapping          1 a mapping     dials the server, shakes       Client._run_mapping, dial,
                      and server, at  hands, waits for the           Client._connect, Client._serve,
                      the client      session's end                  PlainTransport.receive_into,
                                      (Client._run_mapping)          PlainTransport.send,
@@ -2310,7 +2310,7 @@ class Program:
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.status = 0  # the process's exit status
         self._lock = threading.Lock()
-        self._stopping = threading.Event()  # a drain or the stop has begun; set under _lock
+        self.stopping = threading.Event()  # a drain or the stop has begun; set under _lock
         # guarded by _lock
         self._connections: list[PlainTransport | Session] = []  # in their handshake, or sessions
 
@@ -2359,7 +2359,7 @@ class Program:
     def registered(self, connection: PlainTransport | Session) -> Iterator[None]:
         """While it lasts the stop and a reload find it. Raises SessionEnded in the stop."""
         with self._lock:
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 raise SessionEnded("stopping")
             self._connections.append(connection)
         try:
@@ -2376,11 +2376,7 @@ class Program:
 
     def take_nothing_new(self) -> None:
         with self._lock:
-            self._stopping.set()
-
-    def stops_within(self, seconds: float) -> bool:
-        """Whether the stop or a drain begins within so long. Nothing else wakes a client."""
-        return self._stopping.wait(seconds)
+            self.stopping.set()
 
     def retire_all(self) -> None:
         """For a drain: nothing new, and the open streams may finish."""
@@ -2703,7 +2699,7 @@ class Server(Program):
     def _find_lease_locked(self, session: ServerSession, init: Init, port: int) -> Lease | None:
         """The lease that the session joins; None where it gets a new one. Raises Refused."""
         identity = session.transport.identity
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             raise Refused("shutting-down", "the server stops")
         if not session.may_open():
             raise Refused("port-denied", f"{identity} may not open port {init.port} (--allow)")
@@ -2747,7 +2743,7 @@ class Server(Program):
             if lease is None:
                 return
             lease.sessions.remove(session)
-            if linger and not lease.sessions and not self._stopping.is_set():
+            if linger and not lease.sessions and not self.stopping.is_set():
                 lease.lingers = deadline(LEASE_LINGER_S)
                 CLOCK.after(LEASE_LINGER_S, lambda: self._close_unused(lease, "its client did not come back"))
         self._close_unused(lease, reason)
@@ -2802,7 +2798,7 @@ class Server(Program):
     def _choose(self, lease: Lease) -> ServerSession | None:
         """A session for a visitor, who waits here, in a thread, for the holder's return."""
         with self._lock:
-            while lease.lingers() and not lease.sessions and not self._stopping.is_set():
+            while lease.lingers() and not lease.sessions and not self.stopping.is_set():
                 lease.changed.wait(lease.lingers())
             return lease.choose()
 
@@ -2827,7 +2823,7 @@ class Server(Program):
             figures |= limited("visitors", self._visitors, MAX_STREAMS)
             figures["limit_used", "leases"] = len(self._leases)  # of each identity
             figures["mappings_open", ""] = sum(len(lease.sessions) for lease in self._leases.values())
-            figures["ready", ""] = self._control is not None and not self._stopping.is_set()
+            figures["ready", ""] = self._control is not None and not self.stopping.is_set()
         return super().figures() | figures
 
 
@@ -2932,7 +2928,7 @@ class ClientSession(Session):
         self._client.welcomed.update(each for each in self._client.mappings if each.server == self.mapping.server)
         self.start_timers()
         self._open()
-        if self._client.stops_within(0):
+        if self._client.stopping.is_set():
             self.retire("stopping")
 
     def _check_lived(self) -> None:
@@ -2982,7 +2978,7 @@ class ClientSession(Session):
         try:
             if full:
                 raise NoThread(f"{MAX_STREAMS} streams are open")
-            if not self.level and self._client.stops_within(0):  # there is no GOAWAY
+            if not self.level and self._client.stopping.is_set():  # there is no GOAWAY
                 raise NoThread("stopping")
             self.start_thread(lambda: stream.run(lambda: self._dial_local(stream)))
         except NoThread as error:  # that stream alone ends
@@ -3040,7 +3036,7 @@ class Client(Program):
 
     def _run_mapping(self, mapping: Mapping) -> None:
         backoff, wait_s = Backoff(self.settings.reconnect_max), 0.0
-        while not self.stops_within(wait_s):
+        while not self.stopping.wait(wait_s):
             try:
                 wait_s = self._serve(mapping, backoff)
             except Exception:  # the safety net: the mapping goes on
@@ -3055,7 +3051,7 @@ class Client(Program):
         except (OSError, rtunnel_tls.HandshakeError, SessionEnded, NoThread) as error:
             wait = backoff.next_s(refused=isinstance(error, ConnectionRefusedError))
             self.metrics.count("failed_dials_total", "server")
-            if not self.stops_within(0):
+            if not self.stopping.is_set():
                 log_event(WARNING, "connect-failed", **about, level=0, reason=reason_of(error), retry_s=wait)
             return wait
         session.over.wait()
@@ -3072,7 +3068,7 @@ class Client(Program):
             wait = self._take_denial(mapping, session.reason)
         else:
             wait = backoff.next_s()
-        if not self.stops_within(0):
+        if not self.stopping.is_set():
             about |= {"level": session.level, "reason": session.reason, "retry_s": wait}
             log_event(WARNING, "session-closed", **about, **session.rtt())
         return wait
@@ -3102,7 +3098,9 @@ class Client(Program):
         return session
 
     def figures(self) -> Figures:
-        sessions = [] if self.stops_within(0) else [each for each in self.sessions() if isinstance(each, ClientSession)]
+        sessions = (
+            [] if self.stopping.is_set() else [each for each in self.sessions() if isinstance(each, ClientSession)]
+        )
         serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self.mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
@@ -3114,7 +3112,7 @@ class Client(Program):
             self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self.mappings)
             if hopeless:
-                self._stopping.set()
+                self.stopping.set()
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
