@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import functools
 import ipaddress
 import os
 import re
@@ -34,6 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
@@ -173,7 +173,7 @@ class TlsContext:
     """
 
     def __init__(
-        self, role: Role, profile_name: str, *,
+        self, role: Role, profile: str, *,
         cert: PathLike, key: PathLike, ca: PathLike, crl: PathLike | None = None, verify_name: str | None = None,
     ) -> None:  # fmt: skip
         """What can be wrong is told here, at start: raises TlsConfigError.
@@ -184,10 +184,10 @@ class TlsContext:
         """
         if (role == "client") != (verify_name is not None):
             raise ValueError("a client verifies the server's name, and only a client does")
-        if profile_name not in PROFILES:
-            raise TlsConfigError(f"--tls-profile {profile_name}: choose one of {', '.join(PROFILES)}")
+        if profile not in PROFILES:
+            raise TlsConfigError(f"--tls-profile {profile}: choose one of {', '.join(PROFILES)}")
         self.role, self.peer_role = role, "client" if role == "server" else "server"
-        self.profile = PROFILES[profile_name]
+        self.profile = PROFILES[profile]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
         self.peer_name: Name | None = None if verify_name is None else self.naming(verify_name).peer_name
@@ -208,8 +208,7 @@ class TlsContext:
         ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
         ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
         self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
-        files: dict[str, Any] = {"cert": cert, "key": key, "ca": ca, "crl": crl}
-        self.load_anew = functools.partial(TlsContext, role, profile_name, verify_name=verify_name, **files)
+        self.load_anew = partial(TlsContext, role, profile, cert=cert, key=key, ca=ca, crl=crl, verify_name=verify_name)
 
     def naming(self, name: str) -> TlsContext:
         """The same for a server of this name or address. Raises TlsConfigError."""
@@ -336,8 +335,8 @@ def _log_secrets(context: SSL.Context, file: str) -> None:
 
 # ---- names, files, certificates ----------------------------------------------------------------
 
-_private = functools.partial(os.open, mode=0o600)  # an opener
-_now = functools.partial(datetime.datetime.now, datetime.timezone.utc)
+_private = partial(os.open, mode=0o600)  # an opener
+_now = partial(datetime.datetime.now, datetime.timezone.utc)
 _iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
 
 
@@ -367,14 +366,14 @@ def _load(label: str, parse: Callable[[bytes], Any], file: PathLike) -> list[Any
     raise ValueError(f"it holds no {label} (PEM), or a broken one")
 
 
-_load_certificates = functools.partial(_load, "CERTIFICATE", x509.load_pem_x509_certificate)
-_load_revocations = functools.partial(_load, "X509 CRL", x509.load_pem_x509_crl)
+_load_certificates = partial(_load, "CERTIFICATE", x509.load_pem_x509_certificate)
+_load_revocations = partial(_load, "X509 CRL", x509.load_pem_x509_crl)
 
 
 def _load_key(file: PathLike) -> Any:
     """A private key that nobody but its owner can read. Raises OSError, ValueError."""
     _refuse_unfit_key(file)
-    return _load("PRIVATE KEY", functools.partial(serialization.load_pem_private_key, password=None), file)[0]
+    return _load("PRIVATE KEY", partial(serialization.load_pem_private_key, password=None), file)[0]
 
 
 def _refuse_unfit_key(file: PathLike) -> None:
@@ -974,7 +973,7 @@ def _held(folder: Path, *fresh: str, force: bool = False) -> Iterator[dict[str, 
             making.mkdir(mode=0o700)
             for name, content in files.items():
                 # Readable by its owner only from its first byte on.
-                opener = functools.partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)
+                opener = partial(os.open, mode=0o600 if name.endswith(".key") else 0o644)
                 with _told(str(folder / name)), open(making / name, "xb", opener=opener) as stream:
                     stream.write(content)
                     stream.flush()
