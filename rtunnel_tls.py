@@ -368,12 +368,7 @@ def _load(label: str, parse: Callable[[bytes], Any], file: PathLike) -> list[Any
 
 _load_certificates = partial(_load, "CERTIFICATE", x509.load_pem_x509_certificate)
 _load_revocations = partial(_load, "X509 CRL", x509.load_pem_x509_crl)
-
-
-def _load_key(file: PathLike) -> Any:
-    """A private key that nobody but its owner can read. Raises OSError, ValueError."""
-    _refuse_unfit_key(file)
-    return _load("PRIVATE KEY", partial(serialization.load_pem_private_key, password=None), file)[0]
+_load_keys = partial(_load, "PRIVATE KEY", partial(serialization.load_pem_private_key, password=None))
 
 
 def _refuse_unfit_key(file: PathLike) -> None:
@@ -1010,7 +1005,8 @@ def _authority(
             if issued.pop(0) != authority or not all(_has_signed(authority, each) for each in issued):
                 raise ValueError(f"it is not the record of the authority in {own}")
         with _told(str(secret)):
-            if (key := _load_key(secret)).public_key() != authority.public_key():
+            _refuse_unfit_key(secret)
+            if (key := _load_keys(secret)[0]).public_key() != authority.public_key():
                 raise ValueError(f"it is not the key of {own}")
         for file in sorted(folder.glob("*.crt")):  # of before there was a record
             with contextlib.suppress(OSError, *_UNFIT):

@@ -280,7 +280,7 @@ def test_a_broken_list_is_named_and_kept(folder: Path, broken: str) -> None:
     issue(folder, "a", hosts=None)
     file, now = folder / "crl.pem", rtunnel_tls._now()
     builder = x509.CertificateRevocationListBuilder(load(folder / "ca.crt").subject, now, now)
-    unnumbered = builder.sign(rtunnel_tls._load_key(folder / "ca.key"), None).public_bytes(serialization.Encoding.PEM)
+    unnumbered = rtunnel_tls._pem(builder.sign(rtunnel_tls._load_keys(folder / "ca.key")[0], None))
     half = file.read_bytes()[:1000] + b"\n-----END X509 CRL-----\n"
     content = {"nothing": b"", "half": half, "text": b"x", "unnumbered": unnumbered}[broken]
     file.write_bytes(content)
@@ -630,7 +630,7 @@ def test_who_holds_the_folder_makes_the_next_wait(folder: Path) -> None:
 
 
 def fits(folder: Path, name: str) -> bool:
-    key = rtunnel_tls._load_key(folder / f"{name}.key")
+    key = rtunnel_tls._load_keys(folder / f"{name}.key")[0]
     return bool(key.public_key() == load(folder / f"{name}.crt").public_key())
 
 

@@ -260,7 +260,7 @@ def test_a_file_whose_time_has_not_come_can_be_waited_for(
     pair = rtunnel_tls.issue(tmp_path, "server", hosts=["localhost"])
     later = {"ca": tmp_path / "ca.crt", "cert": pair, "crl": tmp_path / "crl.pem"}
     if option == "crl":  # of the authority that is trusted
-        key = rtunnel_tls._load_key(house.folder / "ca.key")
+        key = rtunnel_tls._load_keys(house.folder / "ca.key")[0]
         authority = rtunnel_tls._load_certificates(house.ca)[0]
         later["crl"].write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now)
@@ -358,7 +358,7 @@ def test_a_list_that_names_no_key_cannot_stand_beside_a_namesakes(tmp_path: Path
 
 
 def _authority(house: House) -> tuple[x509.Certificate, Any]:
-    key = rtunnel_tls._load_key(house.folder / "ca.key")
+    key = rtunnel_tls._load_keys(house.folder / "ca.key")[0]
     return rtunnel_tls._load_certificates(house.ca)[0], key
 
 
@@ -609,7 +609,7 @@ def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path:
 
 def test_an_expired_list_is_refused(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expired revocation list would make OpenSSL refuse everybody: it is told at start."""
-    key = rtunnel_tls._load_key(house.folder / "ca.key")
+    key = rtunnel_tls._load_keys(house.folder / "ca.key")[0]
     authority = x509.load_pem_x509_certificate(house.ca.read_bytes())
     monkeypatch.setattr(rtunnel_tls, "LIST_DAYS", 0)
     (tmp_path / "crl.pem").write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
@@ -655,7 +655,7 @@ def listed(house: House, name: str, *extensions: x509.ExtensionType, key: Any = 
     builder = x509.CertificateRevocationListBuilder(subject, now - HOUR, now + HOUR)
     for extension in extensions:
         builder = builder.add_extension(extension, critical=True)
-    return rtunnel_tls._pem(builder.sign(key or rtunnel_tls._load_key(house.folder / "ca.key"), None))
+    return rtunnel_tls._pem(builder.sign(key or rtunnel_tls._load_keys(house.folder / "ca.key")[0], None))
 
 
 @pytest.mark.parametrize("part", PARTS)
