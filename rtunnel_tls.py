@@ -44,7 +44,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, M
 from cryptography.x509 import Certificate, CertificateRevocationList
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from OpenSSL import SSL, crypto
-from OpenSSL._util import ffi, lib  # private: for `_bare_context`, `_set_peer_name` and `_Ssl`
+from OpenSSL._util import ffi, lib  # private: for `_bare_context` and `_Ssl`
 
 Role = Literal["server", "client"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -304,19 +304,6 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _set_peer_name(wanted: Any, name: Name) -> None:
-    """Hold a peer's subjectAltName, and nothing else, to this name. Raises ValueError."""
-    if isinstance(name, str):
-        flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
-        lib.X509_VERIFY_PARAM_set_hostflags(wanted, flags)
-        applied = lib.X509_VERIFY_PARAM_set1_host(wanted, name.encode(), len(name))
-    else:
-        applied = lib.X509_VERIFY_PARAM_set1_ip(wanted, name.packed, len(name.packed))
-    if applied != 1:
-        lib.ERR_clear_error()
-        raise ValueError("OpenSSL cannot verify such a name")
-
-
 def _log_secrets(context: SSL.Context, file: str) -> None:
     """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850); Wireshark reads them."""
     lock = threading.Lock()  # keeps lines whole where appending is two steps (Windows)
@@ -569,14 +556,22 @@ class _Ssl:
         self._connection = SSL.Connection(context.ssl_context, None)
         self.do_handshake = self._connection.do_handshake  # WantReadError: OpenSSL needs more
         self.close_notify = self._connection.shutdown  # makes the alert; SSL.Error after a failure
-        if context.role == "server":
+        if (name := context.peer_name) is None:  # as a server has none
             self._connection.set_accept_state()
+            return
+        self._connection.set_connect_state()
+        # The peer's subjectAltName, and nothing else, is held to the name.
+        wanted = lib.SSL_get0_param(self._connection._ssl)
+        if isinstance(name, str):
+            self._connection.set_tlsext_host_name(name.encode())  # RFC 6066, 3: never an address
+            flags = lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT | lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
+            lib.X509_VERIFY_PARAM_set_hostflags(wanted, flags)
+            applied = lib.X509_VERIFY_PARAM_set1_host(wanted, name.encode(), len(name))
         else:
-            self._connection.set_connect_state()
-        if context.peer_name is not None:
-            _set_peer_name(lib.SSL_get0_param(self._connection._ssl), context.peer_name)
-        if isinstance(context.peer_name, str):  # RFC 6066, 3: an address is no server name
-            self._connection.set_tlsext_host_name(context.peer_name.encode())
+            applied = lib.X509_VERIFY_PARAM_set1_ip(wanted, name.packed, len(name.packed))
+        if applied != 1:
+            lib.ERR_clear_error()
+            raise ValueError("OpenSSL cannot verify such a name")
 
     def negotiated(self) -> tuple[str, str, str, list[Certificate]]:
         """Version, group, cipher and verified chain, as `check_peer` takes them."""
