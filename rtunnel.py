@@ -68,13 +68,13 @@ Each is held for a few statements, and nobody waits under one, but for the file 
                                     and the calls on its socket    Pool._lock
     Writer._lock                    what is queued, who writes     -
     LogHandler.lock                 a line on its way to a queue   Queue.mutex
-    TlsTransport._lock              the SSL object, while OpenSSL  _log_secrets.lock
+    TlsTransport._lock              the SSL object, while OpenSSL  rtunnel_tls._appending
                                     computes
     Budget._lock, Pool._lock,       a number; the idle; counts;    -
     LimitLog._lock, Metrics._lock,  that no descriptor is shut
     PlainTransport._lock,           when it is closed; a line of
     Listener._lock,                 the file that SSLKEYLOGFILE
-    _log_secrets.lock               names
+    rtunnel_tls._appending          names
     scheduler._lock, Event._cond,   the library's: the clock's     -
     Semaphore._cond, Queue.mutex    heap; events; semaphores; the
                                     log's queue

@@ -204,7 +204,10 @@ class TlsContext:
         # The file that SSLKEYLOGFILE makes us write secrets to: worth a warning.
         self.keylog = os.environ.get("SSLKEYLOGFILE") or None
         if self.keylog is not None:
-            _log_secrets(self.ssl_context, self.keylog)
+            with _told(f"SSLKEYLOGFILE {self.keylog}"):
+                open(self.keylog, "ab", opener=_private).close()
+                _refuse_readable(self.keylog)
+            self.ssl_context.set_keylog_callback(partial(_log_secret, self.keylog))
         ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
         ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
         self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
@@ -304,25 +307,18 @@ def _bare_context(profile: Profile) -> SSL.Context:
     return context
 
 
-def _log_secrets(context: SSL.Context, file: str) -> None:
-    """Append each connection's secrets to SSLKEYLOGFILE (RFC 9850); Wireshark reads them."""
-    lock = threading.Lock()  # keeps lines whole where appending is two steps (Windows)
-
-    def append(_: SSL.Connection, line: bytes) -> None:
-        # OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a
-        # connection's lock. A full disk is no reason to end a session.
-        with contextlib.suppress(OSError), lock, open(file, "ab", opener=_private) as log:
-            log.write(line + b"\n")
-
-    with _told(f"SSLKEYLOGFILE {file}"):
-        open(file, "ab", opener=_private).close()
-        _refuse_readable(file)
-    context.set_keylog_callback(append)
+def _log_secret(file: str, _: SSL.Connection, line: bytes) -> None:
+    """Append a secret of a connection to SSLKEYLOGFILE (RFC 9850); Wireshark reads it."""
+    # OpenSSL calls in the handshake and in KeyUpdates: here alone a file is waited for under a
+    # connection's lock. A full disk is no reason to end a session.
+    with contextlib.suppress(OSError), _appending, open(file, "ab", opener=_private) as log:
+        log.write(line + b"\n")
 
 
 # ---- names, files, certificates ----------------------------------------------------------------
 
 _private = partial(os.open, mode=0o600)  # an opener
+_appending = threading.Lock()  # keeps lines of secrets whole where it is two steps (Windows)
 _now = partial(datetime.datetime.now, datetime.timezone.utc)
 _iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
 

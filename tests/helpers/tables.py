@@ -159,14 +159,14 @@ def _is_internal(outer: str, stack: Sequence[str]) -> bool:
 
 @functools.cache
 def locks_of_ours() -> frozenset[str]:
-    """Each lock that our modules make: `Class._attribute`, or `function.variable`."""
+    """Each lock that our modules make: `Class._attribute`, `function.variable`, or `module.name`."""
     found: set[str] = set()
-    for source in SOURCES.values():
+    for file, source in SOURCES.items():
         for owner in ast.parse(source).body:
             for node in ast.walk(owner):
                 if isinstance(node, ast.Assign) and re.fullmatch(r"threading\.R?Lock\(\)", ast.unparse(node.value)):
-                    assert isinstance(owner, (ast.ClassDef, ast.FunctionDef)), "a lock of a module has no name here"
-                    found |= {f"{owner.name}.{name}" for name in _targets(node)}
+                    maker = getattr(owner, "name", file.removesuffix(".py"))
+                    found |= {f"{maker}.{name}" for name in _targets(node)}
     return frozenset(found)
 
 
