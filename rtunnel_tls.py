@@ -47,8 +47,7 @@ from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib  # private: for `_bare_context` and `_Ssl`
 
 Role = Literal["server", "client"]
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Name = str | Address  # of a server
+Name = str | ipaddress.IPv4Address | ipaddress.IPv6Address  # of a server
 Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
 PROGRAM = "rtunnel.py" if Path(sys.argv[0]).name == "rtunnel.py" else "rtunnel"  # what to type
