@@ -3419,7 +3419,7 @@ def make_context(settings: Settings, *addresses: Address) -> Trust:
     if settings.tls:
         names = [settings.tls_server_name or each.host for each in addresses if settings.command == "client"]
         context = rtunnel_tls.TlsContext(
-            settings.command, settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
+            settings.tls_profile, cert=settings.tls_cert, key=settings.tls_key, ca=settings.tls_ca,
             crl=settings.tls_crl or None, verify_name=names[0] if names else None,
         )  # fmt: skip
         for name in names:

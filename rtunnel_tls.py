@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -46,7 +46,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi, lib  # private: for `_bare_context` and `_Ssl`
 
-Role = Literal["server", "client"]
 Name = str | ipaddress.IPv4Address | ipaddress.IPv6Address  # of a server
 Readable = bytes | bytearray | memoryview
 PathLike = str | os.PathLike[str]
@@ -172,7 +171,7 @@ class TlsContext:
     """
 
     def __init__(
-        self, role: Role, profile: str, *,
+        self, profile: str, *,
         cert: PathLike, key: PathLike, ca: PathLike, crl: PathLike | None = None, verify_name: str | None = None,
     ) -> None:  # fmt: skip
         """What can be wrong is told here, at start: raises TlsConfigError.
@@ -181,11 +180,9 @@ class TlsContext:
         peer's chain may end in, `crl` a list of every authority in a chain. `verify_name` is the
         host or address that the server's certificate must name: a client has one, a server none.
         """
-        if (role == "client") != (verify_name is not None):
-            raise ValueError("a client verifies the server's name, and only a client does")
         if profile not in PROFILES:
             raise TlsConfigError(f"--tls-profile {profile}: choose one of {', '.join(PROFILES)}")
-        self.role, self.peer_role = role, "client" if role == "server" else "server"
+        self.role, self.peer_role = ("server", "client") if verify_name is None else ("client", "server")
         self.profile = PROFILES[profile]
         self.ssl_context = _bare_context(self.profile)
         self._store = cast(crypto.X509Store, self.ssl_context.get_cert_store())
@@ -210,7 +207,7 @@ class TlsContext:
         ends = [(str(file), each.not_valid_after_utc) for file, held in ((cert, chain), (ca, roots)) for each in held]
         ends += [(str(crl), each.next_update_utc) for each in self.revocations if each.next_update_utc]
         self.ends = dict(sorted(ends, reverse=True))  # of each file: when the first in it ends
-        self.load_anew = partial(TlsContext, role, profile, cert=cert, key=key, ca=ca, crl=crl, verify_name=verify_name)
+        self.load_anew = partial(TlsContext, profile, cert=cert, key=key, ca=ca, crl=crl, verify_name=verify_name)
 
     def naming(self, name: str) -> TlsContext:
         """The same for a server of this name or address. Raises TlsConfigError."""

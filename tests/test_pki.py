@@ -746,7 +746,7 @@ def test_a_reload_between_two_files_keeps_what_it_has(folder: Path, monkeypatch:
     def watched(self: Path, target: Path) -> Path:
         for _ in range(2):
             try:
-                rtunnel_tls.TlsContext("server", "default", **files)  # type: ignore[arg-type]
+                rtunnel_tls.TlsContext("default", **files)  # type: ignore[arg-type]
                 seen.append("a pair")
             except TlsConfigError as error:
                 seen.append("told" if "copy both files" in str(error) else str(error))
@@ -773,7 +773,7 @@ def test_show_forges_nothing(tmp_path: Path, name: str) -> None:
     assert len(lines) == 11
     assert all(line.isprintable() for line in lines)
     leaf = signer.issue(tmp_path, "leaf", [], subject=name).cert
-    refuse("CN=|is no authority", rtunnel_tls.TlsContext, "server", "default", cert=leaf, key=leaf, ca=leaf)
+    refuse("CN=|is no authority", rtunnel_tls.TlsContext, "default", cert=leaf, key=leaf, ca=leaf)
 
 
 def test_show_of_a_file_with_several_tells_of_each(folder: Path, tmp_path: Path) -> None:

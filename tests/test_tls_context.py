@@ -39,10 +39,10 @@ def root() -> Signer:
     return Signer()
 
 
-def refuse(words: str, role: str = "server", profile: str = "default", **settings: Any) -> None:
+def refuse(words: str, profile: str = "default", **settings: Any) -> None:
     """TlsContext refuses, in one line that holds all the words."""
     with pytest.raises(TlsConfigError) as refused:
-        TlsContext(role, profile, **settings)  # type: ignore[arg-type]
+        TlsContext(profile, **settings)
     text = str(refused.value)
     assert "\n" not in text
     assert all(word in text for word in words.split("|")), text
@@ -150,7 +150,7 @@ def test_a_chain_file_brings_the_authorities_below_the_root(root: Signer, tmp_pa
     """A server whose file holds its leaf and an intermediate authority is accepted by who knows the root only."""
     between = Signer("mldsa87", name="between", by=root)
     pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"])
-    server = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    server = TlsContext("default", cert=pair.cert, key=pair.key, ca=house.ca)
     client = house.client(ca=root.save(tmp_path))
     with session(server, client) as (_, end):
         assert end.receipt.facts["issuer"] == "CN=between"
@@ -221,7 +221,7 @@ def test_openssls_own_error_is_one_sentence(house: House, tmp_path: Path, option
     file = tmp_path / "x.crt"
     file.write_bytes(b"\n".join((head, base64.encodebytes(der[:at] + b"\xff" + der[at + 1 :]).strip(), tail, b"")))
     name = {"verify_name": "localhost"} if role == "client" else {}
-    refuse(f"--tls-{option} {file}: ", role, **(house.files(role) | name | {option: file}))
+    refuse(f"--tls-{option} {file}: ", **(house.files(role) | name | {option: file}))
 
 
 # --- advice -------------------------------------------------------------------------------------------------
@@ -238,13 +238,13 @@ def test_advice_is_for_who_reads_it(
     files: dict[str, Any] = home.files(role) | name
     missing = tmp_path / "none"
     words = f"copy ca.crt from the authority's folder|rtunnel pki init{option}"
-    refuse(words, role, profile, **(files | {"ca": missing}))
+    refuse(words, profile, **(files | {"ca": missing}))
     words = f"rtunnel pki issue NAME {command}{option}, or by: rtunnel pki renew NAME"
-    refuse(words, role, profile, **(files | {"cert": missing}))
-    refuse("copy crl.pem|pki revoke", role, profile, **(files | {"crl": missing}))
+    refuse(words, profile, **(files | {"cert": missing}))
+    refuse("copy crl.pem|pki revoke", profile, **(files | {"crl": missing}))
     if option:
-        refuse(f"--tls-ca|mldsa65|init{option}", role, profile, **(files | {"ca": house.ca}))
-        refuse(f"--tls-cert|mldsa65|{option}", role, profile, **(files | {"cert": house.files(role)["cert"]}))
+        refuse(f"--tls-ca|mldsa65|init{option}", profile, **(files | {"ca": house.ca}))
+        refuse(f"--tls-cert|mldsa65|{option}", profile, **(files | {"cert": house.files(role)["cert"]}))
 
 
 # --- the clock ----------------------------------------------------------------------------------------------
@@ -267,14 +267,14 @@ def test_a_file_whose_time_has_not_come_can_be_waited_for(
         later["crl"].write_bytes(rtunnel_tls._revocations(authority, key, 1, ()))
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now)
     with pytest.raises(NotYetValid) as early:
-        TlsContext("server", "default", **(files | {option: later[option]}))
+        TlsContext("default", **(files | {option: later[option]}))
     assert str(early.value).startswith(f"--tls-{option} {later[option]}: validity: ")
     assert "is not valid before 20" in str(early.value)
     assert rtunnel_tls._iso(now) in str(early.value)
     assert "pki" not in str(early.value).replace(str(tmp_path), "")
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + 20 * 365 * 24 * HOUR)
     with pytest.raises(TlsConfigError, match="expired on") as late:
-        TlsContext("server", "default", **(files | {option: later[option]}))
+        TlsContext("default", **(files | {option: later[option]}))
     assert not isinstance(late.value, NotYetValid)
 
 
@@ -402,12 +402,12 @@ def test_four_authorities_may_stand_between(tmp_path: Path, between: int) -> Non
         peer = raw_peer(raw_context(server, None, groups="X25519MLKEM768", signatures=None), "server")
         own = Signer().issue(tmp_path, "own", [CLIENT_AUTH])
         files |= {"cert": own.cert, "key": own.key}
-        refused, _ = meet(TlsContext("client", "default", verify_name="localhost", **files), peer)
+        refused, _ = meet(TlsContext("default", verify_name="localhost", **files), peer)
         assert isinstance(refused, HandshakeError)
         assert "chain too long" in str(refused)
         return
-    ours = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca)
-    with session(ours, TlsContext("client", "default", verify_name="localhost", **files)) as (end, other):
+    ours = TlsContext("default", cert=server.cert, key=server.key, ca=ca)
+    with session(ours, TlsContext("default", verify_name="localhost", **files)) as (end, other):
         assert len(end.receipt.chain) == len(other.receipt.chain) == between + 2
 
 
@@ -418,8 +418,8 @@ def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> No
     ca = root.save(tmp_path)
     server, client = (between.issue(tmp_path, name, [use], ["localhost"]) for name, use in
                       (("server", SERVER_AUTH), ("client", CLIENT_AUTH)))  # fmt: skip
-    ours = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca)
-    theirs = TlsContext("client", "default", cert=client.cert, key=client.key, ca=ca, verify_name="localhost")
+    ours = TlsContext("default", cert=server.cert, key=server.key, ca=ca)
+    theirs = TlsContext("default", cert=client.cert, key=client.key, ca=ca, verify_name="localhost")
     now = datetime.datetime.now(datetime.timezone.utc)
     entry = x509.RevokedCertificateBuilder(between.certificate.serial_number, now).build()
     lists = [rtunnel_tls._revocations(root.certificate, root.key, 1, entries) for entries in ((), (entry,))]
@@ -427,7 +427,7 @@ def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> No
     with session(ours, theirs) as (end, _):
         for content, revoked in zip(lists, (False, True), strict=True):
             (tmp_path / "crl.pem").write_bytes(content)
-            fresh = TlsContext("server", "default", cert=server.cert, key=server.key, ca=ca, crl=tmp_path / "crl.pem")
+            fresh = TlsContext("default", cert=server.cert, key=server.key, ca=ca, crl=tmp_path / "crl.pem")
             assert fresh.revokes(end.receipt) == revoked
 
 
@@ -507,7 +507,7 @@ def test_openssl_alone_holds_a_server_to_its_name(
     monkeypatch.setattr(rtunnel_tls, "_check_chain", lambda *_: "anybody")
     nameless = root.issue(tmp_path, "nameless", [SERVER_AUTH], subject="localhost")
     server = house.server()
-    no_host = TlsContext("server", "default", cert=nameless.cert, key=nameless.key, ca=house.ca)
+    no_host = TlsContext("default", cert=nameless.cert, key=nameless.key, ca=house.ca)
     for serving, name, ca, good in (
         (server, "localhost", house.ca, True),
         (server, "127.0.0.1", house.ca, True),
@@ -565,15 +565,15 @@ def test_names_have_one_form(given: str, parsed: str) -> None:
 )
 def test_what_is_no_name_is_refused(house: House, name: str) -> None:
     """What is neither a host name nor an address is told at start."""
-    refuse("--tls-server-name", role="client", verify_name=name, **house.files("client"))
+    refuse("--tls-server-name", verify_name=name, **house.files("client"))
 
 
 def test_a_client_without_a_name_to_verify_cannot_be_made(house: House) -> None:
-    """There is no way to leave the check of the server's name out, and none to give a server one."""
-    with pytest.raises(ValueError, match="verifies"):
-        TlsContext("client", "default", **house.files("client"))
-    with pytest.raises(ValueError, match="verifies"):
-        TlsContext("server", "default", verify_name="localhost", **house.files("server"))
+    """Who has no name to verify is a server, and who has one is none: by its certificate that would be told."""
+    refuse("--tls-cert|purpose|no server's", **house.files("client"))
+    refuse("--tls-cert|purpose|no client's", verify_name="localhost", **house.files("server"))
+    assert house.client().peer_role == "server"
+    assert house.server().peer_role == "client"
 
 
 # --- time, lists, secrets -----------------------------------------------------------------------------------
@@ -584,7 +584,7 @@ def test_what_ends_soon_is_known(root: Signer, tmp_path: Path, house: House) -> 
     day = datetime.timedelta(days=1)
     for left, listed in ((31 * day + HOUR, False), (30 * day + HOUR, True), (HOUR, True)):
         pair = root.issue(tmp_path, "soon", [SERVER_AUTH], ["localhost"], after=left)
-        context = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+        context = TlsContext("default", cert=pair.cert, key=pair.key, ca=house.ca)
         assert context.days_left(rtunnel_tls.WARN_DAYS) == ({str(pair.cert): left.days} if listed else {})
 
 
@@ -608,7 +608,7 @@ def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path:
     """A certificate file ends with the authority in it, where that ends before the leaf."""
     between = Signer("mldsa87", name="between", by=root)
     pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"], after=datetime.timedelta(days=90))
-    context = TlsContext("server", "default", cert=pair.cert, key=pair.key, ca=house.ca)
+    context = TlsContext("default", cert=pair.cert, key=pair.key, ca=house.ca)
     assert context.days_left(rtunnel_tls.WARN_DAYS) == {str(pair.cert): 0}
     assert context.ends[str(pair.cert)] == between.certificate.not_valid_after_utc
 
@@ -709,7 +709,7 @@ def test_an_authority_below_the_root_alone(house: House, tmp_path: Path) -> None
     root.name = "ROOT"  # as OpenSSL compares names, that is the same
     between = Signer(name="between", by=root)
     (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate, root.certificate))
-    TlsContext("server", "default", **files)
+    TlsContext("default", **files)
 
 
 def test_a_key_as_openssl_writes_it(house: House, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class World:
     def ours(self, role: str, profile: str = "default", name: str = "localhost") -> TlsContext:
         pair = self.pairs[role]
         verify = {"verify_name": name} if role == "client" else {}
-        return rtunnel_tls.TlsContext(role, profile, cert=pair.cert, key=pair.key, ca=self.ca, **verify)  # type: ignore[arg-type]
+        return rtunnel_tls.TlsContext(profile, cert=pair.cert, key=pair.key, ca=self.ca, **verify)
 
     def raw(self, role: str, pair: Pair | None, groups: str = OUR_GROUPS, signatures: str = ANY_SIGNATURE) -> Peer:
         return raw_peer(raw_context(pair, self.ca, groups=groups, signatures=signatures), role)

@@ -142,10 +142,10 @@ class House:
         return ("--tls", f"--tls-profile={profile}", *(f"--tls-{option}={file}" for option, file in files.items()))
 
     def server(self, profile: str = "default", **settings: Any) -> TlsContext:
-        return rtunnel_tls.TlsContext("server", profile, **(self.files("server") | settings))
+        return rtunnel_tls.TlsContext(profile, **(self.files("server") | settings))
 
     def client(self, profile: str = "default", name: str = "localhost", **settings: Any) -> TlsContext:
-        return rtunnel_tls.TlsContext("client", profile, verify_name=name, **(self.files("client") | settings))
+        return rtunnel_tls.TlsContext(profile, verify_name=name, **(self.files("client") | settings))
 
     def context(self, role: str, profile: str = "default", **settings: Any) -> TlsContext:
         return self.server(profile, **settings) if role == "server" else self.client(profile, **settings)

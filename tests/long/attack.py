@@ -43,7 +43,7 @@ class Attackers:
     def __init__(self, control: Address, public: Address, pki: Path, seconds: float) -> None:
         self._control, self._public, self._seconds = control, public, seconds
         files = {"cert": pki / "mallory.crt", "key": pki / "mallory.key", "ca": pki / "ca.crt"}
-        self._context = rtunnel_tls.TlsContext("client", "default", **files, verify_name="127.0.0.1")
+        self._context = rtunnel_tls.TlsContext("default", **files, verify_name="127.0.0.1")
         hello = rtunnel_tls._Ssl(self._context)
         with contextlib.suppress(SSL.WantReadError):
             hello.do_handshake()
