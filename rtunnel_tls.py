@@ -693,10 +693,9 @@ class TlsTransport:
                 ssl.feed(buffer[:count])
             # Our last flight is still in `ssl`: who does not pass sees no client's certificate.
             try:
-                receipt = check_peer(context, *ssl.negotiated())
+                transport = cls(carrier, ssl, check_peer(context, *ssl.negotiated()))
             except _UNFIT as error:
                 raise HandshakeError("certificate", f"it cannot be read: {error}") from error
-            transport = cls(carrier, ssl, receipt)
             _limit_waits(carrier, remaining())
             transport.send(b"")
             carrier.set_timeout(None)
