@@ -500,8 +500,7 @@ def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile, dial
 
 
 def _check_time(what: str, begin: datetime.datetime, end: datetime.datetime) -> None:
-    now = _now()
-    if now < begin:
+    if (now := _now()) < begin:
         clock = f"{what} is not valid before {_iso(begin)}, and the clock says {_iso(now)}"
         raise HandshakeError("validity", clock, early=True)
     if end < now:
