@@ -760,8 +760,7 @@ class TlsTransport:
                 self._ssl.close_notify()
             records = self._ssl.take(self._outgoing)
         self._finished = True
-        if records:
-            self._carrier.send(records)
+        self._carrier.send(records)
         self._carrier.finish()
 
 
@@ -773,13 +772,12 @@ def _limit_waits(carrier: Carrier, seconds: float) -> None:
 
 
 def _leave(carrier: Carrier, alert: Readable) -> None:
-    """Send our alert, if we have one, and give the peer time to read it."""
+    """Send our alert, which may be empty, and give the peer time to read it."""
     end = time.monotonic() + ALERT_LINGER_S
     discarded = memoryview(bytearray(HANDSHAKE_BYTES))
     with contextlib.suppress(OSError):  # the peer may be gone, or talk on; we leave anyway
         carrier.set_timeout(ALERT_LINGER_S)
-        if alert:
-            carrier.send(alert)
+        carrier.send(alert)
         carrier.finish()
         while carrier.receive_into(discarded):
             _limit_waits(carrier, end - time.monotonic())
