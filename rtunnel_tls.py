@@ -787,9 +787,8 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 #
 # A folder with ca.crt, ca.key, crl.pem, issued.pem (all that was issued, the authority first) and,
 # for each NAME, NAME.crt and NAME.key. Who has ca.key can be anybody: the folder stays on one
-# machine, and the others get ca.crt, crl.pem and their own pair.
-#
-# The five commands raise TlsConfigError. All but `show` return the file that they have made.
+# machine, and the others get ca.crt, crl.pem and their own pair. The five commands raise
+# TlsConfigError. All but `show` return the file that they have made.
 
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _SIGNS_HANDSHAKES = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
