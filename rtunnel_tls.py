@@ -806,7 +806,7 @@ def init_authority(
         raise ValueError(f"--years: 1 to {most}, for no certificate can end after the year {datetime.MAXYEAR}")
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _held(where, "ca.crt", "ca.key", "crl.pem", "issued.pem", force=force) as files:
-        extensions = {x509.BasicConstraints(ca=True, path_length=0): True, _SIGNS_CERTIFICATES: True}
+        extensions = [x509.BasicConstraints(ca=True, path_length=0), _SIGNS_CERTIFICATES]
         authority, files["ca.key"], key = _make(name, algorithm, 365 * years, extensions)
         files["ca.crt"] = files["issued.pem"] = _pem(authority)
         files["crl.pem"] = _revocations(authority, key, 1, ())
@@ -832,9 +832,9 @@ def issue(
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
         purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
-        extensions: dict[Any, bool] = {_SIGNS_HANDSHAKES: True, purpose: False, _identifier(authority): False}
+        extensions = [_SIGNS_HANDSHAKES, purpose, _identifier(authority)]
         if hosts is not None:
-            extensions[x509.SubjectAlternativeName([_general_name(host) for host in hosts])] = False
+            extensions.append(x509.SubjectAlternativeName([_general_name(host) for host in hosts]))
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
         certificate, files[key], _ = _make(name, kind, days, extensions, authority, signer)
         files |= {cert: _pem(certificate), "issued.pem": _pem(authority, *issued, certificate)}
@@ -1005,7 +1005,7 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _make(
-    name: str, algorithm: str, days: int, extensions: dict[Any, bool], by: Certificate | None = None, signer: Any = None
+    name: str, algorithm: str, days: int, extensions: list[Any], by: Certificate | None = None, signer: Any = None
 ) -> tuple[Certificate, bytes, Any]:
     """A certificate, of itself or of an authority, its key as PEM, and its key."""
     if algorithm not in ALGORITHMS:
@@ -1015,9 +1015,8 @@ def _make(
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     begin, end, serial = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=days), x509.random_serial_number()
     builder = x509.CertificateBuilder(by.subject if by else subject, subject, key.public_key(), serial, begin, end)
-    extensions = extensions | {x509.SubjectKeyIdentifier.from_public_key(key.public_key()): False}
-    for extension, critical in extensions.items():
-        builder = builder.add_extension(extension, critical)
+    for extension in [*extensions, x509.SubjectKeyIdentifier.from_public_key(key.public_key())]:
+        builder = builder.add_extension(extension, isinstance(extension, x509.BasicConstraints | x509.KeyUsage))
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return builder.sign(signer or key, None), pem, key
 
