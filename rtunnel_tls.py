@@ -197,8 +197,7 @@ class TlsContext:
                 self._store.add_cert(crypto.X509.from_cryptography(root))
         chain = self._load_own(cert, key)
         self.revocations = [] if crl is None else self._load_lists(crl, [*chain[1:], *roots])
-        # The file that SSLKEYLOGFILE makes us write secrets to: worth a warning.
-        self.keylog = os.environ.get("SSLKEYLOGFILE") or None
+        self.keylog = os.environ.get("SSLKEYLOGFILE") or None  # for secrets: worth a warning
         if self.keylog is not None:
             with _told(f"SSLKEYLOGFILE {self.keylog}"):
                 open(self.keylog, "ab", opener=_private).close()
