@@ -725,8 +725,7 @@ class TlsTransport:
                 why = "closed by peer after the handshake" if self._silent else "truncated: ended without close_notify"
                 raise TransportError(why)
             with self._lock:
-                if received:
-                    self._ssl.feed(self._incoming[:received])
+                self._ssl.feed(self._incoming[:received])
                 count, self._end = self._ssl.read_into(view)
                 unsent = self._ssl.unsent()
             self._drained = count < len(view)
