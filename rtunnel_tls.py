@@ -63,6 +63,10 @@ class Profile(NamedTuple):
     ciphers: tuple[str, ...]
     pki_option: str = ""  # without which `pki` makes what the profile does not admit
 
+    def admit(self, rule: str, value: str, admitted: Sequence[str]) -> None:
+        if value.casefold() not in (name.casefold() for name in admitted):
+            raise HandshakeError(rule, f"{value} is not in profile {self.name}")
+
 
 _HYBRID = ("X25519MLKEM768", "SecP384r1MLKEM1024")  # hold as long as one of their halves does
 _PURE = ("MLKEM768", "MLKEM1024")  # MLKEM512 has the least margin, and every peer can do better
@@ -260,7 +264,7 @@ class TlsContext:
         with _told(f"--tls-crl {file}", remedy):
             lists = _load_revocations(file)
             for each in lists:
-                _admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures, self.profile)
+                self.profile.admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures)
                 # One that names no end has ended: nobody could tell when it grew stale.
                 _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
                 if any(extension.critical and _is_partial(extension.value) for extension in each.extensions):
@@ -455,9 +459,9 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     here so that they do not hang on one call of a private binding. Raises HandshakeError.
     """
     profile = context.profile
-    _admit("version", version, ["TLSv1.3"], profile)
-    _admit("group", group, profile.groups, profile)
-    _admit("cipher", cipher, profile.ciphers, profile)
+    profile.admit("version", version, ["TLSv1.3"])
+    profile.admit("group", group, profile.groups)
+    profile.admit("cipher", cipher, profile.ciphers)
     if not chain:
         raise HandshakeError("certificate", "the peer has shown none")
     identity = _check_chain(chain, context.peer_role, profile, context.peer_name)
@@ -468,18 +472,13 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     return Receipt(identity, tuple(chain), facts | {"expiry": _iso(end), "days_left": str(_days_left(end))})
 
 
-def _admit(rule: str, value: str, admitted: Sequence[str], profile: Profile) -> None:
-    if value.casefold() not in (name.casefold() for name in admitted):
-        raise HandshakeError(rule, f"{value} is not in profile {profile.name}")
-
-
 def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile, dialled: Name | None = None) -> str:
     """The identity that a chain gives to who plays `role`. Raises HandshakeError."""
     for each in chain:  # the root's own signature proves nothing, but tells its key
-        _admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures, profile)
+        profile.admit("signature", _algorithm(each.signature_algorithm_oid), profile.signatures)
         _check_time(each.subject.rfc4514_string(), each.not_valid_before_utc, each.not_valid_after_utc)
     leaf = chain[0]
-    _admit("key", _algorithm(leaf.public_key_algorithm_oid), profile.signatures, profile)
+    profile.admit("key", _algorithm(leaf.public_key_algorithm_oid), profile.signatures)
     if role not in _roles(leaf):  # `any purpose` is none: it would let a client play the server
         raise HandshakeError("purpose", f"the certificate of {leaf.subject.rfc4514_string()} is no {role}'s")
     if role == "authority":  # which may have any name
