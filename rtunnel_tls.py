@@ -380,9 +380,11 @@ def _is_partial(point: Any) -> bool:
 
     Of one for leaves alone, or for one distribution point, that depends on the certificates.
     """
-    partial = ("only_contains_ca_certs", "only_contains_attribute_certs", "indirect_crl", "only_some_reasons")
-    is_point = isinstance(point, x509.IssuingDistributionPoint)
-    return not is_point or any(getattr(point, each) for each in partial)
+    if not isinstance(point, x509.IssuingDistributionPoint):
+        return True
+    return any((
+        point.only_contains_ca_certs, point.only_contains_attribute_certs, point.indirect_crl, point.only_some_reasons
+    ))  # fmt: skip
 
 
 def _folded(name: x509.Name) -> str:
