@@ -625,8 +625,8 @@ def test_tiny_frames_keep_nobody_waiting(ends: Ends, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: let_run.append(None))
     with Peer.as_client(ends.open_server()) as peer, connect(peer.public):
         peer.hear(rtunnel.FrameType.NEW_CONN)
-        peer.send(6400 * rtunnel.encode(rtunnel.FrameType.BLOCKED, 1))
-        eventually(lambda: len(let_run) >= 6400 // rtunnel.READER_FRAMES // 2)
+        peer.send(102_400 * rtunnel.encode(rtunnel.FrameType.BLOCKED, 1))
+        eventually(lambda: len(let_run) >= 102_400 // rtunnel.READER_FRAMES // 2)
 
 
 def test_clients_that_say_goaway_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,4 +370,4 @@ def test_each_rule_is_in_the_list() -> None:
     assert set(rtunnel.REFUSALS) - words == {"other", "port-in-use", "unavailable", "too-many-clients"} - words
 
 
-MAKERS = {"Refused", "HandshakeError", "_admit"}
+MAKERS = {"Refused", "HandshakeError", "admit"}
