@@ -1347,8 +1347,10 @@ class Writer:
                 self._queue = [entry for entry in self._queue if entry[0] is not stream]
                 self._control += frame
             self._queue_bytes = sum(len(entry[1]) for entry in self._queue)
-            if stream in self._waiting or self._queue_bytes < queued:
-                self._room.notify_all()  # for its own pump, or for what was dropped
+            if stream in self._waiting:  # one of them is its own pump
+                self._room.notify_all()
+            elif self._queue_bytes < queued:  # there may be room for the next
+                self._room.notify()
             self._wake_sender_locked()
 
     def is_behind(self) -> bool:
@@ -1517,7 +1519,7 @@ class Stream:
         self._sock = sock
         self._queue = ByteQueue()
         self._draining = False  # a drainer is at work
-        self._moved_at = self._opened_at  # when the queue last got shorter, or the end came
+        self._moved_at = self._opened_at  # the queue last got shorter, the end came, or FIN went
         self._received = 0  # bytes from the tunnel
         self._credit = session.peer_window  # bytes of DATA that this side may still send
         self._receive_window = ReceiveWindow(self.first_window)

@@ -196,7 +196,7 @@ class TlsContext:
             roots = self.roots = _load_certificates(ca)
             for root in roots:
                 _check_chain([root], "authority", self.profile)
-                if _folded(root.issuer) not in {_folded(each.subject) for each in roots}:
+                if not any(_has_signed(each, root) for each in roots):
                     raise ValueError(f"{root.issuer.rfc4514_string()} has signed an authority, and is missing")
                 self._store.add_cert(crypto.X509.from_cryptography(root))
         chain = self._load_own(cert, key)
@@ -399,8 +399,8 @@ def _has_signed(authority: Certificate, item: Certificate | CertificateRevocatio
     with contextlib.suppress(*_UNFIT):
         if isinstance(item, CertificateRevocationList):
             return item.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
-        item.verify_directly_issued_by(authority)
-        return True
+        authority.public_key().verify(item.signature, item.tbs_certificate_bytes)  # type: ignore[union-attr,call-arg]
+        return _folded(item.issuer) == _folded(authority.subject)
     return False
 
 
@@ -586,7 +586,7 @@ class _Ssl:
             if chain and chain[-1] in context.roots and all(map(_has_signed, chain[1:], chain)):
                 _check_chain(chain, context.peer_role, context.profile, context.peer_name)
         except HandshakeError as named:  # which says of which certificate
-            return named
+            return named.with_traceback(None)  # it would keep this object
         except _UNFIT:
             pass
         return HandshakeError(rule, detail)

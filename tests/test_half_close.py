@@ -407,13 +407,13 @@ def test_a_visitor_that_leaves_during_the_dial(ends: Ends, monkeypatch: pytest.M
 def test_a_service_that_is_dialled_slowly_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """[E-7]: the 5 s in which a service may answer our FIN begin with the FIN, and not with the peer's CLOSE_CONN,
     which may come while it is dialled."""
-    monkeypatch.setattr(rtunnel, "LINGER_S", 1.5)
+    monkeypatch.setattr(rtunnel, "LINGER_S", 3.0)
     dial = rtunnel.dial
     with Ends() as ends, PeerServer() as server, socket.create_server(("127.0.0.1", 0)) as listener:
 
         def slow(address: rtunnel.Address, seconds: float) -> socket.socket:
             if address.port == listener.getsockname()[1]:
-                time.sleep(2.0)
+                time.sleep(3.5)
             return dial(address, seconds)
 
         monkeypatch.setattr(rtunnel, "dial", slow)

@@ -706,6 +706,8 @@ def test_an_authority_below_the_root_alone(house: House, tmp_path: Path) -> None
     (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate))
     files = house.files("server") | {"ca": tmp_path / "ca.crt"}
     refuse("--tls-ca|CN=root has signed an authority, and is missing", **files)
+    (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate, Signer().certificate))  # a namesake
+    refuse("--tls-ca|CN=root has signed an authority, and is missing", **files)
     root.name = "ROOT"  # as OpenSSL compares names, that is the same
     between = Signer(name="between", by=root)
     (tmp_path / "ca.crt").write_bytes(rtunnel_tls._pem(between.certificate, root.certificate))

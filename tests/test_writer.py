@@ -624,14 +624,14 @@ def test_a_last_frame_counts_where_nothing_stands_before_it(writer: rtunnel.Writ
 
 
 def test_a_stream_that_ends_wakes_its_own_pump(writer: rtunnel.Writer, transport: FakeTransport) -> None:
-    """Where many pumps wait for room, another stream's end wakes none of them, unless it makes room: else each end
-    would cost as much as there are that wait, and who has waited longest would stand last."""
-    woken: list[str] = []
-    notify = writer._room.notify_all
+    """Where many pumps wait for room, another stream's end wakes none of them, or one where it makes room: else each
+    end would cost as much as there are that wait, and who has waited longest would stand last."""
+    woken: list[int] = []
+    notify = writer._room.notify
 
-    def note() -> None:
-        woken.append("all")
-        notify()
+    def note(count: int = 1) -> None:
+        woken.append(count)
+        notify(count)
 
     transport.hold()
     with threads() as started:
@@ -643,13 +643,16 @@ def test_a_stream_that_ends_wakes_its_own_pump(writer: rtunnel.Writer, transport
             elif number == 2:
                 eventually(writer.unsent_bytes)
         eventually(lambda: waiting_pumps(writer) == 3)
-        writer._room.notify_all = note  # type: ignore[method-assign]
+        [queued] = {stream for stream, _ in writer._queue}
+        writer._room.notify = note  # type: ignore[method-assign]
         writer.post_last(FakeStream(9), frame(CLOSE_CONN, 9))  # type: ignore[arg-type]
         assert not woken
         [waiting, *_] = writer._waiting
         writer.post_last(waiting, frame(CLOSE_CONN, waiting.number))
-        assert woken == ["all"]
+        assert woken == [3]
+        writer.post_last(queued, frame(CLOSE_CONN, queued.number))
+        assert woken[-1] == 1
         transport.let_go()
         eventually(lambda: not waiting_pumps(writer))
-        eventually(lambda: sum(kind == DATA for kind, _, _ in transport.frames()) == 4)
+        eventually(lambda: sum(kind == DATA for kind, _, _ in transport.frames()) == 3)
         writer.close("done")
