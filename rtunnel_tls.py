@@ -267,7 +267,8 @@ class TlsContext:
                 self.profile.admit("signature", _algorithm(each.signature_algorithm_oid), self.profile.signatures)
                 # One that names no end has ended: nobody could tell when it grew stale.
                 _check_time("the list", each.last_update_utc, each.next_update_utc or each.last_update_utc)
-                if any(extension.critical and _is_partial(extension.value) for extension in each.extensions):
+                critical = [extension.value for extension in each.extensions if extension.critical]
+                if any(getattr(value, part, True) for value in critical for part in _PARTIAL):
                     raise ValueError("it holds a part of a list, which leaves all others without one")
                 issuer = each.issuer.rfc4514_string()
                 # As OpenSSL compares names.
@@ -320,6 +321,9 @@ _private = partial(os.open, mode=0o600)  # an opener
 _appending = threading.Lock()  # keeps lines of secrets whole where it is two steps (Windows)
 _now = partial(datetime.datetime.now, datetime.timezone.utc)
 _iso = "{:%Y-%m-%dT%H:%M:%SZ}".format  # of a moment
+# By a critical extension that has one of these, or is of another kind, a list is not for all of its
+# issuer's certificates. Of one for leaves, or for one distribution point, that depends on them.
+_PARTIAL = ("only_contains_ca_certs", "only_contains_attribute_certs", "indirect_crl", "only_some_reasons")
 
 
 def parse_name(name: str) -> Name:
@@ -373,18 +377,6 @@ def _extension(source: Certificate | CertificateRevocationList, kind: type[Any])
         return None
     except KeyError as error:  # a number in RFC 7633's extension that cryptography does not know
         raise ValueError(f"it has an extension that cannot be read, with {error}") from error
-
-
-def _is_partial(point: Any) -> bool:
-    """Whether a list with this critical extension cannot be for all certificates of its issuer.
-
-    Of one for leaves alone, or for one distribution point, that depends on the certificates.
-    """
-    if not isinstance(point, x509.IssuingDistributionPoint):
-        return True
-    return any((
-        point.only_contains_ca_certs, point.only_contains_attribute_certs, point.indirect_crl, point.only_some_reasons
-    ))  # fmt: skip
 
 
 def _folded(name: x509.Name) -> str:
