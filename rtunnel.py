@@ -2151,7 +2151,7 @@ class Session:
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
             "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
         }  # fmt: skip
-        return state | self.rtt() | ({"certificate_days_left": receipt.days_left} if receipt else {})
+        return state | self.rtt() | ({"certificate_days_left": rtunnel_tls.days_left(receipt.end)} if receipt else {})
 
     def rtt(self) -> dict[str, float]:
         """For a log line: the last round trip, where one is known."""
@@ -2335,10 +2335,10 @@ class Program:
 
     def _warn_of_expiry(self) -> None:
         """Now and every day, since nobody restarts a tunnel that works."""
-        if self._context is not None:
-            for file, days_left in self._context.days_left(rtunnel_tls.WARN_DAYS).items():
+        for file, end in self._context.ends.items() if self._context else ():
+            if (days_left := rtunnel_tls.days_left(end)) <= rtunnel_tls.WARN_DAYS:
                 log_event(WARNING, "certificate-expires", certificate=file, days_left=days_left)
-            CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
+        CLOCK.after(EXPIRY_CHECK_S, self._warn_of_expiry)
 
     def secure(self, carrier: PlainTransport, seconds: float, name: str = "", **about: object) -> Transport:
         """The carrier itself, or TLS over it. Raises HandshakeError, OSError, SessionEnded."""
@@ -2353,7 +2353,7 @@ class Program:
                 raise
         self.metrics.count("handshakes_total")
         log_event(INFO, "handshake", peer=transport.peer, **about, **transport.receipt.facts)
-        if (days_left := transport.receipt.days_left) <= rtunnel_tls.WARN_DAYS:
+        if (days_left := rtunnel_tls.days_left(transport.receipt.end)) <= rtunnel_tls.WARN_DAYS:
             log_event(WARNING, "certificate-expires", certificate=transport.identity, days_left=days_left)
         return transport
 
@@ -2419,7 +2419,7 @@ class Program:
 
     def log_state(self) -> None:
         """A line about this process, and one for each session and each stream."""
-        days = {"certificate_days_left": min(self._context.days_left().values())} if self._context else {}
+        days = {"certificate_days_left": rtunnel_tls.days_left(*self._context.ends.values())} if self._context else {}
         figures = self.figures()
         used = {name: value for (metric, name), value in figures.items() if metric == "limit_used"}
         shown = {name: f"{value}/{figures.get(('limit', name), '')}".rstrip("/") for name, value in used.items()}

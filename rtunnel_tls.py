@@ -219,10 +219,6 @@ class TlsContext:
             named.peer_name = parse_name(name)
         return named
 
-    def days_left(self, most: float = float("inf")) -> dict[str, int]:
-        """Of each file that has no more than these."""
-        return {file: days for file, end in self.ends.items() if (days := _days_left(end)) <= most}
-
     def revokes(self, receipt: Receipt) -> bool:
         """Whether an open session's chain holds what a list of the same authority's key revokes."""
         return any(
@@ -409,8 +405,9 @@ def _names(certificate: Certificate) -> list[Name]:
     return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, Name)]
 
 
-def _days_left(end: datetime.datetime) -> int:
-    return (end - _now()).days  # rounded down: negative once it is past
+def days_left(*ends: datetime.datetime) -> int:
+    """Days until the first of these, rounded down: negative once it is past."""
+    return (min(ends) - _now()).days
 
 
 def _facts(certificate: Certificate) -> dict[str, str]:
@@ -423,7 +420,7 @@ def _facts(certificate: Certificate) -> dict[str, str]:
         "names": ", ".join(map(str, _names(certificate))) or "none",
         "algorithm": _algorithm(certificate.public_key_algorithm_oid),
         "signed by": _algorithm(certificate.signature_algorithm_oid),
-        "valid": f"{_iso(certificate.not_valid_before_utc)} to {_iso(end)}, {_days_left(end)} days left",
+        "valid": f"{_iso(certificate.not_valid_before_utc)} to {_iso(end)}, {days_left(end)} days left",
         "serial": f"{certificate.serial_number:x}",
         "sha256": certificate.fingerprint(hashes.SHA256()).hex(),
     }
@@ -437,11 +434,8 @@ class Receipt(NamedTuple):
 
     identity: str
     chain: tuple[Certificate, ...]  # as it was verified, the peer's own first, the root last
+    end: datetime.datetime  # of its own
     facts: dict[str, str]  # for a line of the log
-
-    @property
-    def days_left(self) -> int:
-        return _days_left(self.chain[0].not_valid_after_utc)
 
 
 def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain: list[Certificate]) -> Receipt:
@@ -463,7 +457,7 @@ def check_peer(context: TlsContext, version: str, group: str, cipher: str, chain
     facts = {"version": version, "group": group, "cipher": cipher}
     facts |= {"signature": own["algorithm"], "identity": identity}  # an ML-DSA key signs in one way
     facts |= {key: own[key] for key in ("issuer", "serial", "sha256")}
-    return Receipt(identity, tuple(chain), facts | {"expiry": _iso(end), "days_left": str(_days_left(end))})
+    return Receipt(identity, tuple(chain), end, facts | {"expiry": _iso(end), "days_left": str(days_left(end))})
 
 
 def _check_chain(chain: Sequence[Certificate], role: str, profile: Profile, dialled: Name | None = None) -> str:
@@ -817,7 +811,7 @@ def issue(
         raise ValueError("--server: name the hosts or addresses that clients dial")
     where, (cert, key) = Path(folder), (f"{name}.crt", f"{name}.key")
     with _authority(where, cert, key, force=force) as (authority, signer, issued, files):
-        longest = _days_left(authority.not_valid_after_utc)
+        longest = days_left(authority.not_valid_after_utc)
         if not 1 <= days <= longest:
             raise ValueError(f"--days: 1 to {longest}, for the authority ends on {_iso(authority.not_valid_after_utc)}")
         # Nothing more: a server sends this to whoever connects, and all that it sends before it

@@ -248,7 +248,7 @@ def test_no_validity_reaches_beyond_the_calendar(tmp_path: Path) -> None:
         refuse(f"--years: 1 to {most}", init_authority, tmp_path / "pki", years=years)
     authority = load(init_authority(tmp_path / "pki", years=most))
     refuse("--days: 1 to", issue, tmp_path / "pki", "x", hosts=None, days=10**12)
-    longest = rtunnel_tls._days_left(authority.not_valid_after_utc)
+    longest = rtunnel_tls.days_left(authority.not_valid_after_utc)
     leaf = load(issue(tmp_path / "pki", "x", hosts=None, days=longest))
     assert leaf.not_valid_after_utc <= authority.not_valid_after_utc
 
@@ -264,7 +264,7 @@ def test_revocations_add_up(folder: Path) -> None:
     assert sorted(entry.serial_number for entry in crl) == sorted(serials)
     assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 4
     assert crl.is_signature_valid(load(folder / "ca.crt").public_key())  # type: ignore[arg-type]
-    assert rtunnel_tls._days_left(crl.next_update_utc) >= 3649
+    assert rtunnel_tls.days_left(crl.next_update_utc) >= 3649
 
 
 def test_a_lost_list_is_not_made_afresh(folder: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_renewal_keeps_all_and_asks_for_nothing(tmp_path: Path) -> None:
     assert [str(name) for name in rtunnel_tls._names(second)] == hosts
     assert rtunnel_tls._roles(second) == ["server"]
     assert rtunnel_tls._algorithm(second.public_key_algorithm_oid) == "mldsa87"
-    assert rtunnel_tls._days_left(second.not_valid_after_utc) == 89
+    assert rtunnel_tls.days_left(second.not_valid_after_utc) == 89
     assert second.subject == first.subject
     refuse("has issued nothing to nobody|pki issue", renew, tmp_path / "pki", "nobody")
 
@@ -479,7 +479,7 @@ def test_a_renewal_ends_no_later_than_the_authority(tmp_path: Path, monkeypatch:
     issue(tmp_path, "alice", hosts=None, days=300)
     now = rtunnel_tls._now()
     monkeypatch.setattr(rtunnel_tls, "_now", lambda: now + datetime.timedelta(days=200))
-    assert rtunnel_tls._days_left(load(renew(tmp_path, "alice")).not_valid_after_utc) in (163, 164)
+    assert rtunnel_tls.days_left(load(renew(tmp_path, "alice")).not_valid_after_utc) in (163, 164)
 
 
 def test_a_folder_of_the_version_before_is_taken_up(folder: Path, tmp_path: Path) -> None:

@@ -503,7 +503,7 @@ def test_openssl_alone_holds_a_server_to_its_name(
     house: House, root: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without our own check too: by the subjectAltName, host or address, and never by the common name."""
-    monkeypatch.setattr(rtunnel_tls, "check_peer", lambda *_: Receipt("anybody", (), {}))
+    monkeypatch.setattr(rtunnel_tls, "check_peer", lambda *_: Receipt("anybody", (), rtunnel_tls._now(), {}))
     monkeypatch.setattr(rtunnel_tls, "_check_chain", lambda *_: "anybody")
     nameless = root.issue(tmp_path, "nameless", [SERVER_AUTH], subject="localhost")
     server = house.server()
@@ -580,12 +580,12 @@ def test_a_client_without_a_name_to_verify_cannot_be_made(house: House) -> None:
 
 
 def test_what_ends_soon_is_known(root: Signer, tmp_path: Path, house: House) -> None:
-    """A file with 30 days or fewer left is listed with its days, and one with more is not."""
+    """Of each file the end is known, and of an end how many days there are until then, rounded down."""
     day = datetime.timedelta(days=1)
-    for left, listed in ((31 * day + HOUR, False), (30 * day + HOUR, True), (HOUR, True)):
+    for left in (31 * day + HOUR, 30 * day + HOUR, HOUR):
         pair = root.issue(tmp_path, "soon", [SERVER_AUTH], ["localhost"], after=left)
         context = TlsContext("default", cert=pair.cert, key=pair.key, ca=house.ca)
-        assert context.days_left(rtunnel_tls.WARN_DAYS) == ({str(pair.cert): left.days} if listed else {})
+        assert rtunnel_tls.days_left(context.ends[str(pair.cert)]) == left.days
 
 
 def test_a_file_ends_with_the_first_that_it_holds(
@@ -599,9 +599,9 @@ def test_a_file_ends_with_the_first_that_it_holds(
         for name, held in (("roots", roots), ("lists", lists)):
             (tmp_path / name).write_bytes(b"".join(file.read_bytes() for file in held[::order]))
         context = house.server(ca=tmp_path / "roots", crl=tmp_path / "lists")
-        days = {str(tmp_path / "roots"): 0, str(tmp_path / "lists"): 5}
-        assert context.days_left() == days | {str(house.files("server")["cert"]): 396}
-        assert context.days_left(rtunnel_tls.WARN_DAYS) == days
+        days = {file: rtunnel_tls.days_left(end) for file, end in context.ends.items()}
+        files = {str(tmp_path / "roots"): 0, str(tmp_path / "lists"): 5}
+        assert days == files | {str(house.files("server")["cert"]): 396}
 
 
 def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path: Path, house: House) -> None:
@@ -609,7 +609,6 @@ def test_an_authority_that_ends_before_its_leaf_is_known(root: Signer, tmp_path:
     between = Signer("mldsa87", name="between", by=root)
     pair = between.issue(tmp_path, "own", [SERVER_AUTH], ["localhost"], after=datetime.timedelta(days=90))
     context = TlsContext("default", cert=pair.cert, key=pair.key, ca=house.ca)
-    assert context.days_left(rtunnel_tls.WARN_DAYS) == {str(pair.cert): 0}
     assert context.ends[str(pair.cert)] == between.certificate.not_valid_after_utc
 
 
