@@ -664,8 +664,7 @@ class TlsTransport:
                 if records := ssl.take(buffer):
                     carrier.send(records)
                 _limit_waits(carrier, remaining())
-                count = carrier.receive_into(buffer)
-                if not count:
+                if not (count := carrier.receive_into(buffer)):
                     said = "in the handshake" if received else "without a word; are both ends started with --tls?"
                     raise HandshakeError("closed", f"the peer closed the connection {said}")
                 # A frame of the tunnel, no record: type, stream, length (PROTOCOL.md). The
