@@ -249,6 +249,7 @@ WRONG = [
     ("server", "--heartbeat", "0.0"),
     ("server", "--drain", "1000000"),
     ("server", "--allow", "alice=8080, bob=9090"),
+    ("server", "--tls-profile", "classic"),
     ("client", "--server", "h:1", "--local", "h:2", "--tls", "--tls-server-name", "a..b"),
     ("client", "--server", "a/b:1", "--local", "h:2", "--tls"),
 ]
@@ -275,6 +276,7 @@ FILES = {
     b"remote-port = 80\n": "remote-port",  # the client's
     b"print-config = true\n": "print-config",
     b"log-level = loud\n": "loud",
+    b"tls-profile = classic\n": "'classic' is no profile: write default, hybrid, pure, cnsa2",
     b"log-level\n": "log-level",
     b"log-level = [info, debug]\n": "log-level",
     b"tls = [true]\n": "tls takes one value",

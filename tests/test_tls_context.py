@@ -434,11 +434,6 @@ def test_a_revoked_authority_in_between_ends_open_sessions(tmp_path: Path) -> No
 # --- options ------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_profile_is_refused(house: House) -> None:
-    """The sentence lists the profiles."""
-    refuse("--tls-profile classic|default, hybrid, pure, cnsa2", profile="classic", **house.files("server"))
-
-
 def test_cnsa2_refuses_smaller_keys(house: House) -> None:
     """A profile that admits mldsa87 only says so of an mldsa65 certificate."""
     refuse("mldsa65|cnsa2", profile="cnsa2", **house.files("server"))
