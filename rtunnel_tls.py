@@ -683,11 +683,11 @@ class TlsTransport:
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
-            alert, refusal = ssl.take(memoryview(b"")), ssl.refusal(error, context)
-            error.__traceback__ = None  # it would keep what we free before we wait
+            error.__traceback__ = None  # it would keep `ssl`; a name for the refusal, this frame
+            alert, error = ssl.take(memoryview(b"")), ssl.refusal(error, context)  # type: ignore[assignment]
             del ssl
             _leave(carrier, alert)
-            raise refusal from error
+            raise error from None
         except HandshakeError:
             del ssl
             _leave(carrier, b"")

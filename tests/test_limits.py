@@ -484,6 +484,7 @@ def test_what_has_ended_is_gone(house: House, monkeypatch: pytest.MonkeyPatch, t
 
     for kind in (rtunnel.Session, rtunnel.Stream, rtunnel.Writer, rtunnel_tls.TlsTransport, rtunnel_tls._Ssl):
         watch(kind)
+    watch(rtunnel_tls.HandshakeError)
     with echo_service() as service, Ends(house if tls else None) as ends, Relay(ends.open_server()) as relay:
         ends.open_client(relay.address, mapping(service.address))
         gc.disable()
