@@ -56,6 +56,7 @@ class Answers(Checker):
         while len(header) < HEADER.size:
             part = sock.recv(HEADER.size - len(header))
             if not part:
+                reset_at_close(sock, False)
                 return  # a visitor that only looked in
             header += part
         seed, up, down = HEADER.unpack(header)
@@ -167,7 +168,7 @@ def answering() -> Iterator[tuple[Service, Answers]]:
 
 def main() -> None:
     answers = Answers()
-    with Service(answers, port=int(sys.argv[1])):
+    with Service(answers, port=int(sys.argv[1]), reset=True):
         sys.stdin.read()
     if answers.wrong:
         sys.exit(f"wrong: {answers.wrong}")

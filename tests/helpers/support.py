@@ -355,13 +355,18 @@ def reset(sock: socket.socket) -> None:
 class Service:
     """A local service: each connection is handled in a thread, and the handler's end closes it.
 
-    `connections` holds all sockets accepted so far, in order. Leaving the `with` block ends and joins all.
+    `connections` holds all sockets accepted so far, in order. Leaving the `with` block ends and joins all. With `reset`
+    a connection ends so from its first moment, unless the handler sees to it: whatever kills its process.
     """
 
-    def __init__(self, handle: Callable[[socket.socket], None], host: str = "127.0.0.1", port: int = 0):
+    def __init__(
+        self, handle: Callable[[socket.socket], None], host: str = "127.0.0.1", port: int = 0, *, reset: bool = False
+    ):
         self._handle = handle
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=1024)
+        # What is accepted inherits it.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
         self.address: Address = self._listener.getsockname()[:2]
         self.connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
