@@ -501,16 +501,22 @@ def test_many_others_of_port_0(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> N
         assert again.port == first.port
 
 
+def known_port(ends: Ends, server: Address, any_port: rtunnel.Mapping) -> int:
+    """A port that the server has chosen for this mapping, whose client has come and gone."""
+    client = ends.open_client(server, any_port)
+    port = ends.public()[1]
+    stop(client)
+    ends.log.wait_for("lease-closed")
+    return port
+
+
 def test_port_0_that_its_holder_has_got_meanwhile(house: House) -> None:
     """[L-6]: with certificates the port of a known instance may be its holder's by another instance: that is not
     replaced, since who asks for port 0 can have any."""
     with Ends(house) as ends, contextlib.ExitStack() as stack:
         server, service = ends.open_server(), stack.enter_context(echo_service())
         any_port = mapping(service.address)
-        first = ends.open_client(server, any_port)
-        port = ends.public()[1]
-        stop(first)
-        ends.log.wait_for("lease-closed")
+        port = known_port(ends, server, any_port)
         ends.open_client(server, dataclasses.replace(any_port, remote_port=port, instance=new_instance()))
         ends.public(2)
         ends.open_client(server, any_port)
@@ -526,10 +532,7 @@ def test_port_0_that_its_holder_will_come_back_to(house: House) -> None:
     with Ends(house) as ends, contextlib.ExitStack() as stack:
         server, service = ends.open_server(), stack.enter_context(echo_service())
         any_port = mapping(service.address)
-        first = ends.open_client(server, any_port)
-        port = ends.public()[1]
-        stop(first)
-        ends.log.wait_for("lease-closed")
+        port = known_port(ends, server, any_port)
         with Relay(server) as relay:
             ends.open_client(relay.address, mapping(service.address, port))
             ends.public(2)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from support import Address, Service, eventually
+from support import Address, Service, eventually, reset_at_close
 
 HEADER = struct.Struct(">III")  # seed, bytes up, bytes down
 BLOCK = random.Random(20261122).randbytes(1 << 20) * 2
@@ -64,11 +64,6 @@ class Answers(Checker):
         self.read(sock, seed, up)
         sock.sendall(pattern(seed + 1, down))
         reset_at_close(sock, False)
-
-
-def reset_at_close(sock: socket.socket, wanted: bool) -> None:
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", wanted, 0))
 
 
 class Load(Checker):

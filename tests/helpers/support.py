@@ -345,8 +345,14 @@ def ends_with(sock: socket.socket) -> str:
 
 def reset(sock: socket.socket) -> None:
     """Close with a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    reset_at_close(sock, True)
     sock.close()
+
+
+def reset_at_close(sock: socket.socket, wanted: bool) -> None:
+    """Also when the kernel closes it, since its process was killed. What a listener accepts inherits it."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", wanted, 0))
 
 
 # --- services -----------------------------------------------------------------------------------------------
@@ -365,8 +371,7 @@ class Service:
         self._handle = handle
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=1024)
-        # What is accepted inherits it.
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
+        reset_at_close(self._listener, reset)
         self.address: Address = self._listener.getsockname()[:2]
         self.connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
