@@ -1396,7 +1396,7 @@ class Writer:
         """No more frames but a last one; who waits gets SessionEnded. The first cause stays."""
         with self._lock:
             if self._cause is None:
-                self._cause = cause
+                self._cause, self._queue = cause, []  # whose streams hold the session, a cycle
                 # A WELCOME that is queued goes first: the last frame is not understood without it.
                 self._control = self._control + last_frame if last_frame else bytearray()
             self._work.notify()

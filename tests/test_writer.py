@@ -656,3 +656,16 @@ def test_a_stream_that_ends_wakes_its_own_pump(writer: rtunnel.Writer, transport
         eventually(lambda: not waiting_pumps(writer))
         eventually(lambda: sum(kind == DATA for kind, _, _ in transport.frames()) == 3)
         writer.close("done")
+
+
+def test_an_end_lets_go_of_the_streams(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """What is queued at the end is sent by nobody, and holds no stream: that would hold its session in a cycle."""
+    transport.hold()
+    with threads() as started:
+        started.start(send, writer, frame(DATA, 1, b"held"), FakeStream(1))
+        transport.wait_entered(1)
+        send(writer, frame(DATA, 2, b"queued"), FakeStream(2))
+        writer.close("done")
+        assert not writer._queue
+        transport.let_go()
+    assert [number for _, number, _ in transport.frames()] == [1]
