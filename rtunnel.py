@@ -2423,7 +2423,7 @@ class Program:
         figures = self.figures()
         used = {name: value for (metric, name), value in figures.items() if metric == "limit_used"}
         shown = {name: f"{value}/{figures.get(('limit', name), '')}".rstrip("/") for name, value in used.items()}
-        log_event(INFO, "state", threads=len(sys._current_frames()), **shown, **days)
+        log_event(INFO, "state", threads=1 + _thread._count(), **shown, **days)
         for session in self.sessions():
             log_event(INFO, "state-session", **session.state())
             for stream in session.streams():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import sys
 
 import pytest
+from starter import ROOT
 from support import Fields, connect, echo_service, read_exactly
 from tls_peers import House
 from tunnels import Factory, text
@@ -54,3 +57,39 @@ def test_state(server: Factory, client: Factory, house: House, tls: bool) -> Non
         assert lease["identity"] == ("client" if tls else "anonymous")
         assert lease["sessions"] == serving.events("state-session")[0]["peer"]
         assert "instance" not in lease
+
+
+# Threads that wait, threads that start and end, and garbage that lets others run while it is collected.
+STATES = """
+import _thread, gc, logging, threading, time
+import rtunnel
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        time.sleep(0.001)
+
+def start_others():
+    while True:
+        _thread.start_new_thread(int, ())
+        time.sleep(0.0005)
+
+logging.disable()
+program = rtunnel.Server(rtunnel.Settings(), None)
+for _ in range(200):
+    program.pool.run(threading.Event().wait)
+_thread.start_new_thread(start_others, ())
+gc.set_threshold(70)
+for _ in range(100):
+    garbage = [Cycle() for _ in range(5)]
+    del garbage
+    program.log_state()
+"""
+
+
+def test_the_state_stops_nobody() -> None:
+    """Whatever starts, ends or is collected meanwhile: sys._current_frames, which counted the threads once, could stop
+    all of Python 3.11 for ever (github.com/python/cpython/issues/106883)."""
+    assert subprocess.run([sys.executable, "-c", STATES], cwd=ROOT, timeout=30).returncode == 0
