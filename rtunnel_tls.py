@@ -964,7 +964,7 @@ def _authority(
         with _told(str(own)):
             authority = _load_certificates(own)[0]
         with _told(str(record), _RESTORE):
-            issued = _load_certificates(record) if record.exists() else [authority]
+            issued = _load_certificates(record)
             # A wrong byte, here or in ca.crt: what looks like another's would be forgotten.
             if issued.pop(0) != authority or not all(_has_signed(authority, each) for each in issued):
                 raise ValueError(f"it is not the record of the authority in {own}")
@@ -972,10 +972,7 @@ def _authority(
             _refuse_unfit_key(secret)
             if (key := _load_keys(secret)[0]).public_key() != authority.public_key():
                 raise ValueError(f"it is not the key of {own}")
-        for file in sorted(folder.glob("*.crt")):  # of before there was a record
-            with contextlib.suppress(OSError, *_UNFIT):
-                issued += [each for each in _load_certificates(file)[:1] if _has_signed(authority, each)]
-        yield authority, key, [each for each in dict.fromkeys(issued) if each != authority], files
+        yield authority, key, issued, files
 
 
 def _general_name(host: str) -> x509.GeneralName:

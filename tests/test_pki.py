@@ -482,20 +482,21 @@ def test_a_renewal_ends_no_later_than_the_authority(tmp_path: Path, monkeypatch:
     assert rtunnel_tls.days_left(load(renew(tmp_path, "alice")).not_valid_after_utc) in (163, 164)
 
 
-def test_a_folder_of_the_version_before_is_taken_up(folder: Path, tmp_path: Path) -> None:
-    """Without a record, the certificates that lie there are known, and stay known when they are replaced."""
-    first = load(issue(folder, "alice", hosts=None)).serial_number
-    issue(folder, "gate", hosts=["localhost"])
-    init_authority(tmp_path / "other")
-    shutil.copy(issue(tmp_path / "other", "bob", hosts=None), folder / "bob.crt")  # of another authority
-    (folder / "broken.crt").write_text("no certificate")
-    for new in ("issued.pem", ".lock"):
-        (folder / new).unlink()
-    second = load(renew(folder, "alice")).serial_number
-    assert rtunnel_tls._roles(load(renew(folder, "gate"))) == ["server"]
+def test_a_lost_record_is_not_made_afresh(folder: Path) -> None:
+    """What has been replaced or taken away is on it alone, and could not be revoked any more: a copy mends it."""
+    lost = load(issue(folder, "alice", hosts=None)).serial_number
+    renewed = load(renew(folder, "alice")).serial_number
+    record = folder / "issued.pem"
+    copy = record.read_bytes()
+    record.unlink()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for function, kwargs in ((issue, {"hosts": None, "force": True}), (renew, {}), (revoke, {})):
+        refuse(f"{record}: No such file|put a copy of it back", function, folder, "alice", **kwargs)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert "  subject    CN=alice" in show(folder)
+    record.write_bytes(copy)
     revoke(folder, "alice")
-    assert revoked(folder) == {first, second}
-    refuse("nothing that was issued to bob", revoke, folder, "bob")
+    assert revoked(folder) == {lost, renewed}
 
 
 def test_show_tells_of_all_that_was_issued(folder: Path) -> None:
