@@ -775,6 +775,7 @@ def _leave(carrier: Carrier, alert: Readable) -> None:
 ALGORITHMS: Final = {"mldsa65": MLDSA65PrivateKey.generate, "mldsa87": MLDSA87PrivateKey.generate}
 _SIGNS_HANDSHAKES = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
 _SIGNS_CERTIFICATES = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+_issuer: Any = x509.AuthorityKeyIdentifier.from_issuer_public_key  # tells namesakes apart
 _RESTORE = "put a copy of it back, for a new one would forget what was in it"
 
 
@@ -814,7 +815,7 @@ def issue(
         # Nothing more: a server sends this to whoever connects, and all that it sends before it
         # knows the client should fit into the ten segments that TCP starts with.
         purpose = x509.ExtendedKeyUsage([_PURPOSES["client" if hosts is None else "server"]])
-        extensions = [_SIGNS_HANDSHAKES, purpose, _identifier(authority)]
+        extensions = [_SIGNS_HANDSHAKES, purpose, _issuer(authority.public_key())]
         if hosts is not None:
             extensions.append(x509.SubjectAlternativeName([_general_name(host) for host in hosts]))
         kind = algorithm or _algorithm(authority.public_key_algorithm_oid)
@@ -1000,17 +1001,11 @@ def _make(
     return builder.sign(signer or key, None), pem, key
 
 
-def _identifier(authority: Certificate) -> x509.AuthorityKeyIdentifier:
-    """By it OpenSSL tells two authorities of one name apart."""
-    own = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
-
-
 def _revocations(authority: Certificate, key: Any, number: int, entries: Iterable[x509.RevokedCertificate]) -> bytes:
     begin, end = _now() - CLOCK_SKEW, _now() + datetime.timedelta(days=LIST_DAYS)
     builder = x509.CertificateRevocationListBuilder(authority.subject, begin, end, revoked_certificates=[*entries])
     builder = builder.add_extension(x509.CRLNumber(number), critical=False)
-    return _pem(builder.add_extension(_identifier(authority), critical=False).sign(key, None))
+    return _pem(builder.add_extension(_issuer(authority.public_key()), critical=False).sign(key, None))
 
 
 def _pem(*items: Certificate | CertificateRevocationList) -> bytes:
