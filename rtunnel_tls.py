@@ -398,9 +398,8 @@ def _roles(certificate: Certificate) -> list[str]:
 
 def _names(certificate: Certificate) -> list[Name]:
     """Hosts and addresses in subjectAltName; other kinds of names are not for us."""
-    names = [name.value for name in _extension(certificate, x509.SubjectAlternativeName) or ()
-             if isinstance(name, x509.DNSName | x509.IPAddress)]  # fmt: skip
-    return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, Name)]
+    names = _extension(certificate, x509.SubjectAlternativeName) or x509.SubjectAlternativeName([])
+    return [*map(str.lower, names.get_values_for_type(x509.DNSName)), *names.get_values_for_type(x509.IPAddress)]
 
 
 def days_left(*ends: datetime.datetime) -> int:
