@@ -804,8 +804,6 @@ def issue(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name.lower() in ("ca", NO_IDENTITY):
         rule = f"letters, digits and . _ - only, and neither ca nor {NO_IDENTITY}"
         raise ValueError(f"{name!r} cannot be a certificate's name: {rule}")
-    if hosts is not None and not hosts:
-        raise ValueError("--server: name the hosts or addresses that clients dial")
     where, (cert, key) = Path(folder), (f"{name}.crt", f"{name}.key")
     with _authority(where, cert, key, force=force) as (authority, signer, issued, files):
         longest = days_left(authority.not_valid_after_utc)

@@ -225,9 +225,25 @@ def test_what_cannot_be_issued_is_one_sentence(folder: Path, words: str, given: 
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_server_needs_a_name(folder: Path) -> None:
-    """A server's certificate without a host could be dialled by nobody."""
-    refuse("host", issue, folder, "x", hosts=[])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init", "--algorithm", "rsa"], "--algorithm: invalid choice: 'rsa'|mldsa65|mldsa87"),
+        (["issue", "x", "--client", "--algorithm", "rsa"], "--algorithm: invalid choice: 'rsa'|mldsa65|mldsa87"),
+        (["issue", "x", "--client", "--server", "localhost"], "--server: not allowed with argument --client"),
+        (["issue", "x"], "--server --client is required"),
+        (["issue", "x", "--server"], "--server: expected at least one argument"),  # it could be dialled by nobody
+    ],
+)
+def test_what_the_options_refuse(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """An unknown algorithm, no role, both, or a server of no host: nothing is made."""
+    before = sorted(folder.iterdir())
+    assert rtunnel.main(["pki", *arguments, "--dir", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words.split("|")), told
+    assert sorted(folder.iterdir()) == before
 
 
 def test_an_authority_is_needed(tmp_path: Path) -> None:
