@@ -15,8 +15,8 @@ OpenSSL's threading rule
     `TlsTransport` alone holds an `_Ssl`, and calls it, after the handshake, under its one lock.
 
 Errors
-    TlsError: TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A
-    carrier's OSError passes through, but becomes a HandshakeError in the handshake.
+    TlsConfigError (of which NotYetValid is one), HandshakeError, TransportError. A carrier's
+    OSError passes through, but becomes a HandshakeError in the handshake.
 """
 
 from __future__ import annotations
@@ -98,11 +98,7 @@ LIST_DAYS = 3650  # an expired list shuts everybody out, and nobody here makes o
 # ---- errors ------------------------------------------------------------------------------------
 
 
-class TlsError(Exception):
-    """The root of this module's errors."""
-
-
-class TlsConfigError(TlsError):
+class TlsConfigError(Exception):
     """A file, an option or this OpenSSL is not fit for what was asked. The text is one sentence."""
 
 
@@ -110,7 +106,7 @@ class NotYetValid(TlsConfigError):
     """A certificate or a list begins later than now. At boot, the clock may be wrong: try again."""
 
 
-class HandshakeError(TlsError):
+class HandshakeError(Exception):
     """No session with this peer: `rule: detail`. What the peer can say in it is not escaped."""
 
     def __init__(self, rule: str, detail: str, *, early: bool = False) -> None:
@@ -118,7 +114,7 @@ class HandshakeError(TlsError):
         self.rule, self.early = rule, early  # early: the rule is `validity`, and time may mend it
 
 
-class TransportError(TlsError):
+class TransportError(Exception):
     """An open connection has failed; in TLS 1.3 also if the server refuses the client."""
 
 

@@ -28,7 +28,7 @@ from tls_peers import House, Signer, Task, session
 
 import rtunnel
 import rtunnel_tls
-from rtunnel_tls import TlsConfigError, init_authority, issue, renew, revoke, show
+from rtunnel_tls import HandshakeError, TlsConfigError, init_authority, issue, renew, revoke, show
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
 
@@ -61,7 +61,8 @@ def test_from_nothing_to_a_session_to_a_revocation(tmp_path: Path) -> None:
     with session(house.server(crl=house.crl), house.client(crl=house.crl)) as (server, client):
         assert (server.identity, client.identity) == ("client", "server")
     revoke(house.folder, "client")
-    with pytest.raises(rtunnel_tls.TlsError), session(house.server(crl=house.crl), house.client(crl=house.crl)):
+    ours, theirs = house.server(crl=house.crl), house.client(crl=house.crl)
+    with pytest.raises(HandshakeError, match="revoked"), session(ours, theirs):
         pytest.fail("a revoked client came in")
     assert "revoked    YES, on 2" in show(house.folder / "client.crt")
 

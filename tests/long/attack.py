@@ -64,7 +64,7 @@ class Attackers:
             return socket.create_connection(address, 2.0, (source, 0))
 
         while True:
-            with contextlib.suppress(OSError, rtunnel_tls.TlsError, rtunnel.RtunnelError):
+            with contextlib.suppress(*rtunnel.TRANSPORT_ERRORS, rtunnel_tls.HandshakeError, rtunnel.RtunnelError):
                 attack(dial)
             time.sleep(0.01)
 
