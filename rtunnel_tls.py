@@ -151,14 +151,14 @@ def escaped(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """OpenSSL's reasons, the first cause first; `tlsv1 alert unknown ca` is the peer's word."""
+    """OpenSSL's reasons, the first cause first; `tlsv1 unrecognized name` is the peer's alert."""
     if isinstance(error, SSL.WantReadError):  # from a write only
         return "the peer has sent the first part of a handshake message, and OpenSSL waits for the rest"
     entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
     if isinstance(error, SSL.ZeroReturnError):
         return f"{_FROM_PEER}close notify"
     reasons = "; ".join(str(reason) for *_, reason in entries) or "OpenSSL has no word for it"
-    return re.sub(r"^(?:tls|ssl)\S* alert ", _FROM_PEER, reasons)
+    return re.sub(r"^(?:(?:tls|ssl)\S* alert|tlsv1) ", _FROM_PEER, reasons)
 
 
 # ---- contexts ----------------------------------------------------------------------------------

@@ -412,6 +412,34 @@ def test_what_is_no_tls_is_refused(world: World, ours: str, said: bytes, rule: s
     assert refused.rule == rule, refused
 
 
+ALERTS = {
+    40: "handshake failure",
+    48: "unknown ca",
+    70: "protocol version",
+    110: "unsupported extension",
+    111: "certificate unobtainable",
+    112: "unrecognized name",  # of what shares port 443 by the name in TLS, and has no such name
+    113: "bad certificate status response",
+    114: "bad certificate hash value",
+    116: "certificate required",
+}
+
+
+@pytest.mark.parametrize("code", ALERTS)
+def test_an_alert_is_the_peers_word(world: World, code: int) -> None:
+    """Whichever answers our first flight, the rule is `alert`: the peer has refused us, and not we the peer."""
+
+    def peer(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(bytes([0x15, 3, 3, 0, 2, 2, code]))
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+    refused, _ = meet(world.ours("client"), peer)
+    assert (refused.rule, str(refused)) == ("alert", f"alert: refused by the peer: {ALERTS[code]}")
+
+
 FRAMES = {
     "INIT of level 0": b"\x04" + bytes(7) + b"\x05" + b"0:x:1",
     "INIT of level 1": b"\x04" + bytes(7) + b"\x23" + b"8080:x:1\nversion=1\nwindow=65536\n\n\n",
