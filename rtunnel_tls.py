@@ -509,6 +509,7 @@ _RULES: Final = {  # words in what OpenSSL says when it ends a handshake; the fi
     "tls": ("wrong version number",),  # of a record: this is no TLS at all
     "version": ("protocol", "version"),
     "group": ("key share", "group"),
+    "cipher": ("shared cipher", "cipher returned"),
     "signature": ("signature",),
     "certificate": ("certificate",),
 }

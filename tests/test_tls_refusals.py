@@ -83,6 +83,12 @@ class World:
     def raw(self, role: str, pair: Pair | None, groups: str = OUR_GROUPS, signatures: str = ANY_SIGNATURE) -> Peer:
         return raw_peer(raw_context(pair, self.ca, groups=groups, signatures=signatures), role)
 
+    def smaller(self, role: str) -> Peer:
+        """A good peer, but that its key of the record layer would have 128 bits."""
+        context = raw_context(self.pairs[role], self.ca, groups=OUR_GROUPS, signatures=ANY_SIGNATURE)
+        context.set_tls13_ciphersuites(b"TLS_AES_128_GCM_SHA256")
+        return raw_peer(context, role)
+
     def python(self, role: str, kind: str = "rsa", curve: str = "", tls12: bool = False) -> Peer:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if role == "client" else ssl.PROTOCOL_TLS_SERVER)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -112,6 +118,7 @@ ROWS: dict[str, tuple[Callable[[World, str], Peer], tuple[str, str]]] = {
     "X25519": (lambda w, r: w.raw(r, w.pairs[r], "X25519"), NO_GROUP),
     "P-256": (lambda w, r: w.raw(r, w.pairs[r], "P-256"), NO_GROUP),
     "MLKEM512": (lambda w, r: w.raw(r, w.pairs[r], "MLKEM512"), NO_GROUP),
+    "AES-128": (lambda w, r: w.smaller(r), ("cipher", "alert")),
     "RSA leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="rsa")), ("certificate", "alert")),
     "ECDSA leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="ecdsa")), ("certificate", "alert")),
     "Ed25519 leaf": (lambda w, r: w.raw(r, w.pair(r, algorithm="ed25519")), ("certificate", "alert")),
