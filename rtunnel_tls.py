@@ -637,7 +637,6 @@ class TlsTransport:
         self._end: SSL.Error | None = None  # nothing more comes, and why
         # the turn's holder's
         self._outgoing = memoryview(bytearray(OUTGOING_BYTES))
-        self._finished = False  # close_notify has been sent: nothing can follow it
         self._lock = threading.Lock()
         # guarded by _lock
         self._ssl = ssl
@@ -727,17 +726,16 @@ class TlsTransport:
                 records = self._ssl.take(self._outgoing, frames)
         except SSL.Error as error:
             raise TransportError(_reason(error)) from error
-        if records and not self._finished:  # what reading causes afterwards goes nowhere
+        if records:
             self._carrier.send(records)
 
     def finish(self) -> None:
-        """Say that no more comes: close_notify, then SHUT_WR. Raises the carrier's OSError."""
+        """Say that no more comes: close_notify, SHUT_WR. No send may follow. Raises OSError."""
         with self._lock:
             # After a failure OpenSSL makes none, for it would vouch for a stream that was cut.
             with contextlib.suppress(SSL.Error):
                 self._ssl.close_notify()
             records = self._ssl.take(self._outgoing)
-        self._finished = True
         self._carrier.send(records)
         self._carrier.finish()
 

@@ -58,6 +58,7 @@ class FakeTransport:
             assert self._changed.wait_for(lambda: self._entered >= count, 10), f"{self._entered} of {count} sends"
 
     def send(self, frames: bytes | bytearray | memoryview) -> None:
+        assert not self.finished, "nothing can follow close_notify"
         assert self._busy.acquire(blocking=False), "two threads are in the transport's send"
         try:
             with self._changed:
@@ -669,3 +670,18 @@ def test_an_end_lets_go_of_the_streams(writer: rtunnel.Writer, transport: FakeTr
         assert not writer._queue
         transport.let_go()
     assert [number for _, number, _ in transport.frames()] == [1]
+
+
+def test_after_finish_nothing_is_sent(writer: rtunnel.Writer, transport: FakeTransport) -> None:
+    """TLS's answers to what still comes, credit, frames and a second end: the transport hears of none of them."""
+    writer.close("over", b"bye")
+    assert writer.serve() == "over"
+    assert transport.finished
+    writer.flush()
+    writer.grant(FakeStream(), 1)  # type: ignore[arg-type]
+    writer.post_last(FakeStream(), frame(CLOSE_CONN, 1))  # type: ignore[arg-type]
+    writer.close("again", b"bye")
+    for refused in (lambda: writer.send(FakeStream(), b"x"), lambda: writer.post(b"x")):  # type: ignore[arg-type]
+        with pytest.raises(rtunnel.SessionEnded, match="over"):
+            refused()
+    assert transport.sends == [b"bye"]
