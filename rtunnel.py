@@ -220,7 +220,7 @@ LIVED_S = 10.0  # a session that lasts so long without a word is mostly open [Cl
 HEARTBEAT_S = 15.0  # unless set; yamux: 30 s [Session._beat]
 HEARTBEATS_TO_DEATH = 3  # without a byte received [Session._check_alive]
 MAX_PINGS = 1024  # that may be unanswered: four hours of heartbeats [Session]
-WRITE_TIMEOUT_S = 30.0  # level 1: no byte is taken for so long; yamux: 10 s [limit_write]
+WRITE_TIMEOUT_S = 30.0  # level 1, twice that where a send has begun; yamux: 10 s [limit_write]
 FAREWELL_S = 1.0  # from a session's end until its transport is shut, read or not [Session.end]
 WATCH_S = 1.0  # between looks for a reset: the clock's, a pump's without credit [Session._sweep]
 DRAIN_STEP_S = 0.5  # between a waiting drainer's, or polled pump's, looks for an abort [Stream]
@@ -376,7 +376,7 @@ SPEAKS_TLS = "the peer speaks TLS and this end does not: start both with --tls, 
 
 
 class Frame(NamedTuple):
-    """A whole frame that is not DATA."""
+    """A whole frame that is not DATA. Of an unknown type the payload is not kept."""
 
     type: int
     stream: int
@@ -458,8 +458,9 @@ class Decoder:
             if self._type == DATA:
                 if part or not self._remaining:
                     yield DataPart(self._stream, part, self._remaining)
-            elif self._type in KNOWN:
-                self._payload += part
+            else:
+                if self._type in KNOWN:
+                    self._payload += part
                 if not self._remaining:
                     payload = bytes(self._payload)
                     self._payload.clear()
@@ -1550,8 +1551,9 @@ class Stream:
         self._close_if_done()
 
     def close_received(self, reason: bytes) -> None:
-        """The peer's CLOSE_CONN: a reset."""
+        """The peer's CLOSE_CONN: a reset. It takes nothing more: what is unsent is dropped."""
         with self._lock:
+            self._session.writer.post_last(self, b"")
             if not self._has_ended_locked():
                 self._sending = Sending.CLOSED
                 self._abort_locked("peer: " + quoted(reason.decode("ascii", "replace")))
@@ -2025,7 +2027,7 @@ class Session:
                 if isinstance(event, DataPart):
                     if stream := self._find(event.stream):
                         stream.feed(event.part)
-                else:
+                elif event.type in KNOWN:
                     check(event, level=self.level, role=self.role)
                     self.on_frame(event)
             if count == len(buffer) < READER_BUFFER_BYTES:
@@ -2695,7 +2697,7 @@ class Server(Program):
         for other in replaced:
             log_event(INFO, "session-replaced", peer=other.transport.peer, by=peer, level=other.level)
             other.stop(REPLACED)
-        if session.level:
+        if session.level and init.version:
             session.start_timers()
 
     def _find_lease_locked(self, session: ServerSession, init: Init, port: int) -> Lease | None:
@@ -3231,14 +3233,15 @@ def common_options(role: str) -> list[Option]:
     return [
         Option("TLS", "tls", False, bool, "", "post-quantum mutual TLS; without it nothing is encrypted, and anybody "
                "may connect", argparse.BooleanOptionalAction, "true"),
-        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", str, "FILE",
+        Option("TLS", "tls-cert", f"conf/pki/{role}.crt", os.path.expanduser, "FILE",
                f"our certificate, and those below the root; made by: rtunnel {made_by}", example="="),
-        Option("TLS", "tls-key", f"conf/pki/{role}.key", str, "FILE", "its key, readable by its owner only",
-               example="="),
-        Option("TLS", "tls-ca", "conf/pki/ca.crt", str, "FILE",
+        Option("TLS", "tls-key", f"conf/pki/{role}.key", os.path.expanduser, "FILE",
+               "its key, readable by its owner only", example="="),
+        Option("TLS", "tls-ca", "conf/pki/ca.crt", os.path.expanduser, "FILE",
                "the authorities whose certificates are admitted; made by: rtunnel pki init", example="="),
-        Option("TLS", "tls-crl", "", str, "FILE", "the revocation lists of all of them; made by: rtunnel pki init, and "
-               "pki revoke; empty: none is looked at", example="conf/pki/crl.pem" if role == "server" else ""),
+        Option("TLS", "tls-crl", "", os.path.expanduser, "FILE",
+               "the revocation lists of all of them; made by: rtunnel pki init, and pki revoke; empty: none is looked "
+               "at", example="conf/pki/crl.pem" if role == "server" else ""),
         Option("TLS", "tls-profile", "default", profile, "NAME",
                "what is admitted in a handshake, where both ends need something in common; one of "
                + ", ".join(rtunnel_tls.PROFILES)),
@@ -3330,7 +3333,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
                 settings |= super().parse([line])
                 value, repeatable = settings.get(key), self.options[key].action == "append"
                 if isinstance(value, list) and not (value and repeatable):
-                    fault = f"{key} takes " + ("a list that is not empty" if repeatable else "one value, and no list")
+                    fault = f"{key} takes " + ("a list that is not empty" if repeatable else "one value, without []")
             if fault:
                 raise configargparse.ConfigFileParserException(f"{stream.name}, line {number}: {fault}")
         return settings

@@ -147,6 +147,18 @@ def test_one_mapping_in_a_file_needs_no_list(settings: Callable[..., dict[str, A
     assert settings("client", "-c", file)["made"][0] == MAPPINGS[:1]
 
 
+def test_a_home_in_a_files_name(
+    settings: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`~` is the home in whatever names a file, also where no shell expands it: behind a `=`, and in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    write(tmp_path, "tls-cert = ~/a.crt", "tls-crl = ~/crl.pem")
+    asked = settings("server", "-c", "~/some.ini", "--tls-key=~/a.key", "--tls-ca=~/ca.crt")["made"][0]
+    names = [asked.tls_cert, asked.tls_key, asked.tls_ca, asked.tls_crl]
+    assert names == [str(tmp_path / name) for name in ("a.crt", "a.key", "ca.crt", "crl.pem")]
+
+
 def test_local_and_remote_port_are_one_mapping(settings: Callable[..., dict[str, Any]]) -> None:
     """--local is one mapping, to remote port 0 where --remote-port says no other."""
     assert settings(*CLIENT)["made"][0] == [
@@ -280,6 +292,7 @@ FILES = {
     b"log-level\n": "log-level",
     b"log-level = [info, debug]\n": "log-level",
     b"tls = [true]\n": "tls takes one value",
+    b"public-bind = [::1]\n": "public-bind takes one value, without []",
     b"allow = []\n": "allow takes a list that is not empty",
     b"control-listen = nowhere\n": "nowhere",
     b"tls-crl = # none\n": "tls-crl would be a comment",

@@ -605,6 +605,25 @@ def test_visitors_of_a_client_that_does_not_read(ends: Ends, monkeypatch: pytest
         assert session.writer.unsent_bytes() - poured < 100 * rtunnel.HEADER_BYTES + 25 * 64
 
 
+def test_a_cancelled_stream_leaves_nothing(ends: Ends) -> None:
+    """[T-3], [T-4]: behind a CLOSE_CONN nothing of the stream is sent, neither what is queued nor what its pump waits
+    with: nobody is left to take it, and others would wait behind it."""
+    with Peer.as_client(ends.open_server(), window=1 << 30) as peer, connect(peer.public) as pouring:
+        peer.hear(rtunnel.FrameType.NEW_CONN)
+        [session] = ends.sessions()
+        pouring.settimeout(0.3)
+        with writer_in_use(session.writer):  # so all frames of the test wait
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    pouring.sendall(bytes(1 << 20))
+            eventually(lambda: session.writer._waiting)
+            peer.send_frame(rtunnel.FrameType.CLOSE_CONN, 1)
+            eventually(lambda: not session.writer._waiting and not session.writer.unsent_bytes())
+        assert ends_with(pouring) == "reset"
+        peer.send_frame(rtunnel.FrameType.PING, 0, b"and then")
+        assert peer.hear() == (rtunnel.FrameType.PONG, 0, b"and then")
+
+
 def test_streams_of_a_server_that_does_not_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """[S-11]: a server that opens streams, and does not read what becomes of them, is no server: its session ends."""
     monkeypatch.setattr(rtunnel, "MAX_UNSENT_BYTES", 0)
@@ -620,13 +639,14 @@ def test_streams_of_a_server_that_does_not_read(ends: Ends, monkeypatch: pytest.
         assert "has not read" in ends.log.wait_for("session-closed")["reason"]
 
 
-def test_tiny_frames_keep_nobody_waiting(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """[X-2]: a reader to whom tiny frames come without end lets other threads run between them."""
+@pytest.mark.parametrize("kind", [int(rtunnel.FrameType.BLOCKED), 0xEE])
+def test_tiny_frames_keep_nobody_waiting(ends: Ends, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """[X-2]: a reader to whom tiny frames come without end, unknown ones too, lets other threads run between them."""
     let_run: list[None] = []
     monkeypatch.setattr(rtunnel, "let_others_run", lambda: let_run.append(None))
     with Peer.as_client(ends.open_server()) as peer, connect(peer.public):
         peer.hear(rtunnel.FrameType.NEW_CONN)
-        peer.send(102_400 * rtunnel.encode(rtunnel.FrameType.BLOCKED, 1))
+        peer.send(102_400 * rtunnel.encode(kind, 1))
         eventually(lambda: len(let_run) >= 102_400 // rtunnel.READER_FRAMES // 2)
 
 

@@ -38,7 +38,8 @@ def decoded(pieces: list[bytes]) -> tuple[list[Frame], str]:
         for piece in pieces:
             for event in decoder.feed(piece):
                 if isinstance(event, Frame):
-                    frames.append(event)
+                    if event.type in rtunnel.KNOWN:
+                        frames.append(event)
                     continue
                 data += event.part
                 if not event.remaining:
