@@ -2137,9 +2137,6 @@ class Session:
         with self._lock:
             return list(self._streams.values())
 
-    def stream_count(self) -> int:
-        return len(self._streams)  # read without the lock: a number is whole
-
     def has_ended(self) -> bool:
         return self._cause is not None  # read without the lock: it stays as it is
 
@@ -2151,7 +2148,7 @@ class Session:
         receipt = self.transport.receipt
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
-            "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
+            "streams": len(self._streams), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
         }  # fmt: skip
         return state | self.rtt() | ({"certificate_days_left": rtunnel_tls.days_left(receipt.end)} if receipt else {})
 
@@ -2233,7 +2230,7 @@ class Metrics:
         self._lock = threading.Lock()
         # guarded by _lock
         self._totals = collections.Counter({(name, each): 0 for name, row in METRICS.items() for each in row[2]})
-        self._open: set[Stream] = set()
+        self.open_streams: set[Stream] = set()
 
     def count(self, name: str, value: str = "") -> None:
         """One more; where a peer has made the value up, of `other`."""
@@ -2242,17 +2239,17 @@ class Metrics:
 
     def opened(self, stream: Stream) -> None:
         with self._lock:
-            self._open.add(stream)
+            self.open_streams.add(stream)
             self._totals["streams_total", ""] += 1
 
     def closed(self, stream: Stream) -> None:
         with self._lock:
-            self._open.remove(stream)
+            self.open_streams.remove(stream)
             self._totals.update(stream.carried())
 
     def totals(self) -> Figures:
         with self._lock:
-            totals, streams = self._totals.copy(), list(self._open)
+            totals, streams = self._totals.copy(), list(self.open_streams)
         for stream in streams:
             totals.update(stream.carried())
         return {**totals}
@@ -2404,7 +2401,7 @@ class Program:
             return [each for each in self._connections if isinstance(each, Session)]
 
     def stream_count(self) -> int:
-        return sum(session.stream_count() for session in self.sessions())
+        return len(self.metrics.open_streams)  # read without the lock: a number is whole
 
     def reload(self, fresh: Program) -> None:
         """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
