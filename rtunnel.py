@@ -2530,18 +2530,16 @@ class ServerSession(Session):
 class Lease(Listener):
     """A public port, and the sessions that serve it. Called with Server._lock."""
 
-    # guarded by Server._lock
-    sessions: list[ServerSession]  # who had a visitor last stands last
-    lingers: Callable[[], float]  # visitors wait so long for the holder's return
-    instance = ""  # of the session that joined last
-
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Raises OSError."""
         self.is_global = session is None
         self.holder = session.holder if session else ""
         self.identity = session.transport.identity if session else ""  # it counts for MAX_LEASES
-        self.sessions, self.lingers = [], deadline(0)
         self.changed = threading.Condition(server._lock)  # a session has joined or left
+        # guarded by Server._lock
+        self.sessions: list[ServerSession] = []  # who had a visitor last stands last
+        self.lingers = deadline(0)  # visitors wait so long for the holder's return
+        self.instance = ""  # of the session that joined last
         # No partial: it would cost each visitor's thread a page of stack. Reset, from the first
         # moment: whatever kills us, no cut looks like an end.
         super().__init__(
