@@ -2309,7 +2309,6 @@ class Program:
         self._scraped: Listener | None = None  # main's
         # Main's post: names of signals, a final refusal, that the last connection has ended.
         self.words: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.status = 0  # the process's exit status
         self._lock = threading.Lock()
         self.stopping = threading.Event()  # a drain or the stop has begun; set under _lock
         # guarded by _lock
@@ -3115,7 +3114,6 @@ class Client(Program):
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
-            self.status = 3
             self.words.put("refused")
         return self.settings.reconnect_max
 
@@ -3467,6 +3465,7 @@ def run(make: Callable[[], Program]) -> int:
             program.log_state()
     log_event(INFO, "stopping", signal=word if word in SIGNALS else "none")
     tell_systemd("STOPPING=1")
+    status = 3 if word == "refused" else 0
     if word in ("SIGTERM", "SIGBREAK") and program.settings.drain:
         program.retire_all()
         for word in heard(words, program.settings.drain, program.stream_count):
@@ -3479,8 +3478,8 @@ def run(make: Callable[[], Program]) -> int:
     program.stop()
     if any(word in STOP_SIGNALS for word in heard(words, STOP_TIMEOUT_S, program.has_connections)):
         return 1
-    log_event(INFO, "stopped", status=program.status)
-    return program.status
+    log_event(INFO, "stopped", status=status)
+    return status
 
 
 def heard(words: queue.SimpleQueue[str], seconds: float, goes_on: Callable[[], object] = lambda: True) -> Iterator[str]:
