@@ -2965,7 +2965,6 @@ class ClientSession(Session):
         visitor, number = parse_visitor(frame.payload) if self.level else None, frame.stream
         if self.writer.is_behind():
             raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
-        full = self._client.stream_count() >= MAX_STREAMS
         with self._lock:
             # An original numbers its visitors before it queues their frames: in any order (S-2).
             rises = number > self._last_stream or not self.level
@@ -2974,7 +2973,7 @@ class ClientSession(Session):
             stream = self.stream_kind(self, number, None, visitor)
             self.add_locked(stream)
         try:
-            if full:
+            if self._client.stream_count() > MAX_STREAMS:
                 raise NoThread(f"{MAX_STREAMS} streams are open")
             if not self.level and self._client.stopping.is_set():  # there is no GOAWAY
                 raise NoThread("stopping")
@@ -3096,10 +3095,8 @@ class Client(Program):
         return session
 
     def figures(self) -> Figures:
-        sessions = (
-            [] if self.stopping.is_set() else [each for each in self.sessions() if isinstance(each, ClientSession)]
-        )
-        serving = [each.mapping for each in sessions if each.is_open and each.goaway is None]
+        ours = (each for each in self.sessions() if isinstance(each, ClientSession) and not self.stopping.is_set())
+        serving = [each.mapping for each in ours if each.is_open and each.goaway is None]
         wanted, served = ({(each.remote_port, each.local) for each in some} for some in (self.mappings, serving))
         return super().figures() | {("ready", ""): wanted == served, ("mappings_open", ""): len(serving)}
 
