@@ -45,7 +45,7 @@ and nowhere else; `*` marks what takes a rare case. A test holds the program to 
     stream pump      0 or 1 a        the dial (client); socket to   dial, ClientSession._dial_local,
                      stream          frames                         PumpedStream._receive,
                                      (Server.serve_visitor,         PumpedStream._wait_for_credit,
-                                     PumpedStream.run)              Server._choose,
+                                     PumpedStream.run)              Lease.choose,
                                                                     Writer.send, PlainTransport.send
     scrape           1 a scrape, at  answers with the figures       Metrics.serve
                      --metrics       (Metrics.serve)
@@ -2527,7 +2527,7 @@ class ServerSession(Session):
 
 
 class Lease(Listener):
-    """A public port, and the sessions that serve it. Called with Server._lock."""
+    """A public port, and the sessions that serve it. Called with Server._lock, but `choose`."""
 
     def __init__(self, server: Server, address: Address, session: ServerSession | None = None) -> None:
         """Of the session's holder; None: the global port. Raises OSError."""
@@ -2557,17 +2557,20 @@ class Lease(Listener):
         self.instance, self.lingers = session.instance, deadline(0)
         return replaced
 
-    def choose(self) -> ServerSession | None:
-        """For a visitor, the session with the fewest; from now on it counts there."""
-        alive = (each for each in self.sessions if not each.writer.is_behind())
-        able = [each for each in alive if each.visitors < MAX_SESSION_STREAMS]
-        asked = [each for each in able if each.init is not None]  # the silent serve without them
-        session = min(asked or able, key=lambda each: each.visitors, default=None)
-        if session is not None:
-            session.visitors += 1
-            self.sessions.remove(session)
-            self.sessions.append(session)
-        return session
+    def choose(self, stopping: threading.Event) -> ServerSession | None:
+        """For a visitor, who waits here, the session with fewest; from now on it counts there."""
+        with self.changed:
+            while self.lingers() and not self.sessions and not stopping.is_set():
+                self.changed.wait(self.lingers())
+            alive = (each for each in self.sessions if not each.writer.is_behind())
+            able = [each for each in alive if each.visitors < MAX_SESSION_STREAMS]
+            asked = [each for each in able if each.init is not None]  # else the silent serve
+            session = min(asked or able, key=lambda each: each.visitors, default=None)
+            if session is not None:
+                session.visitors += 1
+                self.sessions.remove(session)
+                self.sessions.append(session)
+            return session
 
 
 class Server(Program):
@@ -2779,7 +2782,7 @@ class Server(Program):
 
     def serve_visitor(self, lease: Lease, sock: socket.socket, visitor: Address) -> bool:
         """Find a session, and be the pump of a stream there; False where there is none."""
-        while session := self._choose(lease):
+        while session := lease.choose(self.stopping):
             try:
                 stream = session.open_stream(sock, visitor)
             except SessionEnded as ended:  # its reader has yet to say so
@@ -2792,13 +2795,6 @@ class Server(Program):
         log_limit("visitor-refused", peer=visitor, reason="no client is connected, or none takes more")
         self.metrics.count("refusals_total", "no-client")
         return False
-
-    def _choose(self, lease: Lease) -> ServerSession | None:
-        """A session for a visitor, who waits here, in a thread, for the holder's return."""
-        with self._lock:
-            while lease.lingers() and not lease.sessions and not self.stopping.is_set():
-                lease.changed.wait(lease.lingers())
-            return lease.choose()
 
     def check_allowed(self, session: Session) -> None:
         super().check_allowed(session)
@@ -3106,11 +3102,10 @@ class Client(Program):
             new = self._denied.get(mapping) != reason
             self._denied[mapping] = reason
             hopeless = not self._has_served and len(self._denied) == len(self.mappings)
-            if hopeless:
-                self.stopping.set()
         if new:
             log_event(ERROR, "refused", **mapping.about(), reason=reason)
         if hopeless:
+            self.take_nothing_new()
             self.words.put("refused")
         return self.settings.reconnect_max
 
