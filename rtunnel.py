@@ -672,11 +672,12 @@ class Clock:
     def __init__(self) -> None:
         self._scheduler = sched.scheduler(time.monotonic)  # which has a lock of its own
         self._changed = threading.Event()  # an event has been entered
-        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Before the first `after`. Does nothing where it runs already."""
-        if self._thread.ident is None:
+        if self._thread is None:  # made here: Python 3.13.0 starts none of before a fork
+            self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
             self._thread.start()
 
     def after(self, seconds: float, action: Callable[[], object]) -> sched.Event:
@@ -1020,7 +1021,7 @@ class HttpProxy:
             if answer.status in (401, 407):  # some say the one for a wrong password
                 reason += ": wrong user or password" if self.credentials else ": it wants USER:PASSWORD"
             raise OSError(errno.EACCES, reason)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             if sock is not None:
                 sock.close()
             said = ("" if isinstance(error, OSError) else "it speaks no HTTP: ") + reason_of(error).strip()
@@ -1040,6 +1041,9 @@ class ProxyAnswer(socket.SocketIO):
 
     def makefile(self, _: str) -> ProxyAnswer:
         return self
+
+    def flush(self) -> None:
+        """Also of what is closed: Python 3.13 tells what fails in a finalizer."""
 
     def readinto(self, buffer: Any) -> int | None:
         if not (left := self._remaining()):
@@ -1207,7 +1211,8 @@ class PlainTransport:
 
     def limit_write(self, seconds: float) -> None:
         """A `send` that makes no progress for so long fails."""
-        timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        # 67 is SO_SNDTIMEO_NEW, of a 32-bit Linux whose time has 64 bits.
+        timeout = struct.pack("qq" if socket.SO_SNDTIMEO == 67 else "ll", int(seconds), int(seconds % 1 * 1e6))
         if os.name == "nt":
             timeout = struct.pack("L", round(1000 * seconds))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
@@ -1407,8 +1412,7 @@ class Writer:
         """What is queued, then the caller's own frame; the caller must write it."""
         batch = own  # without a copy
         if self._has_work_locked():
-            grants = self._grants.items()
-            windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in grants]
+            windows = [encode(FrameType.WINDOW, number, U32.pack(count)) for number, count in self._grants.items()]
             batch = b"".join([self._control, *windows, *(frame for _, frame in self._queue), own])
             self._control.clear()
             self._grants.clear()
@@ -2137,6 +2141,9 @@ class Session:
         with self._lock:
             return list(self._streams.values())
 
+    def stream_count(self) -> int:
+        return len(self._streams)  # read without the lock: a number is whole
+
     def has_ended(self) -> bool:
         return self._cause is not None  # read without the lock: it stays as it is
 
@@ -2148,7 +2155,7 @@ class Session:
         receipt = self.transport.receipt
         state: dict[str, object] = {
             "peer": self.transport.peer, "identity": self.transport.identity, "level": self.level,
-            "streams": len(self._streams), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
+            "streams": self.stream_count(), "unsent": self.writer.unsent_bytes(), "budget_left": self.budget.left,
         }  # fmt: skip
         return state | self.rtt() | ({"certificate_days_left": rtunnel_tls.days_left(receipt.end)} if receipt else {})
 
@@ -2230,7 +2237,7 @@ class Metrics:
         self._lock = threading.Lock()
         # guarded by _lock
         self._totals = collections.Counter({(name, each): 0 for name, row in METRICS.items() for each in row[2]})
-        self.open_streams: set[Stream] = set()
+        self._open: set[Stream] = set()
 
     def count(self, name: str, value: str = "") -> None:
         """One more; where a peer has made the value up, of `other`."""
@@ -2239,17 +2246,17 @@ class Metrics:
 
     def opened(self, stream: Stream) -> None:
         with self._lock:
-            self.open_streams.add(stream)
+            self._open.add(stream)
             self._totals["streams_total", ""] += 1
 
     def closed(self, stream: Stream) -> None:
         with self._lock:
-            self.open_streams.remove(stream)
+            self._open.remove(stream)
             self._totals.update(stream.carried())
 
     def totals(self) -> Figures:
         with self._lock:
-            totals, streams = self._totals.copy(), list(self.open_streams)
+            totals, streams = self._totals.copy(), list(self._open)
         for stream in streams:
             totals.update(stream.carried())
         return {**totals}
@@ -2271,10 +2278,9 @@ class Metrics:
         """What the registry asks for."""
         figures = self._program.figures()
         for name, (meaning, label, _) in METRICS.items():
-            labels = [label] if label else []
-            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=labels)
+            family = self._kinds[name.endswith("_total")](f"rtunnel_{name}", meaning, labels=[label] * bool(label))
             for value in (value for named, value in figures if named == name):
-                family.add_metric([value] * len(labels), figures[name, value])
+                family.add_metric([value] * bool(label), figures[name, value])
             yield family
 
     def serve(self, sock: socket.socket, peer: Address) -> None:
@@ -2400,7 +2406,7 @@ class Program:
             return [each for each in self._connections if isinstance(each, Session)]
 
     def stream_count(self) -> int:
-        return len(self.metrics.open_streams)  # read without the lock: a number is whole
+        return sum(session.stream_count() for session in self.sessions())
 
     def reload(self, fresh: Program) -> None:
         """From now on the settings of `fresh` count; what they forbid is cut, the rest stays."""
@@ -2490,8 +2496,10 @@ class ServerSession(Session):
         if self.decoder.is_inside_control():  # a header that has begun may be DATA's
             self.after(WATCH_S, self.join_silent)
         elif not self.decoder.unknown_frames:
-            with contextlib.suppress(Refused):
+            try:
                 self._server.open_lease(self, Init(0, ""))
+            except Refused:  # a place may become free
+                self.after(WATCH_S, self.join_silent)
 
     def check_hello(self) -> None:
         if not self.is_client:
@@ -2546,13 +2554,16 @@ class Lease(Listener):
             server.admit_visitor, server.visitor_left, reset=True,
         )  # fmt: skip
 
+    def replaced_by(self, session: ServerSession) -> list[ServerSession]:
+        """All others; at the global port its own of before a reconnect."""
+        others = (each for each in self.sessions if each is not session)
+        return [each for each in others if not self.is_global or session.instance == each.instance != ""]
+
     def join(self, session: ServerSession) -> list[ServerSession]:
-        """Returns those that it replaces: all, at the global port its own of before a reconnect."""
-        others = [each for each in self.sessions if each is not session]
-        replaced = [each for each in others if not self.is_global or session.instance == each.instance != ""]
-        for other in replaced:
+        """Returns those that it replaces."""
+        for other in (replaced := self.replaced_by(session)):
             other.lease = None
-        self.sessions = [*(each for each in others if each not in replaced), session]
+        self.sessions = [*(each for each in self.sessions if each not in (*replaced, session)), session]
         session.lease, session.is_client = self, True
         self.instance, self.lingers = session.instance, deadline(0)
         return replaced
@@ -2712,7 +2723,7 @@ class Server(Program):
             # Who wants any port takes none from another instance, which may want this one.
             if is_anothers or (not init.port and lease.instance != init.instance):
                 lease = None
-        replaces = lease is not None and not lease.is_global and bool(lease.sessions)
+        replaces = lease is not None and bool(lease.replaced_by(session))
         if replaces and not init.takeover:
             raise Refused("port-in-use", f"another session of yours serves port {port}")
         if not (replaces or session.is_client) and self._client_count_locked() >= MAX_CLIENTS:
@@ -2963,8 +2974,7 @@ class ClientSession(Session):
             raise ProtocolError(f"NEW_CONN, with over {MAX_UNSENT_BYTES} bytes that the server has not read")
         with self._lock:
             # An original numbers its visitors before it queues their frames: in any order (S-2).
-            rises = number > self._last_stream or not self.level
-            if not number or number in self._streams or not rises:
+            if not number or number in self._streams or (self.level and number <= self._last_stream):
                 raise ProtocolError(f"NEW_CONN for stream {number} after stream {self._last_stream}")
             stream = self.stream_kind(self, number, None, visitor)
             self.add_locked(stream)
@@ -3050,7 +3060,8 @@ class Client(Program):
         session.over.wait()
         if session.is_open:
             backoff.reset()
-            backoff.takeover = session.goaway != REPLACED  # a clone lives in peace
+            backoff.takeover |= session.level > 0  # a WELCOME has come (G-2)
+            backoff.takeover &= session.goaway != REPLACED  # a clone lives in peace
         else:
             self.metrics.count("failed_dials_total", "server")
         if session.goaway == REPLACED:
@@ -3448,7 +3459,7 @@ def run(make: Callable[[], Program]) -> int:
     program.words = words
     program.start()
     tell_systemd("READY=1")
-    for word in heard(words, threading.TIMEOUT_MAX):
+    for word in heard(words, float("inf")):
         if word in STOP_SIGNALS or word == "refused":
             break
         if word == "SIGHUP":

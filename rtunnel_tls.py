@@ -120,7 +120,7 @@ class TransportError(Exception):
 
 # What `cryptography` raises for bytes that break a standard, or lack what we look for.
 _UNFIT: Final = (
-    ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature,
+    ValueError, TypeError, KeyError, UnsupportedAlgorithm, InvalidSignature,
     x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType, x509.ExtensionNotFound,
 )  # fmt: skip
 _FROM_PEER = "alert from the peer: "
@@ -394,8 +394,9 @@ def _roles(certificate: Certificate) -> list[str]:
 
 def _names(certificate: Certificate) -> list[Name]:
     """Hosts and addresses in subjectAltName; other kinds of names are not for us."""
-    names = _extension(certificate, x509.SubjectAlternativeName) or x509.SubjectAlternativeName([])
-    return [*map(str.lower, names.get_values_for_type(x509.DNSName)), *names.get_values_for_type(x509.IPAddress)]
+    names = [name.value for name in _extension(certificate, x509.SubjectAlternativeName) or ()
+             if isinstance(name, x509.DNSName | x509.IPAddress)]  # fmt: skip
+    return [name.lower() if isinstance(name, str) else name for name in names if isinstance(name, Name)]
 
 
 def days_left(*ends: datetime.datetime) -> int:
@@ -678,19 +679,20 @@ class TlsTransport:
             carrier.set_timeout(None)
             return transport
         except SSL.Error as error:
-            error.__traceback__ = None  # it would keep `ssl`; a name for the refusal, this frame
-            alert, error = ssl.take(memoryview(b"")), ssl.refusal(error, context)  # type: ignore[assignment]
-            del ssl
-            _leave(carrier, alert)
-            raise error from None
-        except HandshakeError:
-            del ssl
-            _leave(carrier, b"")
-            raise
+            error.__traceback__ = None  # it is the refusal's context, and would keep `ssl`
+            alert, refused = ssl.take(memoryview(b"")), ssl.refusal(error, context)
+        except HandshakeError as error:
+            alert, refused = memoryview(b""), error
         except TimeoutError:
             raise HandshakeError("deadline", "the peer took too long") from None
         except OSError as error:
             raise HandshakeError("closed", f"the connection failed: {error.strerror or error}") from error
+        del ssl  # which an exception that is being handled would keep, by its traceback
+        try:
+            _leave(carrier, alert)
+            raise refused
+        finally:
+            del refused  # or it and this frame would be a cycle
 
     def receive_into(self, view: memoryview) -> int:
         """Wait for plaintext and put all that is there into `view`, which must have room for some.

@@ -156,7 +156,7 @@ def test_a_home_in_a_files_name(
     write(tmp_path, "tls-cert = ~/a.crt", "tls-crl = ~/crl.pem")
     asked = settings("server", "-c", "~/some.ini", "--tls-key=~/a.key", "--tls-ca=~/ca.crt")["made"][0]
     names = [asked.tls_cert, asked.tls_key, asked.tls_ca, asked.tls_crl]
-    assert names == [str(tmp_path / name) for name in ("a.crt", "a.key", "ca.crt", "crl.pem")]
+    assert [Path(name) for name in names] == [tmp_path / name for name in ("a.crt", "a.key", "ca.crt", "crl.pem")]
 
 
 def test_local_and_remote_port_are_one_mapping(settings: Callable[..., dict[str, Any]]) -> None:

@@ -227,6 +227,8 @@ ANSWERS = {
     b"HTTP/1.1 OK\r\n": "it speaks no HTTP: HTTP/1.1 OK",
     b"HTTP/1.1 200 OK\r\n" + b"X: " + bytes(70_000) + b"\r\n": "it speaks no HTTP: .*",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200: "it speaks no HTTP: got more than 100 headers",
+    # What email's parser of headers makes of them is no HTTPException.
+    b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x; boundary*=undefined''x\r\n\r\n": "it speaks no HTTP: .*",
     b"HTTP/1.1 403 Forbidden\r\n\r\n": "403 Forbidden",
     b"HTTP/1.1 502 Bad \x1b[2J\r\n\r\n": "502 Bad \x1b\\[2J",
     b"HTTP/1.1 302 Found\r\nLocation: http://elsewhere/\r\n\r\n": "302 Found",

@@ -334,6 +334,37 @@ def test_clones_leave_each_other_in_peace(ends: Ends, soon: None, monkeypatch: p
     assert len(ends.log.events("session-replaced")) == 1
 
 
+def test_a_clone_at_the_global_port(ends: Ends) -> None:
+    """[G-2], [L-2]: who asks without taking over leaves the living session of its instance in peace there, too."""
+    server, instance = ends.open_server(public=rtunnel.Address("127.0.0.1", 0)), new_instance()
+    with Peer.as_client(server, 0, instance) as living:
+        with Peer.connect(server) as clone:
+            clone.send_init(init(0, instance) + b"\ntakeover=no")
+            assert clone.hear(FrameType.WELCOME)[2].startswith(b"error=port-in-use")
+        living.send_frame(FrameType.PING, 0, b"in peace")
+        living.hear(FrameType.PONG)
+
+
+def test_a_clone_behind_a_silent_network(ends: Ends, soon: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[G-2]: who was replaced takes over again only behind a WELCOME, not where a session was open in silence."""
+    monkeypatch.setattr(rtunnel, "REPLACED_RETRY_S", 0.05)
+    monkeypatch.setattr(rtunnel, "LIVED_S", 0.2)
+    with PeerServer() as server:
+        ends.open_client(server.address, mapping(("127.0.0.1", 9), 4711))
+        welcomed = server.accept()
+        welcomed.send_frame(FrameType.GOAWAY, 0, b"replaced")
+        welcomed.sock.close()
+        server.accept(b"")  # "no WELCOME"
+        silent = server.accept(b"")
+        ends.log.wait_for("session-opened", level=0)
+        silent.sock.close()
+        welcomed = server.accept()
+        ends.log.wait_for("session-opened", 2, level=1)
+        welcomed.sock.close()
+        server.accept()
+        assert [asked.takeover for asked in server.inits] == [True, False, False, False, True]
+
+
 def test_a_stranger_cannot_take_a_port_over(ends: Ends) -> None:
     """[L-3], [L-5]: in plain mode a lease belongs to an instance: whoever has another one, or none, does not get its
     port, neither while it is served nor while it lingers."""

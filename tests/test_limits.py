@@ -228,15 +228,16 @@ def test_clients_and_leases(server: Factory, limit: str, public: tuple[str, ...]
         peer.sock.close()
 
 
-def test_a_client_that_comes_back_needs_no_place(server: Factory) -> None:
+@pytest.mark.parametrize("flags", [(), ("--public-listen=127.0.0.1:0",)], ids=["own", "global"])
+def test_a_client_that_comes_back_needs_no_place(server: Factory, flags: tuple[str, ...]) -> None:
     """Who replaces a session of its own is no further client and no further lease."""
-    serving = server(limits={"MAX_CLIENTS": 1, "MAX_LEASES": 1})
+    serving = server(*flags, limits={"MAX_CLIENTS": 1, "MAX_LEASES": 1})
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             peer = Peer.as_client(serving.control_address, instance="ab" * 16)
             stack.enter_context(peer.sock)
             serving.wait_for("session-opened")
-        assert len(serving.events("lease-opened")) == 1
+        assert len(serving.events("lease-opened")) == (not flags)
 
 
 def test_streams_of_the_server(server: Factory, client: Factory) -> None:
@@ -686,6 +687,19 @@ def test_silent_clients_count(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> No
         Peer.as_client(control).sock.close()
 
 
+def test_a_silent_client_gets_the_next_place(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[O-7]: a silent client for whom there is no place is one as soon as there is, before its deadline."""
+    for name, value in {"MAX_CLIENTS": 1, "SILENT_CLIENT_S": 0.1, "WATCH_S": 0.1}.items():
+        monkeypatch.setattr(rtunnel, name, value)
+    control = ends.open_server(public=rtunnel.Address("127.0.0.1", 0))
+    with connect(control) as first:
+        ends.log.wait_for("session-opened")
+        with connect(control) as second:
+            eventually(lambda: ends.server.figures()["sessions", ""] == 2)
+            first.close()
+            ends.log.wait_for("session-opened", peer=text(second.getsockname()))
+
+
 def test_the_init_of_a_silent_client_needs_no_place(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """[O-7]: who counts as a client already may still send INIT, also where all places are taken."""
     monkeypatch.setattr(rtunnel, "MAX_CLIENTS", 1)
@@ -695,6 +709,32 @@ def test_the_init_of_a_silent_client_needs_no_place(ends: Ends, monkeypatch: pyt
         peer.send_init(init(0, new_instance()))
         kind, _, payload = peer.read_frame()
         assert (kind, payload[:9]) == (rtunnel.FrameType.WELCOME, b"version=1")
+
+
+def test_the_init_of_a_client_that_is_about_to_be_silent(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[O-7], [H-1]: an INIT that comes while the clock makes a client of the silent one starts the heartbeat once."""
+    monkeypatch.setattr(rtunnel, "SILENT_CLIENT_S", 0.1)
+    joined, may_go_on, log_event = threading.Event(), threading.Event(), rtunnel.log_event
+    started: list[rtunnel.Session] = []
+
+    def hold_the_clock(level: int, event: str, /, **pairs: object) -> None:
+        if event == "session-opened" and not joined.is_set():
+            joined.set()
+            assert may_go_on.wait(10)
+        log_event(level, event, **pairs)
+
+    monkeypatch.setattr(rtunnel, "log_event", hold_the_clock)
+    monkeypatch.setattr(rtunnel.Session, "start_timers", lambda session: started.append(session))
+    with Peer.connect(ends.open_server(public=rtunnel.Address("127.0.0.1", 0))) as peer:
+        assert joined.wait(10)
+        peer.send_init(init(0, new_instance()))
+        assert peer.hear(rtunnel.FrameType.WELCOME)
+        eventually(lambda: started)
+        clock_is_done = threading.Event()
+        rtunnel.CLOCK.after(0, clock_is_done.set)
+        may_go_on.set()
+        assert clock_is_done.wait(10)
+        assert len(started) == 1
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -26,6 +26,25 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 FLAGS = {"server": ("--control-listen=127.0.0.1:0",), "client": ("--server=127.0.0.1:9", "--local=127.0.0.1:9")}
 
 
+def test_it_runs_until_a_signal() -> None:
+    """However long that is: on Windows no wait of Python may be longer than threading.TIMEOUT_MAX, 50 days."""
+    script = (
+        "import sys, threading; threading.TIMEOUT_MAX = 0.3; sys.argv[0] = 'rtunnel'; import rtunnel; rtunnel.entry()"
+    )
+    command = [sys.executable, "-c", script, "server", *FLAGS["server"]]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "listening" in process.stderr.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            process.terminate()
+            assert "stopping signal=SIGTERM" in process.stderr.read()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
 # --- the start ---------------------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ for _ in range(200):
     program.pool.run(threading.Event().wait)
 _thread.start_new_thread(start_others, ())
 gc.set_threshold(70)
-for _ in range(100):
+for _ in range(400):
     garbage = [Cycle() for _ in range(5)]
     del garbage
     program.log_state()

@@ -161,10 +161,10 @@ def test_who_ends_last_closes(bench: Bench, visitor: Ends, both_paths: None) -> 
     eventually(lambda: idle_threads(pool) == idle + 1)
     bench.peer.send_frame(DATA, 1, b"the answer")
     assert read_exactly(far, 10) == b"the answer"
-    assert (len(bench.session.streams()), watched.closed) == (1, 0)
+    assert (bench.session.stream_count(), watched.closed) == (1, 0)
     bench.peer.send_frame(EOF, 1)
     assert read_all(far) == b""
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert (watched.closed, watched.closed_under) == (1, 0)
     assert idle_threads(pool) == idle + 1
 
@@ -180,7 +180,7 @@ def test_an_answer_that_is_queued_when_its_socket_is_reset(bench: Bench, visitor
         far.shutdown(socket.SHUT_WR)
         eventually(lambda: idle_threads(bench.session.program.pool) == idle + 1)
         reset(far)
-        eventually(lambda: len(bench.session.streams()) == 0)
+        eventually(lambda: bench.session.stream_count() == 0)
     bench.peer.expect(DATA, 1, b"why")
     bench.peer.expect(EOF, 1)
     bench.peer.expect(CLOSE_CONN, 1, b"reset")
@@ -198,7 +198,7 @@ def test_nothing_is_said_where_a_stream_has_ended(bench: Bench, visitor: Ends, b
     far = ended_with_a_queue(bench, visitor)
     answered(bench)
     reset(far)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     answered(bench)
 
 
@@ -279,7 +279,7 @@ def test_the_end_goes_behind_what_is_queued(bench: Bench, visitor: Ends, both_pa
     assert bench.peer.read_close(1) == b""
     assert read_all(far) == BIG
     far.shutdown(socket.SHUT_WR)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     bench.peer.expect_silence(0.05)
 
 
@@ -290,7 +290,7 @@ def test_a_reason_resets_at_once(bench: Bench, visitor: Ends, both_paths: None) 
     bench.peer.send_frame(DATA, 1, BIG)
     eventually(bench.drainers)
     bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert ends_with(far) == "reset"
 
 
@@ -303,7 +303,7 @@ def test_an_abort_ends_both_directions(bench: Bench, visitor: Ends, log: Log, bo
     stream.abort("the first cause")
     stream.abort("another")
     assert bench.peer.read_close(1) == b"the first cause"
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert ends_with(far) == "reset"
     (closed,) = log.events("stream-closed")
     assert closed["reason"] == "the first cause"
@@ -322,7 +322,7 @@ def test_a_full_queue_is_one_mebibyte_and_no_more(
     stream = bench.open(near)
     fed = 0
     part = memoryview(bytes(16 * 1024))
-    while len(bench.session.streams()) and fed < 8 << 20:
+    while bench.session.stream_count() and fed < 8 << 20:
         before = time.monotonic()
         stream.feed(part)
         if time.monotonic() - before > 0.15:
@@ -372,7 +372,7 @@ def test_nothing_is_said_after_the_peers_end(bench: Bench, visitor: Ends) -> Non
     assert read_all(far) == b"bye"
     far.sendall(BIG)
     far.shutdown(socket.SHUT_WR)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     bench.peer.expect_silence(0.05)
 
 
@@ -383,7 +383,7 @@ def test_a_socket_that_stays_is_left(bench: Bench, visitor: Ends, monkeypatch: p
     bench.open(near)
     bench.peer.send_frame(DATA, 1, b"bye")
     bench.peer.send_frame(CLOSE_CONN, 1)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert read_all(far) == b"bye"
 
 
@@ -402,7 +402,7 @@ def test_a_socket_that_pushes_on_is_left(bench: Bench, visitor: Ends, monkeypatc
     bench.peer.send_frame(CLOSE_CONN, 1)
     assert bench.peer.read_close(1) == b""
     with running(push):
-        eventually(lambda: len(bench.session.streams()) == 0)
+        eventually(lambda: bench.session.stream_count() == 0)
 
 
 def test_the_sessions_end_resets_its_streams(bench: Bench, visitor: Ends, both_paths: None) -> None:
@@ -412,7 +412,7 @@ def test_the_sessions_end_resets_its_streams(bench: Bench, visitor: Ends, both_p
     bench.peer.send_frame(DATA, 1, b"half")
     assert read_exactly(far, 4) == b"half"
     bench.session.end("any cause")
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert ends_with(far) == "reset"
 
 
@@ -484,7 +484,7 @@ def test_nobody_closes_the_socket_under_a_call(bench: Bench, visitor: Ends, end:
     else:
         bench.peer.send_frame(CLOSE_CONN, 1, b"reset")
     eventually(lambda: watched.closed)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
     assert (watched.closed, watched.closed_under) == (1, 0)
 
 
@@ -564,7 +564,7 @@ def test_a_dial_that_fails(bench: Bench, error: OSError, reason: bytes) -> None:
     bench.open(None, dial)
     dial.answer.set()
     assert bench.peer.read_close(1).startswith(reason)
-    eventually(lambda: len(bench.session.streams()) == 0)
+    eventually(lambda: bench.session.stream_count() == 0)
 
 
 # --- where there is no thread -------------------------------------------------------------------------------
@@ -1072,7 +1072,7 @@ def test_an_internal_error_of_a_drainer_behind_the_end(pair: Pair, log: Log, mon
         session.end("for the test")
         log.wait_for("session-closed")
         leave.set()
-        eventually(lambda: not len(session.streams()))
+        eventually(lambda: not session.stream_count())
         eventually(lambda: not session._server._visitors)
         assert ends_with(visitor) == "reset"
     assert "Boom" in eventually(lambda: log.events("internal-error"))[0]["traceback"]

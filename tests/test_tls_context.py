@@ -832,3 +832,19 @@ def test_the_peer_check_stands_on_its_own(house: House, root: Signer, tmp_path: 
         with pytest.raises(HandshakeError) as refused:
             check_peer(context, **(good | change))
         assert refused.value.rule == rule, (rule, refused.value)
+
+
+def test_a_name_that_cannot_be_read() -> None:
+    """For a name of an unknown kind cryptography 49 raises KeyError: who bears it is not known, either."""
+
+    class Odd:
+        signature = tbs_certificate_bytes = b""
+
+        @property
+        def issuer(self) -> object:
+            raise KeyError(8)
+
+    signs_all = SimpleNamespace(public_key=lambda: SimpleNamespace(verify=lambda *_: None))
+    assert not rtunnel_tls._has_signed(signs_all, Odd())  # type: ignore[arg-type]
+    with pytest.raises(TlsConfigError, match="--tls-ca file: 8"), rtunnel_tls._told("--tls-ca file"):
+        _ = Odd().issuer

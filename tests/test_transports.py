@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -223,3 +224,14 @@ def test_a_transport_keeps_its_promises(kind: str, house: House) -> None:
         conforms(plain, identity="anonymous", is_authenticated=False, has_timeout=True)
     else:
         conforms(tls(house), identity="client", is_authenticated=True, has_timeout=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the option's number is Linux's")
+def test_the_write_limit_of_32_bit_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time has 64 bits there SO_SNDTIMEO is option 67, which takes two such numbers; all of Linux has it."""
+    monkeypatch.setattr(socket, "SO_SNDTIMEO", 67)
+    with tcp_pair() as (near, _):
+        transport = rtunnel.PlainTransport(near)
+        transport.limit_write(0.25)
+        with pytest.raises(TimeoutError, match="no byte for"):
+            transport.send(64 * BLOCK)

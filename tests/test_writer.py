@@ -154,6 +154,11 @@ SMALL = frame(DATA, 1, b"small")
 LARGE = frame(DATA, 2, b"L" * 64 * 1024)
 
 
+def all_is_sent(writer: rtunnel.Writer) -> bool:
+    with writer._lock:
+        return not (writer._waiting or writer._writing or writer._has_work_locked())
+
+
 @contextmanager
 def held(writer: rtunnel.Writer, transport: FakeTransport, **expected: Any) -> Iterator[Threads]:
     """A thread is in the transport's send with LARGE, until it is let go; the control sender waits behind it.
@@ -167,7 +172,7 @@ def held(writer: rtunnel.Writer, transport: FakeTransport, **expected: Any) -> I
         started.start(writer.serve)
         try:
             yield started
-            eventually(lambda: not writer.unsent_bytes() and transport.is_idle(), what="all is sent")
+            eventually(lambda: all_is_sent(writer), what="all is sent")
         finally:
             transport.let_go()
             writer.close("the test is over")
