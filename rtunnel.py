@@ -2723,9 +2723,9 @@ class Server(Program):
             # Who wants any port takes none from another instance, which may want this one.
             if is_anothers or (not init.port and lease.instance != init.instance):
                 lease = None
-        replaces = lease is not None and bool(lease.replaced_by(session))
-        if replaces and not init.takeover:
-            raise Refused("port-in-use", f"another session of yours serves port {port}")
+        replaces = bool(lease and lease.replaced_by(session))
+        if lease and replaces and not init.takeover:
+            raise Refused("port-in-use", f"another session of yours serves port {lease.address.port}")
         if not (replaces or session.is_client) and self._client_count_locked() >= MAX_CLIENTS:
             raise Refused("too-many-clients", f"{MAX_CLIENTS} clients are connected")
         if lease is None and sum(each.identity == identity for each in self._leases.values()) >= MAX_LEASES:

@@ -340,7 +340,8 @@ def test_a_clone_at_the_global_port(ends: Ends) -> None:
     with Peer.as_client(server, 0, instance) as living:
         with Peer.connect(server) as clone:
             clone.send_init(init(0, instance) + b"\ntakeover=no")
-            assert clone.hear(FrameType.WELCOME)[2].startswith(b"error=port-in-use")
+            told = b"error=port-in-use\nmessage=another session of yours serves port %d" % living.port
+            assert clone.hear(FrameType.WELCOME) == (FrameType.WELCOME, 0, told)
         living.send_frame(FrameType.PING, 0, b"in peace")
         living.hear(FrameType.PONG)
 

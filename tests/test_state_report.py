@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from starter import ROOT
-from support import Fields, connect, echo_service, read_exactly
+from support import ROOT, Fields, connect, echo_service, read_exactly
 from tls_peers import House
 from tunnels import Factory, text
 

@@ -79,10 +79,6 @@ class FakeTransport:
         self.finished = True
         self._busy.release()
 
-    def is_idle(self) -> bool:
-        """Whether nobody is in a send."""
-        return not self._busy.locked()
-
     def frames(self) -> list[tuple[int, int, bytes]]:
         """What has been sent, decoded."""
         decoder = rtunnel.Decoder()
