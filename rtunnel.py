@@ -3359,7 +3359,7 @@ def add_command(commands: Any, command: str, summary: str) -> None:
     about = "a file of key = value lines; of several the last counts"
     path = written("(?s).+", "file", "its path")
     parser.add_argument("-c", "--config", is_config_file=True, metavar="FILE", type=path, help=about)
-    show = functools.partial(parser.add_argument, action="store_true")
+    show = functools.partial(parser.add_argument, action="store_true", env_var="-")  # no variable
     show("--print-config", help="show each setting and where it came from, and exit")
     show("--example-config", help="show a commented file of all settings, and exit")
     for title, options in itertools.groupby(OPTIONS[command], lambda option: option.group):
@@ -3616,9 +3616,6 @@ def example_config(command: str) -> str:
 
 
 def run_program(settings: Settings) -> int:
-    known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
-    if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
-        raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
     if settings.example_config:
         print(example_config(settings.command), end="")
         return 0
@@ -3630,6 +3627,9 @@ def run_program(settings: Settings) -> int:
             if option.parse is bool and not re.search(rf"[\s:=]({names})[\s:=]", shown):
                 print(f"  --{option.name}: {option.default}")
         return 0
+    known = {"RTUNNEL_" + option.attribute.upper() for options in OPTIONS.values() for option in options}
+    if unknown := sorted(name for name in os.environ if name.startswith("RTUNNEL_") and name not in known):
+        raise ConfigError(f"the environment has {unknown[0]}, and no option is called so: unset it")
     # Where 0, 1 or 2 is closed, the next socket would get it, and what is written there.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -416,6 +416,18 @@ def test_what_is_shown_is_asked_for_by_a_flag(command: Command, monkeypatch: pyt
     assert name in err
 
 
+def test_what_is_asked_for_is_shown(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else the environment has: a variable that no option has is refused by what runs."""
+    monkeypatch.setenv("RTUNNEL_ELSEWHERE", "true")
+    for flag in ("--print-config", "--example-config"):
+        status, out, err = command("server", flag)
+        assert (status, err) == (0, "")
+        assert "control-listen" in out
+    status, out, err = command("server")
+    assert (status, out) == (2, "")
+    assert "RTUNNEL_ELSEWHERE" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")
 def test_packages_that_are_missing() -> None:
     """Outside its environment the program says what it needs."""
